@@ -1,0 +1,353 @@
+"""A DeepSeek-V3.2 transformer: multi-head latent attention (MLA) with the lightning indexer and sparse attention.
+
+Read in this order: Config, Attention (the paper's section 2.1 in one forward), Transformer; then indexer.py and sparse_attn.py, whose functions
+Attention calls through one switch, `backend`: "torch" is the reference, "triton" the kernels that tests hold equal to it.
+Parameters and config keys carry the names of the published checkpoints.
+"""
+import functools
+import importlib.util
+import math
+from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+import checkpoint
+import indexer
+import sparse_attn
+
+
+@dataclass
+class Config:
+    """Architecture; keys as in the published config.json. Sizes in units of elements. ValueError from `check` names the key and the fix."""
+    model_type: str = "deepseek_v32"
+    vocab_size: int = 257
+    hidden_size: int = 128
+    intermediate_size: int = 384  # SwiGLU width
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    q_lora_rank: int = 96  # 0: queries come from the hidden state directly
+    kv_lora_rank: int = 64  # what a token leaves in the cache, with qk_rope_head_dim
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    index_n_heads: int = 4
+    index_head_dim: int = 32
+    index_topk: int = 64  # k, tokens that a query attends to; 0: a dense model without indexer
+    indexer_rope_interleave: bool = False  # GLM-5: True
+    max_position_embeddings: int = 65536
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # YaRN: type, factor, original_max_position_embeddings, beta_fast, beta_slow, mscale, mscale_all_dim
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def check(self):
+        """Raise ValueError, one line naming key, value and fix, if no model of this shape can be built. Returns self."""
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
+                    "qk_nope_head_dim", "v_head_dim", "max_position_embeddings"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: RoPE turns pairs, choose an even number >= 2")
+        if self.index_topk < 0:
+            raise ValueError(f"index_topk={self.index_topk}: a query selects at least 1 token (0 builds a dense model without indexer)")
+        if self.index_topk and (self.index_n_heads < 1 or self.index_head_dim < self.qk_rope_head_dim or self.index_head_dim & (self.index_head_dim - 1)):
+            raise ValueError(f"index_n_heads={self.index_n_heads}, index_head_dim={self.index_head_dim}: the indexer needs at least one head, and a "
+                             f"power of two (Hadamard) not below qk_rope_head_dim={self.qk_rope_head_dim}")
+        return self
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+def yarn_mscale(factor, mscale):
+    """YaRN's attention temperature, 0.1 mscale ln(factor) + 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_frequencies(config):
+    """-> (qk_rope_head_dim / 2,) float32 angles per position, and the factor on cos and sin. YaRN (arXiv 2309.00071): dimensions that turn
+    more than beta_fast times within the original context keep their frequency, those below beta_slow are divided by `factor`, linear between."""
+    dim, base, yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+    frequencies = base ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if not yarn:
+        return frequencies, 1.0
+    original = yarn["original_max_position_embeddings"]
+    factor = yarn.get("factor") or config.max_position_embeddings / original
+    turns = lambda rotations: dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+    low, high = max(math.floor(turns(yarn.get("beta_fast", 32))), 0), min(math.ceil(turns(yarn.get("beta_slow", 1))), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    mscale, all_dim = yarn.get("mscale"), yarn.get("mscale_all_dim")
+    amplitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor, 1)
+    return frequencies * (1 - ramp) + frequencies / factor * ramp, yarn.get("attention_factor") or amplitude
+
+
+def apply_rope(x, interleaved, cos, sin):
+    """Rotate x (B,S,heads,dim) by angles given as cos, sin (S,1,dim/2); pairs are (2i, 2i+1) if interleaved, else (i, i + dim/2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.float().chunk(2, -1)
+    turned = a * cos - b * sin, a * sin + b * cos
+    return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
+
+
+def operations(backend, device):
+    """The functions of the attention path: from indexer.py and sparse_attn.py ("torch"), or their twins in kernels.py ("triton").
+    None: triton on a CUDA GPU where it is installed, else torch. They compute in the dtype of their inputs, whatever autocast says."""
+    if backend is None:
+        backend = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
+    names = ("quantise", "select", "indexer_loss_dense", "indexer_loss_sparse", "dense_attention", "sparse_attention")
+    if backend == "triton":
+        import kernels
+        twins = {name: getattr(kernels, name) for name in names}
+    else:
+        twins = {name: getattr(indexer, name, None) or getattr(sparse_attn, name) for name in names}
+
+    def exact(function):
+        @functools.wraps(function)
+        def call(x, *args, **kwargs):
+            with torch.autocast(x.device.type, enabled=False):
+                return function(x, *args, **kwargs)
+        return call
+
+    return SimpleNamespace(**{name: exact(function) for name, function in twins.items()})
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, section 2.1) with DeepSeek sparse attention on top (V3.2-Exp, section 2.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, self.config, self.heads = config, config, config.num_attention_heads
+        self.nope, self.rope, self.value, self.rank = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
+        q_dim = self.heads * (self.nope + self.rope)
+        if c.q_lora_rank:
+            self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=c.attention_bias)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank)
+            self.q_b_proj = nn.Linear(c.q_lora_rank, q_dim, bias=False)
+        else:
+            self.q_proj = nn.Linear(c.hidden_size, q_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, self.rank + self.rope, bias=c.attention_bias)
+        self.kv_a_layernorm = RMSNorm(self.rank)
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, c.hidden_size, bias=c.attention_bias)
+        self.indexer = indexer.Indexer(c) if c.index_topk else None
+        # the scale of the MHA mode, also in MQA mode; YaRN's temperature enters twice, once for q and once for k
+        self.scale = (self.nope + self.rope) ** -0.5
+        if c.rope_scaling and c.rope_scaling.get("mscale_all_dim"):
+            self.scale *= yarn_mscale(c.rope_scaling["factor"], c.rope_scaling["mscale_all_dim"]) ** 2
+
+    def kv_b(self, dtype):
+        """W^UK (H, nope, rank) and W^UV (H, v_head_dim, rank), the halves of kv_b_proj."""
+        return self.kv_b_proj.weight.to(dtype).view(self.heads, -1, self.rank).split([self.nope, self.value], 1)
+
+    def absorb(self, q):
+        """MQA mode: q^T (W^UK c) = (W^UK^T q)^T c; q (B,S,H,nope + rope) -> (B,S,H,rank + rope), a query against latents."""
+        return torch.cat((torch.einsum("bshn,hnr->bshr", q[..., :self.nope], self.kv_b(q.dtype)[0]), q[..., self.nope:]), -1)
+
+    def expand(self, latents):
+        """MHA mode: latents (B,T,rank + rope) -> k (B,T,H,nope + rope), v (B,T,H,v_head_dim); the rope key is the same for all heads."""
+        k_nope, v = self.kv_b_proj(latents[..., :self.rank]).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], -1)
+        k_rope = latents[:, :, None, self.rank:].expand(-1, -1, self.heads, -1)
+        return torch.cat((k_nope, k_rope.to(k_nope.dtype)), -1), v
+
+    def forward(self, h, rope, run, cache=None):
+        """h (B,S,hidden), rope(x, interleaved), run: see Transformer.forward -> out (B,S,hidden), (kl, kl_uniform, recall) if run.index_loss else ()."""
+        ops, topk, (B, S, _) = run.ops, self.config.index_topk, h.shape
+        q_latent = self.q_a_layernorm(self.q_a_proj(h)) if self.config.q_lora_rank else h
+        q = (self.q_b_proj(q_latent) if self.config.q_lora_rank else self.q_proj(h)).unflatten(-1, (self.heads, -1))
+        q = torch.cat((q[..., :self.nope], rope(q[..., self.nope:], True)), -1)
+        c_kv, k_rope = self.kv_a_proj_with_mqa(h).split([self.rank, self.rope], -1)
+        latents = torch.cat((self.kv_a_layernorm(c_kv), rope(k_rope[:, :, None], True)[:, :, 0]), -1)
+
+        # The indexer's inputs are detached: its loss reaches no main parameter. Its keys enter the cache even while nothing is selected.
+        if self.indexer and (run.sparse or run.index_loss or cache is not None):
+            index = self.indexer(h.detach(), q_latent.detach(), rope)
+            q_index, k_index, w = (x.detach() for x in index)
+            k_scale = None
+            if run.index_fp8:
+                q_index, q_scale = ops.quantise(q_index, block=self.indexer.dim, rotate=True)
+                k_index, k_scale = ops.quantise(k_index, block=self.indexer.dim, rotate=True)
+                w, k_scale = w * q_scale.squeeze(-1), k_scale.squeeze(-1)
+            if cache is not None:
+                k_index, k_scale = cache.append_index(run.position, run.length, k_index, k_scale)
+        if cache is not None:
+            latents = cache.append(run.position, run.length, latents)
+        T = latents.shape[1]
+
+        # Up to k tokens, selecting is attending to all: the dense path. MQA mode also when decoding densely: expanding the cache for a few
+        # queries would cost more than attending to it. Training takes the first branch in the sparse stage, the last one before.
+        losses, sparse = (), run.sparse and (T > topk or run.index_loss)
+        mqa = sparse or (cache is not None and S <= 16)
+        q = self.absorb(q) if mqa else q
+        if sparse:
+            indices = ops.select(q_index, k_index, w, topk, k_scale, run.first, run.last)
+            out, lse = ops.sparse_attention(q, latents, indices, self.scale, self.rank)
+            if run.index_loss:
+                losses = ops.indexer_loss_sparse(q.detach(), latents.detach(), lse, indices, self.scale, *index)
+        else:
+            if latents.dtype == torch.uint8:
+                latents = sparse_attn.unpack_latents(latents, self.rank, h.dtype)
+            k, v = (latents[:, :, None], latents[:, :, None, :self.rank]) if mqa else self.expand(latents)
+            out, lse = ops.dense_attention(q, k, v, self.scale, run.first, run.last)
+            if run.index_loss:
+                losses = ops.indexer_loss_dense(q.detach(), k.detach(), lse, self.scale, *index, run.first, run.last)
+        if run.index_loss:
+            rows = torch.linspace(0, S - 1, min(S, 64), device=h.device).long()  # recall of a sample of queries: linear cost
+            first, last = (torch.zeros_like(rows).expand(B, -1) if run.first is None else run.first[:, rows]).int(), rows.expand(B, -1).int()
+            chosen = ops.select(q_index[:, rows], k_index, w[:, rows], topk, k_scale, first, last)
+            q_rows = q[:, rows] if mqa else self.absorb(q[:, rows])
+            losses = *losses, sparse_attn.selected_mass(q_rows, latents, chosen, self.scale, first, last)
+        if mqa:
+            out = torch.einsum("bshr,hvr->bshv", out, self.kv_b(out.dtype)[1])
+        return self.o_proj(out.flatten(2)), tuple(x.mean() for x in losses)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size, intermediate_size):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block. Losses are returned, not stored: recomputation in the backward must see them as outputs."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, h, rope, run, cache=None):
+        out, losses = self.self_attn(self.input_layernorm(h), rope, run, cache)
+        h = h + out
+        return h + self.mlp(self.post_attention_layernorm(h)), losses
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model.
+
+    attention: "dense" or "sparse"; None is sparse where there is an indexer. index_fp8: score quantised queries and keys, as the
+    published inference does, or (False) as they are, as transformers does. backend: see `operations`. ValueError: see Config.check."""
+
+    def __init__(self, config, backend=None, attention=None, index_fp8=True):
+        super().__init__()
+        self.config, self.backend, self.index_fp8 = config.check(), backend, index_fp8
+        self.attention = attention or ("sparse" if config.index_topk else "dense")
+        if self.attention == "sparse" and not config.index_topk:
+            raise ValueError("attention=sparse: this checkpoint has no indexer (index_topk=0); use attention=dense or train one: train.py --stage=warmup")
+        self.recompute = False  # activation checkpointing: keep only the blocks' inputs
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # residual projections smaller by the number of residual additions, as in GPT-2
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=config.initializer_range / ((2 * config.num_hidden_layers) ** 0.5 if into_residual else 1))
+        frequencies, self.rope_amplitude = rope_frequencies(config)
+        self.register_buffer("rope_frequencies", frequencies, persistent=False)
+
+    def indexer_parameters(self):
+        """The parameters that learn from the KL loss alone; all others learn from the language-model loss alone."""
+        return [p for name, p in self.named_parameters() if ".indexer." in name]
+
+    def forward(self, idx, targets=None, first=None, index_loss=False, caches=None, position=None, last=None):
+        """idx (B,S) int64, targets (B,S) int64 or None, first (B,S) int32 or None: first visible position (packed documents).
+
+        -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token) if targets are given, and with index_loss "kl",
+        "kl_uniform" (nats, mean over tokens and layers) and "recall" (share of dense attention mass selected, 0..1).
+        caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached. With `last` (B,S) given, lengths are read
+        on the device (CUDA graphs). ValueError: sequence longer than max_position_embeddings."""
+        S = idx.shape[1]
+        length = S if caches is None else caches[0].capacity if last is not None else int(position[-1]) + 1
+        if length > self.config.max_position_embeddings:
+            raise ValueError(f"sequence of {length} tokens is longer than the model's max_position_embeddings={self.config.max_position_embeddings}; shorten it")
+        position = torch.arange(S, device=idx.device) if position is None else position
+        angles = (position[:, None].float() * self.rope_frequencies.float())[:, None]  # (S, 1, rope / 2)
+        rope = functools.partial(apply_rope, cos=angles.cos() * self.rope_amplitude, sin=angles.sin() * self.rope_amplitude)
+        run = SimpleNamespace(ops=operations(self.backend, idx.device), sparse=self.attention == "sparse", index_fp8=self.index_fp8,
+                              index_loss=index_loss, first=first, last=last, position=position, length=length)
+        h, index_losses = self.model.embed_tokens(idx), []
+        for i, block in enumerate(self.model.layers):
+            if self.recompute and torch.is_grad_enabled():
+                h, layer_losses = recompute(block, h, rope, run, use_reentrant=False)
+            else:
+                h, layer_losses = block(h, rope, run, caches[i] if caches else None)
+            index_losses.append(layer_losses)
+        losses = {k: torch.stack(v).mean() for k, v in zip(("kl", "kl_uniform", "recall"), zip(*index_losses))}
+        logits = self.lm_head(self.model.norm(h))
+        if targets is not None:
+            losses["lm"] = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits, losses
+
+    @torch.inference_mode()
+    def stream(self, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=1024, fp8_cache=False):
+        """Yield n times the next token (B,) int64 after the prompts idx (B,T), sampled at `temperature` (0: the most likely) from the top_k most likely
+        and the smallest set of tokens with probability top_p. The prompt enters the caches in chunks. ValueError: longer than the model."""
+        (B, T), config, device = idx.shape, self.config, idx.device
+        if T < 1 or T + n > config.max_position_embeddings:
+            raise ValueError(f"prompt of {T} tokens + {n} new ones: must be between 1 and max_position_embeddings={config.max_position_embeddings}; shorten either")
+        caches = [sparse_attn.Cache(config, B, T + n, device, self.lm_head.weight.dtype, fp8_cache, self.index_fp8) for _ in self.model.layers]
+        self.cache_bytes_per_token = sum(c.bytes_per_token for c in caches)
+        for position in torch.arange(T, device=device).split(chunk):
+            logits = self(idx[:, position], caches=caches, position=position)[0]
+        for t in range(T, T + n):
+            token = sample(logits[:, -1], temperature, top_k, top_p, generator)
+            yield token
+            if t + 1 < T + n:
+                logits = self(token[:, None], caches=caches, position=torch.tensor([t], device=device))[0]
+
+    def generate(self, idx, n, **kwargs):
+        """idx (B,T) -> (B,T+n): the prompts and n sampled tokens each; options as `stream`."""
+        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, n, **kwargs))], 1)
+
+    @classmethod
+    def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu"):
+        """The model saved in a checkpoint folder (config.json, model.safetensors). FileNotFoundError or ValueError name what is wrong with which file."""
+        config = checkpoint.read_config(folder, Config)
+        with torch.device("meta"):
+            model = cls(config, backend, attention, index_fp8)
+        checkpoint.read_weights(folder, model, device)
+        model.rope_frequencies = rope_frequencies(config)[0].to(device)
+        return model.eval()
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, atomically: the folder appears whole or not at all."""
+        checkpoint.write(folder, asdict(self.config), self)
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """logits (B,vocab) -> (B,) int64 sampled tokens; temperature 0 takes the most likely one."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:], float("-inf"))
+    if top_p is not None:
+        ranked, order = logits.sort(-1, descending=True)
+        p = ranked.softmax(-1)
+        logits = logits.masked_fill((p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
