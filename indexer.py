@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 E4M3_MAX = 448.0
+SLICE = 2**24  # elements of the largest tensor that the reference holds at once
 
 
 def visible(S, T, first, last, rows, device):
@@ -27,9 +28,9 @@ def visible(S, T, first, last, rows, device):
 
 
 def over_rows(function, S, elements_per_row):
-    """Concatenate function(rows) along dim 1 for slices of queries small enough that a slice's largest tensor stays near 2^24
-    elements; with gradients, each slice is recomputed in the backward instead of kept. Returns what function returns (a tuple)."""
-    step = max(1, min(S, 2**24 // max(1, elements_per_row)))
+    """Concatenate function(rows) along dim 1 for slices of queries small enough that a slice's largest tensor stays near
+    SLICE elements; with gradients, each slice is recomputed in the backward instead of kept. Returns what function returns (a tuple)."""
+    step = max(1, min(S, SLICE // max(1, elements_per_row)))
     run = lambda rows: checkpoint(function, rows, use_reentrant=False) if torch.is_grad_enabled() and step < S else function(rows)
     parts = [run(slice(i, min(i + step, S))) for i in range(0, S, step)]
     return tuple(torch.cat(p, 1) for p in zip(*parts))
@@ -160,10 +161,14 @@ class Indexer(nn.Module):
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
 
     def forward(self, h, q_latent, rope):
-        """h (B,S,hidden), q_latent (B,S,q_lora_rank or hidden), rope(x, interleaved) turns x (B,S,heads,rope_dim) -> q (B,S,HI,dI), k (B,S,dI), w (B,S,HI) float32"""
+        """h (B,S,hidden), q_latent (B,S,q_lora_rank or hidden), rope(x, interleaved) turns x (B,S,heads,rope_dim) -> q (B,S,HI,dI), k (B,S,dI), w (B,S,HI) float32.
+        Computed in the dtype of the indexer's weights, which may be float32 in a bf16 model."""
+        h, q_latent = h.to(self.wk.weight.dtype), q_latent.to(self.wk.weight.dtype)
         turn = lambda x: torch.cat((rope(x[..., :self.rope_dim], self.interleaved), x[..., self.rope_dim:]), -1)
         q = turn(self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)))
-        k = turn(self.k_norm(self.wk(h))[:, :, None])[:, :, 0]
+        k = self.wk(h)
+        k = F.layer_norm(k.float(), (self.dim,), self.k_norm.weight.float(), self.k_norm.bias.float(), self.k_norm.eps).to(k.dtype)
+        k = turn(k[:, :, None])[:, :, 0]
         with torch.autocast(h.device.type, enabled=False):  # w stays float32: rounding it to bf16 makes ties
             w = F.linear(h.float(), self.weights_proj.weight.float()) * (self.heads**-0.5 * self.dim**-0.5)
         return q, k, w

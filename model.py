@@ -2,12 +2,13 @@
 
 Read in this order: Config, Attention (the paper's section 2.1 in one forward), Transformer; then indexer.py and sparse_attn.py, whose functions
 Attention calls through one switch, `backend`: "torch" is the reference, "triton" the kernels that tests hold equal to it.
-Parameters and config keys carry the names of the published checkpoints.
+Parameters and config keys carry the names of the published checkpoints, of which four families run here: deepseek_v2, deepseek_v3 (dense
+attention; `index` of `from_pretrained` grafts indexers onto them), deepseek_v32 and glm_moe_dsa.
 """
 import functools
 import importlib.util
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -18,15 +19,16 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 import indexer
 import sparse_attn
+from moe import MLP, MoE
 
 
 @dataclass
 class Config:
     """Architecture; keys as in the published config.json. Sizes in units of elements. ValueError from `check` names the key and the fix."""
-    model_type: str = "deepseek_v32"
+    model_type: str = "deepseek_v32"  # the published family
     vocab_size: int = 257
     hidden_size: int = 128
-    intermediate_size: int = 384  # SwiGLU width
+    intermediate_size: int = 384  # SwiGLU width of dense layers
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     q_lora_rank: int = 96  # 0: queries come from the hidden state directly
@@ -38,6 +40,18 @@ class Config:
     index_head_dim: int = 32
     index_topk: int = 64  # k, tokens that a query attends to; 0: a dense model without indexer
     indexer_rope_interleave: bool = False  # GLM-5: True
+    indexer_types: list | None = None  # "full" or "shared" (the selection of the layer before) per layer, GLM-5.2; None: all full
+    n_routed_experts: int = 0  # 0: every layer is dense
+    num_experts_per_tok: int = 2
+    n_shared_experts: int = 1  # seen by every token
+    moe_intermediate_size: int = 128  # SwiGLU width of one expert
+    first_k_dense_replace: int = 1  # the layers before this one are dense
+    mlp_layer_types: list | None = None  # "dense" or "sparse" (experts) per layer; None: from first_k_dense_replace
+    topk_method: str = "noaux_tc"  # V3: sigmoid scores and a correction bias; V2: softmax scores, greedy or group_limited_greedy
+    n_group: int = 1  # a token's experts come from the best topk_group of n_group groups
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
     max_position_embeddings: int = 65536
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # YaRN: type, factor, original_max_position_embeddings, beta_fast, beta_slow, mscale, mscale_all_dim
@@ -45,6 +59,16 @@ class Config:
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    other: dict | None = None  # what a loaded config.json says beyond this (bos_token_id, ...), kept for saving
+
+    def has_experts(self, layer):
+        """Does this layer route to experts, instead of one dense MLP?"""
+        sparse = self.mlp_layer_types[layer] == "sparse" if self.mlp_layer_types else layer >= self.first_k_dense_replace
+        return self.n_routed_experts > 0 and sparse
+
+    def has_indexer(self, layer):
+        """Does this layer select tokens itself?"""
+        return self.index_topk > 0 and not (self.indexer_types and self.indexer_types[layer] == "shared")
 
     def check(self):
         """Raise ValueError, one line naming key, value and fix, if no model of this shape can be built. Returns self."""
@@ -59,6 +83,20 @@ class Config:
         if self.index_topk and (self.index_n_heads < 1 or self.index_head_dim < self.qk_rope_head_dim or self.index_head_dim & (self.index_head_dim - 1)):
             raise ValueError(f"index_n_heads={self.index_n_heads}, index_head_dim={self.index_head_dim}: the indexer needs at least one head, and a "
                              f"power of two (Hadamard) not below qk_rope_head_dim={self.qk_rope_head_dim}")
+        for key, kinds in (("indexer_types", ("full", "shared")), ("mlp_layer_types", ("dense", "sparse"))):
+            types = getattr(self, key)
+            if types and (len(types) != self.num_hidden_layers or not set(types) <= set(kinds) or types[0] == "shared"):
+                raise ValueError(f"{key}={types}: give one of {kinds} for each of {self.num_hidden_layers} layers; the first cannot be shared")
+        yarn = self.rope_scaling
+        if yarn and (yarn.get("rope_type", yarn.get("type")) != "yarn" or not yarn.get("factor") or not yarn.get("original_max_position_embeddings")):
+            raise ValueError(f"rope_scaling={yarn}: only type yarn, with factor and original_max_position_embeddings, is supported")
+        E, groups = self.n_routed_experts, self.n_group
+        if E and (E < 0 or groups < 1 or E % groups or not 1 <= self.topk_group <= groups or self.moe_intermediate_size < 1 or
+                  not 1 <= self.num_experts_per_tok <= E // groups * self.topk_group or (self.topk_method == "noaux_tc" and groups > 1 and E < 2 * groups)):
+            raise ValueError(f"n_routed_experts={E}, n_group={groups}, topk_group={self.topk_group}, num_experts_per_tok={self.num_experts_per_tok}, "
+                             f"moe_intermediate_size={self.moe_intermediate_size}: groups must be equal, and those chosen hold the experts of a token")
+        if self.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
+            raise ValueError(f"topk_method={self.topk_method}: choose noaux_tc, greedy or group_limited_greedy")
         return self
 
 
@@ -86,9 +124,9 @@ def rope_frequencies(config):
     if not yarn:
         return frequencies, 1.0
     original = yarn["original_max_position_embeddings"]
-    factor = yarn.get("factor") or config.max_position_embeddings / original
+    factor, (floor, ceil) = yarn["factor"], (math.floor, math.ceil) if yarn.get("truncate", True) else (float, float)
     turns = lambda rotations: dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
-    low, high = max(math.floor(turns(yarn.get("beta_fast", 32))), 0), min(math.ceil(turns(yarn.get("beta_slow", 1))), dim - 1)
+    low, high = max(floor(turns(yarn.get("beta_fast") or 32)), 0), min(ceil(turns(yarn.get("beta_slow") or 1)), dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
     mscale, all_dim = yarn.get("mscale"), yarn.get("mscale_all_dim")
     amplitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor, 1)
@@ -127,7 +165,7 @@ def operations(backend, device):
 class Attention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, section 2.1) with DeepSeek sparse attention on top (V3.2-Exp, section 2.1)."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         c, self.config, self.heads = config, config, config.num_attention_heads
         self.nope, self.rope, self.value, self.rank = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
@@ -142,7 +180,7 @@ class Attention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.rank)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, c.hidden_size, bias=c.attention_bias)
-        self.indexer = indexer.Indexer(c) if c.index_topk else None
+        self.indexer = indexer.Indexer(c) if c.has_indexer(layer) else None
         # the scale of the MHA mode, also in MQA mode; YaRN's temperature enters twice, once for q and once for k
         self.scale = (self.nope + self.rope) ** -0.5
         if c.rope_scaling and c.rope_scaling.get("mscale_all_dim"):
@@ -162,9 +200,11 @@ class Attention(nn.Module):
         k_rope = latents[:, :, None, self.rank:].expand(-1, -1, self.heads, -1)
         return torch.cat((k_nope, k_rope.to(k_nope.dtype)), -1), v
 
-    def forward(self, h, rope, run, cache=None):
-        """h (B,S,hidden), rope(x, interleaved), run: see Transformer.forward -> out (B,S,hidden), (kl, kl_uniform, recall) if run.index_loss else ()."""
+    def forward(self, h, rope, run, indices=None, cache=None):
+        """h (B,S,hidden), rope(x, interleaved), run: see Transformer.forward; indices (B,S,k): the selection of the layer before, used if there is
+        no indexer here -> out (B,S,hidden), the selection used (None if dense), (kl, kl_uniform, recall) if run.index_loss and there is one, else ()."""
         ops, topk, (B, S, _) = run.ops, self.config.index_topk, h.shape
+        index_loss = run.index_loss and self.indexer is not None
         q_latent = self.q_a_layernorm(self.q_a_proj(h)) if self.config.q_lora_rank else h
         q = (self.q_b_proj(q_latent) if self.config.q_lora_rank else self.q_proj(h)).unflatten(-1, (self.heads, -1))
         q = torch.cat((q[..., :self.nope], rope(q[..., self.nope:], True)), -1)
@@ -173,7 +213,8 @@ class Attention(nn.Module):
 
         # The indexer's inputs are detached: its loss reaches no main parameter. Its keys enter the cache even while nothing is selected.
         if self.indexer and (run.sparse or run.index_loss or cache is not None):
-            index = self.indexer(h.detach(), q_latent.detach(), rope)
+            *vectors, w = self.indexer(h.detach(), q_latent.detach(), rope)
+            index = *(x.to(latents.dtype) for x in vectors), w  # one dtype for the kernels, also where a float32 indexer sits in a bf16 model
             q_index, k_index, w = (x.detach() for x in index)
             k_scale = None
             if run.index_fp8:
@@ -192,18 +233,19 @@ class Attention(nn.Module):
         mqa = sparse or (cache is not None and S <= 16)
         q = self.absorb(q) if mqa else q
         if sparse:
-            indices = ops.select(q_index, k_index, w, topk, k_scale, run.first, run.last)
+            if self.indexer:
+                indices = ops.select(q_index, k_index, w, topk, k_scale, run.first, run.last)
             out, lse = ops.sparse_attention(q, latents, indices, self.scale, self.rank)
-            if run.index_loss:
+            if index_loss:
                 losses = ops.indexer_loss_sparse(q.detach(), latents.detach(), lse, indices, self.scale, *index)
         else:
             if latents.dtype == torch.uint8:
                 latents = sparse_attn.unpack_latents(latents, self.rank, h.dtype)
             k, v = (latents[:, :, None], latents[:, :, None, :self.rank]) if mqa else self.expand(latents)
             out, lse = ops.dense_attention(q, k, v, self.scale, run.first, run.last)
-            if run.index_loss:
+            if index_loss:
                 losses = ops.indexer_loss_dense(q.detach(), k.detach(), lse, self.scale, *index, run.first, run.last)
-        if run.index_loss:
+        if index_loss:
             rows = torch.linspace(0, S - 1, min(S, 64), device=h.device).long()  # recall of a sample of queries: linear cost
             first, last = (torch.zeros_like(rows).expand(B, -1) if run.first is None else run.first[:, rows]).int(), rows.expand(B, -1).int()
             chosen = ops.select(q_index[:, rows], k_index, w[:, rows], topk, k_scale, first, last)
@@ -211,36 +253,23 @@ class Attention(nn.Module):
             losses = *losses, sparse_attn.selected_mass(q_rows, latents, chosen, self.scale, first, last)
         if mqa:
             out = torch.einsum("bshr,hvr->bshv", out, self.kv_b(out.dtype)[1])
-        return self.o_proj(out.flatten(2)), tuple(x.mean() for x in losses)
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, hidden_size, intermediate_size):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.o_proj(out.flatten(2)), indices, tuple(x.mean() for x in losses)
 
 
 class Block(nn.Module):
     """Pre-norm residual block. Losses are returned, not stored: recomputation in the backward must see them as outputs."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = MoE(config) if config.has_experts(layer) else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, h, rope, run, cache=None):
-        out, losses = self.self_attn(self.input_layernorm(h), rope, run, cache)
+    def forward(self, h, rope, run, indices=None, cache=None):
+        out, indices, losses = self.self_attn(self.input_layernorm(h), rope, run, indices, cache)
         h = h + out
-        return h + self.mlp(self.post_attention_layernorm(h)), losses
+        return h + self.mlp(self.post_attention_layernorm(h)), indices, losses
 
 
 class Transformer(nn.Module):
@@ -258,14 +287,14 @@ class Transformer(nn.Module):
         self.recompute = False  # activation checkpointing: keep only the blocks' inputs
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-            layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            layers=nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # residual projections smaller by the number of residual additions, as in GPT-2
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            if p.dim() > 1:  # residual projections smaller by the number of residual additions, as in GPT-2
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
                 nn.init.normal_(p, std=config.initializer_range / ((2 * config.num_hidden_layers) ** 0.5 if into_residual else 1))
         frequencies, self.rope_amplitude = rope_frequencies(config)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
@@ -274,11 +303,12 @@ class Transformer(nn.Module):
         """The parameters that learn from the KL loss alone; all others learn from the language-model loss alone."""
         return [p for name, p in self.named_parameters() if ".indexer." in name]
 
-    def forward(self, idx, targets=None, first=None, index_loss=False, caches=None, position=None, last=None):
+    def forward(self, idx, targets=None, first=None, index_loss=False, caches=None, position=None, last=None, return_logits=True):
         """idx (B,S) int64, targets (B,S) int64 or None, first (B,S) int32 or None: first visible position (packed documents).
 
         -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token) if targets are given, and with index_loss "kl",
-        "kl_uniform" (nats, mean over tokens and layers) and "recall" (share of dense attention mass selected, 0..1).
+        "kl_uniform" (nats, mean over tokens and over layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
+        return_logits=False gives None for them and takes "lm" in slices of tokens: 32K tokens of a 160K vocabulary are 21 GB of float32 logits.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached. With `last` (B,S) given, lengths are read
         on the device (CUDA graphs). ValueError: sequence longer than max_position_embeddings."""
         S = idx.shape[1]
@@ -290,17 +320,20 @@ class Transformer(nn.Module):
         rope = functools.partial(apply_rope, cos=angles.cos() * self.rope_amplitude, sin=angles.sin() * self.rope_amplitude)
         run = SimpleNamespace(ops=operations(self.backend, idx.device), sparse=self.attention == "sparse", index_fp8=self.index_fp8,
                               index_loss=index_loss, first=first, last=last, position=position, length=length)
-        h, index_losses = self.model.embed_tokens(idx), []
+        h, indices, index_losses = self.model.embed_tokens(idx), None, []
         for i, block in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
-                h, layer_losses = recompute(block, h, rope, run, use_reentrant=False)
+                h, indices, layer_losses = recompute(block, h, rope, run, indices, use_reentrant=False)
             else:
-                h, layer_losses = block(h, rope, run, caches[i] if caches else None)
+                h, indices, layer_losses = block(h, rope, run, indices, caches[i] if caches else None)
             index_losses.append(layer_losses)
-        losses = {k: torch.stack(v).mean() for k, v in zip(("kl", "kl_uniform", "recall"), zip(*index_losses))}
-        logits = self.lm_head(self.model.norm(h))
+        losses = {k: torch.stack(v).mean() for k, v in zip(("kl", "kl_uniform", "recall"), zip(*filter(None, index_losses)))}
+        h = self.model.norm(h)
+        logits = self.lm_head(h) if return_logits else None
         if targets is not None:
-            losses["lm"] = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            nats = lambda logits, y: F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+            slices = lambda rows: (nats(self.lm_head(h[:, rows]), targets[:, rows]),)
+            losses["lm"] = (nats(logits, targets) if return_logits else indexer.over_rows(slices, S, idx.shape[0] * self.config.vocab_size)[0]).mean()
         return logits, losses
 
     @torch.inference_mode()
@@ -310,7 +343,8 @@ class Transformer(nn.Module):
         (B, T), config, device = idx.shape, self.config, idx.device
         if T < 1 or T + n > config.max_position_embeddings:
             raise ValueError(f"prompt of {T} tokens + {n} new ones: must be between 1 and max_position_embeddings={config.max_position_embeddings}; shorten either")
-        caches = [sparse_attn.Cache(config, B, T + n, device, self.lm_head.weight.dtype, fp8_cache, self.index_fp8) for _ in self.model.layers]
+        caches = [sparse_attn.Cache(config, B, T + n, device, self.lm_head.weight.dtype, fp8_cache, self.index_fp8, config.has_indexer(layer))
+                  for layer in range(config.num_hidden_layers)]
         self.cache_bytes_per_token = sum(c.bytes_per_token for c in caches)
         for position in torch.arange(T, device=device).split(chunk):
             logits = self(idx[:, position], caches=caches, position=position)[0]
@@ -325,18 +359,23 @@ class Transformer(nn.Module):
         return torch.cat([idx, *(token[:, None] for token in self.stream(idx, n, **kwargs))], 1)
 
     @classmethod
-    def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu"):
-        """The model saved in a checkpoint folder (config.json, model.safetensors). FileNotFoundError or ValueError name what is wrong with which file."""
+    def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu", dtype=None, index=None):
+        """The model of a checkpoint folder, ours or a published one (see checkpoint.py), in eval mode.
+
+        dtype: None keeps the stored ones. index: a dict of index_n_heads, index_head_dim and index_topk grafts new float32 indexers onto a
+        checkpoint without any; attention is then "dense" unless given. FileNotFoundError or ValueError name what is wrong with which file."""
         config = checkpoint.read_config(folder, Config)
+        if index and config.index_topk:
+            raise ValueError(f"{folder}: has an indexer already (index_topk={config.index_topk}), a second one cannot be grafted; leave the index options out")
         with torch.device("meta"):
-            model = cls(config, backend, attention, index_fp8)
-        checkpoint.read_weights(folder, model, device)
+            model = cls(replace(config, **(index or {})), backend, attention or ("dense" if index else None), index_fp8)
+        checkpoint.read_weights(folder, model, device, dtype, new_indexers=bool(index))
         model.rope_frequencies = rope_frequencies(config)[0].to(device)
         return model.eval()
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, atomically: the folder appears whole or not at all."""
-        checkpoint.write(folder, asdict(self.config), self)
+    def save_pretrained(self, folder, tokenizer=None):
+        """Write a checkpoint folder that `from_pretrained` and other programs open; it appears whole or not at all. tokenizer: see checkpoint.save_tokenizer."""
+        checkpoint.write(folder, self, tokenizer)
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

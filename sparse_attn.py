@@ -85,15 +85,16 @@ class Cache:
     """What one layer remembers of the past: latents and indexer keys, written also while selection is still idle (T <= k or dense mode).
 
     Preallocated for `capacity` tokens so that decoding never reallocates. fp8: latents packed by `pack_latents`. index_fp8: indexer keys as
-    e4m3 values and one scale (132 bytes per token at 128) instead of dtype. `bytes_per_token` counts both."""
+    e4m3 values and one scale (132 bytes per token at 128) instead of dtype. indexed: False for a layer without an indexer of its own.
+    `bytes_per_token` counts everything."""
 
-    def __init__(self, config, batch, capacity, device, dtype, fp8=False, index_fp8=False):
+    def __init__(self, config, batch, capacity, device, dtype, fp8=False, index_fp8=False, indexed=True):
         self.capacity = capacity
         entry = config.kv_lora_rank + config.qk_rope_head_dim
         width = pack_latents(torch.zeros(entry), config.kv_lora_rank).numel() if fp8 else entry
         self.latents = torch.zeros(batch, capacity, width, device=device, dtype=torch.uint8 if fp8 else dtype)
         self.value_dim, self.fp8, self.index_keys, self.index_scales = config.kv_lora_rank, fp8, None, None
-        if config.index_topk:
+        if indexed and config.index_topk:
             self.index_keys = torch.zeros(batch, capacity, config.index_head_dim, device=device, dtype=torch.float8_e4m3fn if index_fp8 else dtype)
             self.index_scales = torch.zeros(batch, capacity, device=device) if index_fp8 else None
 

@@ -1,0 +1,217 @@
+"""The scripts as a user runs them: all stages, interruption and resume, sampling, and bad input (one line, exit 2, nothing half-written)."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SIZES = ("--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2 --q_lora_rank=16 --kv_lora_rank=16 --qk_nope_head_dim=8 "
+         "--qk_rope_head_dim=8 --v_head_dim=8 --index_n_heads=2 --index_head_dim=16 --index_topk=8").split()
+SHORT = "--dense_steps=6 --warmup_steps=5 --sparse_steps=5 --block_size=32 --batch_size=2 --eval_interval=4 --eval_steps=1 --save_interval=2 --ramp_steps=2".split()
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a text file, data cache apart from the user's, and the environment for subprocesses."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "text.txt").write_text("".join(f"line {i}: the square of {i % 97} is {(i % 97) ** 2}\n" for i in range(2000)))
+    return folder
+
+
+def start(place, script, *args, **kwargs):
+    env = os.environ | dict(DSA_DATA_DIR=str(place / "cache"), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", HTTPS_PROXY="http://127.0.0.1:9")
+    return subprocess.Popen([sys.executable, str(HERE / script), *map(str, args)], cwd=place, env=env, text=True, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def call(place, script, *args, stdin=""):
+    process = start(place, script, *args)
+    out, err = process.communicate(stdin, timeout=300)
+    return process.returncode, out, err
+
+
+def train(place, out_dir, *args):
+    return call(place, "train.py", "--data=text.txt", f"--out_dir={out_dir}", *SIZES, *SHORT, *args)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [(r["stage"], r["step"], r["loss"], r.get("kl"), r.get("val_loss")) for r in metrics(folder)]
+
+
+@pytest.fixture(scope="session")
+def run(place):
+    code, out, err = train(place, "out")
+    assert code == 0, err
+    return place / "out", out, err
+
+
+def test_all_stages(run):
+    folder, out, err = run
+    records = metrics(folder)
+    assert [(r["stage"], r["step"]) for r in records] == [("dense", i) for i in range(6)] + [("warmup", i) for i in range(5)] + [("sparse", i) for i in range(5)]
+    for r in records:
+        assert {"loss", "lr", "tokens_per_second", "mfu", "memory_gb", "grad_norm"} <= r.keys() and ("kl" in r) == (r["stage"] != "dense")
+        assert "kl" not in r or 0 <= r["recall"] <= 1.001 and r["kl_uniform"] > 0
+        assert (r["grad_norm"] == 0) == (r["stage"] == "warmup") and (r["index_grad_norm"] == 0) == (r["stage"] == "dense")
+    assert records[5]["loss"] < records[0]["loss"]
+    stored = json.loads((folder / "run.json").read_text())
+    assert stored["options"]["block_size"] == 32 and stored["options"]["index_topk"] == 8 and {"commit", "torch", "device", "command"} <= stored.keys()
+    assert len(json.loads((folder / "summary.json").read_text())) == 5
+    assert (folder / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in folder.iterdir()) == ["dense", "metrics.jsonl", "plot.png", "run.json", "sparse", "summary.json", "warmup"]
+    assert "sample after" in out and "validation" in out
+
+
+def test_warmup_changes_indexers_only_and_dense_changes_none(run):
+    """(T14, T22) frozen means bit-equal: no gradient, no weight decay."""
+    from safetensors.torch import load_file
+    dense, warm, sparse = (load_file(run[0] / s / "model.safetensors") for s in ("dense", "warmup", "sparse"))
+    for name in dense:
+        assert (dense[name] != warm[name]).any() == (".indexer." in name), name
+        assert (warm[name] != sparse[name]).any(), name
+
+
+@pytest.mark.parametrize("how,when", [(signal.SIGINT, "dense"), (signal.SIGTERM, "warmup"), (signal.SIGKILL, "sparse"), (signal.SIGKILL, "dense")])
+def test_interrupted_and_resumed_is_the_uninterrupted_run(place, run, how, when):
+    name = f"cut-{how.name}-{when}"
+    process = start(place, "train.py", "--data=text.txt", f"--out_dir={name}", *SIZES, *SHORT)
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if (place / name / "metrics.jsonl").exists() and sum(r["stage"] == when for r in metrics_so_far(place / name)) >= 3:
+            process.send_signal(how)
+            break
+        time.sleep(0.005)
+    _, err = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.fail("the run was over before the signal came")
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how], err
+    code, _, err = call(place, "train.py", "--resume", f"--out_dir={name}")
+    assert code == 0, err
+    assert losses(place / name) == losses(run[0])
+    assert not list((place / name).glob("state-*"))
+
+
+def metrics_so_far(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+def test_stage_by_stage_is_all_at_once(place, run):
+    for stage in ("dense", "warmup", "sparse"):
+        code, _, err = train(place, "single", f"--stage={stage}")
+        assert code == 0, err
+    assert [x[:4] for x in losses(place / "single")] == [x[:4] for x in losses(run[0])]
+
+
+def test_options_from_a_file(place):
+    (place / "options.cfg").write_text("# a comment\nstage = dense\ndense_steps = 3  # few\ngradient_accumulation_steps = 2\nrecompute = true\n")
+    code, out, err = train(place, "from-file", "--config=options.cfg", "--dense_steps=2")
+    assert code == 0, err
+    assert "--dense_steps=2" in out and "--gradient_accumulation_steps=2" in out and len(metrics(place / "from-file")) == 2
+
+
+def test_not_finite(place):
+    code, _, err = train(place, "boom", "--dense_lr=1e30", "--grad_clip=1e30", "--ramp_steps=0", "--save_interval=1", "--dense_steps=20")
+    assert code == 1
+    assert re.search(r"dense step \d+, batch \d+: not finite.*last good checkpoint: .*state-0-", err)
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_sample(place, run, attention):
+    (place / "prompt.txt").write_text("line 12: the square of 12 is 144\n" * 3)
+    ask = lambda *args, stdin="": call(place, "sample.py", f"--checkpoint={run[0]}/sparse", "--num_tokens=20", f"--attention={attention}", *args, stdin=stdin)
+    code, out, err = ask("--prompt_file=prompt.txt", "--temperature=0", "--chunk=17")
+    assert code == 0, err
+    assert out.startswith("line 12: the square") and re.search(rf"{attention} attention, top-k 8: prompt 99 tokens in .* tokens/s; cache \d+ bytes per token", err)
+    assert ask("-", "--temperature=0", stdin=(place / "prompt.txt").read_text())[1] == out
+    code, out, err = ask("--count=2", "--top_k=5", "--top_p=0.9", "--cache=fp8", "--seed=3")
+    assert code == 0 and out.count("-" * 20) == 2, err
+
+
+BAD = [
+    ("train.py", "--bach_size=3", "unknown option --bach_size=3; did you mean --batch_size"),
+    ("train.py", "--index_topk=0", "--index_topk=0: a query selects at least 1 token"),
+    ("train.py", "--index_topk=-3", "index_topk=-3"),
+    ("train.py", "--index_topk=32", "--block_size=32: not longer than index_topk=32"),
+    ("train.py", "--block_size=0", "--block_size=0: must be at least 1"),
+    ("train.py", "--max_position_embeddings=16", "--block_size=32: longer than the model's max_position_embeddings=16"),
+    ("train.py", "--batch_size=two", "invalid int value: 'two'"),
+    ("train.py", "--stage=wram", "invalid choice: 'wram'"),
+    ("train.py", "--qk_rope_head_dim=7", "qk_rope_head_dim=7"),
+    ("train.py", "--data=nowhere.txt", "--data=nowhere.txt: no such file or folder"),
+    ("train.py", "--data=empty.txt", "--data=empty.txt"),
+    ("train.py", "--data=binary.bin", "--data=binary.bin"),
+    ("train.py", "--data=short.txt", "fewer than one window"),
+    ("train.py", "--data=shakespeare", "cannot download"),
+    ("train.py", "--data=web:0", "web:N"),
+    ("train.py", "--tokenizer=gpt2", "--tokenizer=bytes, which needs no download"),
+    ("train.py", "--tokenizer=nobody", "unknown tokenizer"),
+    ("train.py", "--device=cuda", "--device=cuda: not available"),
+    ("train.py", "--device=tpu", "--device=tpu: not available"),
+    ("train.py", "--backend=triton", "--backend=triton needs a CUDA GPU"),
+    ("train.py", "--config=none.cfg", "--config=none.cfg: no such file"),
+    ("train.py", "--config=bad.cfg", "line 2: expected `name = value`"),
+    ("train.py", "--resume", "there is no run to continue"),
+    ("train.py", "--stage=sparse", "run the stage before"),
+    ("train.py", "--init_from=nowhere", "nowhere does not exist"),
+    ("train.py", "--init_from=truncated", "truncated"),
+    ("train.py", "--init_from=other-shape", "belong to different models"),
+    ("train.py", "--out_dir=out", "--resume"),
+    ("sample.py", "--checkpoint=nowhere", "nowhere"),
+    ("sample.py", "--checkpoint=foreign", "model_type=gpt2"),
+    ("sample.py", "--checkpoint=nojson", "JSON"),
+    ("sample.py", "--checkpoint=truncated", "truncated"),
+    ("sample.py", "--checkpoint=out/sparse --prompt_file=none.txt", "--prompt_file=none.txt: no such file"),
+    ("sample.py", "--checkpoint=out/sparse --temperature=-1", "--temperature=-1.0: must be at least 0"),
+    ("sample.py", "--checkpoint=out/sparse --top_p=2", "--top_p=2.0"),
+    ("sample.py", "--checkpoint=out/sparse --num_tokens=100000", "max_position_embeddings"),
+    ("sample.py", "--checkpoint=out/sparse --prompt=a -", "not several"),
+    ("sample.py", "--checkpoint=out/sparse --device=cuda", "--device=cuda: not available"),
+    ("sample.py", "--checkpoint=out/sparse --sead=1", "did you mean --seed"),
+]
+
+
+@pytest.fixture(scope="session")
+def bad_files(place, run):
+    (place / "empty.txt").write_text("")
+    (place / "binary.bin").write_bytes(bytes(range(256)) * 100)
+    (place / "short.txt").write_text("too short")
+    (place / "bad.cfg").write_text("stage = dense\nwhat is this\n")
+    for name in ("foreign", "nojson", "truncated", "other-shape"):
+        (place / name).mkdir()
+        for file in (run[0] / "sparse").iterdir():
+            (place / name / file.name).write_bytes(file.read_bytes())
+    (place / "foreign" / "config.json").write_text('{"model_type": "gpt2"}')
+    (place / "nojson" / "config.json").write_text("{")
+    weights = place / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    config = place / "other-shape" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 40'))
+
+
+@pytest.mark.parametrize("script,options,message", BAD, ids=[f"{s[:-3]} {o}" for s, o, _ in BAD])
+def test_bad_input(place, bad_files, script, options, message):
+    before = {p: p.stat().st_mtime_ns for p in place.rglob("*") if "cache" not in p.parts}
+    options = options.split()
+    sizes = [] if any("init_from" in o for o in options) else SIZES
+    if script == "train.py":
+        options = ["--data=text.txt", "--out_dir=bad", *sizes, *SHORT, *options]
+    code, out, err = call(place, script, *options)
+    assert code == 2, (out, err)
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err, err
+    assert {p: p.stat().st_mtime_ns for p in place.rglob("*") if "cache" not in p.parts} == before
+
+
+def test_help(place):
+    code, out, _ = call(place, "train.py", "--help")
+    assert code == 0 and all(f"--{name}" in out for name in ("stage", "init_from", "index_topk", "sparse_lr", "config"))
+    assert call(place, "sample.py", "--help")[0] == 0
