@@ -22,7 +22,7 @@ CLASSES = dict(deepseek_v2="DeepseekV2ForCausalLM", deepseek_v3="DeepseekV3ForCa
                glm_moe_dsa="GlmMoeDsaForCausalLM")  # model_type -> class in transformers
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank",
             "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings", "rms_norm_eps")
-REQUIRED_WITH_EXPERTS = ("num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "routed_scaling_factor")
+REQUIRED_WITH_EXPERTS = ("num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "routed_scaling_factor", "first_k_dense_replace")
 REQUIRED_WITH_INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
 ROPE_KEYS = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
              "attention_factor", "truncate"}
@@ -64,15 +64,21 @@ def read_config(folder, Config):
         raise ValueError(f"{path}: model_type={family} is not supported; these are: {', '.join(CLASSES)}")
 
     def refuse(key, value, supported):
-        raise ValueError(f"{path}: {key}={value} is not supported, only {supported}")
+        raise ValueError(f"{path}: {key}={value!r} is not supported, only {supported}")
 
     def require(keys, why):
         for key in keys:
-            if key not in values:
+            if values.get(key) is None:
                 raise ValueError(f"{path}: {key} is missing; {why}")
 
+    known = {f.name: f.type for f in fields(Config) if f.name != "other"}
+    for key, kind in (known | dict(rope_parameters=dict, quantization_config=dict)).items():
+        value, kinds = values.get(key), (int, float) if kind is float else kind
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool)):
+            refuse(key, value, getattr(kind, "__name__", kind))
+    absent = {key: 0 for key in ("q_lora_rank", "n_shared_experts", "n_routed_experts") if key in values and values[key] is None}
+    values = {k: v for k, v in values.items() if v is not None} | absent
     require(REQUIRED, "a published config.json states it")
-    values = {k: v for k, v in values.items() if v is not None} | dict(q_lora_rank=values["q_lora_rank"] or 0)
     v2 = family == "deepseek_v2"
     scoring = "softmax" if v2 else "sigmoid"
     methods = ("greedy", "group_limited_greedy") if v2 else ("noaux_tc",)
@@ -97,33 +103,25 @@ def read_config(folder, Config):
             rope["factor"] = values["max_position_embeddings"] / rope["original_max_position_embeddings"]
         values["rope_scaling"] = rope
 
-    layers = values["num_hidden_layers"]
     if family in ("deepseek_v2", "deepseek_v3"):
         values.pop("mlp_layer_types", None)
     elif "first_k_dense_replace" not in values and "mlp_layer_types" in values:
         values["first_k_dense_replace"] = (*values["mlp_layer_types"], "sparse").index("sparse")
-    values.setdefault("n_routed_experts", 0)
+    values = dict(n_routed_experts=0, topk_method=methods[0], norm_topk_prob=not v2) | values
     if values["n_routed_experts"]:
-        require((*REQUIRED_WITH_EXPERTS, "first_k_dense_replace"), "a model with n_routed_experts needs it")
-    values["topk_method"] = values.get("topk_method", methods[0])
-    values["norm_topk_prob"] = values.get("norm_topk_prob", not v2)
+        groups = ("n_group", "topk_group") if values["topk_method"] != "greedy" else ()
+        require(REQUIRED_WITH_EXPERTS + groups, "a model with n_routed_experts needs it")
     if v2 and values["norm_topk_prob"]:  # the published code then skips routed_scaling_factor, transformers does not normalise
         refuse("norm_topk_prob", True, "false in deepseek_v2")
 
     if family in ("deepseek_v32", "glm_moe_dsa") or values.get("index_topk"):
         require(REQUIRED_WITH_INDEXER, f"{family} has an indexer")
-    values.setdefault("index_topk", 0)
-    values.setdefault("indexer_rope_interleave", family == "glm_moe_dsa")
+    values = dict(index_topk=0, indexer_rope_interleave=family == "glm_moe_dsa") | values
     if family == "glm_moe_dsa" and "indexer_types" not in values:
         pattern = values.get("index_topk_pattern")
         frequency, offset = max(values.get("index_topk_freq", 1), 1), values.get("index_skip_topk_offset", 2)
         values["indexer_types"] = [{"F": "full", "S": "shared"}.get(x, x) for x in pattern] if pattern else \
-            ["shared" if max(i - offset + 1, 0) % frequency else "full" for i in range(layers)]
-    known = {f.name: f.type for f in fields(Config) if f.name != "other"}
-    for key, kind in known.items():
-        kinds = (int, float) if kind is float else kind
-        if key in values and (not isinstance(values[key], kinds) or (isinstance(values[key], bool) and kind is not bool)):
-            raise ValueError(f"{path}: {key}={values[key]!r}: should be {kind}")
+            ["shared" if max(i - offset + 1, 0) % frequency else "full" for i in range(values["num_hidden_layers"])]
     config = Config(**{k: v for k, v in values.items() if k in known}, other={k: v for k, v in values.items() if k not in {*known, *REWRITTEN}})
     try:
         return config.check()

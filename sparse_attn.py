@@ -13,11 +13,9 @@ from indexer import over_rows, quantise, visible
 
 
 def _softmax(logits, seen):
-    """Softmax over the last dimension where seen -> p, lse; a row that sees nothing gives p = 0 and lse = -inf, with finite gradients."""
+    """Softmax over the last dimension where seen -> p, lse. A row that sees nothing gives p = 0, lse = -inf and gradient 0: the fills stop its NaN."""
     logits = logits.masked_fill(~seen, float("-inf"))
-    lse = logits.detach().logsumexp(-1, keepdim=True)
-    p = torch.softmax(logits.masked_fill(lse == float("-inf"), 0), -1).masked_fill(~seen, 0)
-    return p, lse.squeeze(-1)
+    return torch.softmax(logits, -1).masked_fill(~seen, 0), logits.detach().logsumexp(-1)
 
 
 def dense_attention(q, k, v, scale, first=None, last=None):

@@ -29,17 +29,18 @@ GROUPS = dict(n_group=4, topk_group=2)
 
 
 def yarn(**kwargs):
-    return dict(rope_scaling=dict(type="yarn", factor=8.0, original_max_position_embeddings=32, beta_fast=32, beta_slow=1, **kwargs))
+    """A base, betas and lengths with which the ramp between the frequencies has inner points."""
+    return dict(rope_theta=50.0, rope_scaling=dict(type="yarn", factor=8.0, original_max_position_embeddings=32, **(dict(beta_fast=2, beta_slow=0.25) | kwargs)))
 
 
 CASES = {
     "deepseek_v2": {
         "lite": dict(q_lora_rank=None), "lite_yarn": dict(q_lora_rank=None, **yarn(mscale=0.707, mscale_all_dim=0.707)),
-        "latent_groups": dict(topk_method="group_limited_greedy", n_group=4, topk_group=3), "yarn_plain": yarn(),
+        "latent_groups": dict(topk_method="group_limited_greedy", **GROUPS), "yarn_plain": yarn(beta_fast=None, beta_slow=None),
         "tied_bias": dict(tie_word_embeddings=True, attention_bias=True, n_shared_experts=1)},
     "deepseek_v3": {
         "groups": GROUPS, "moonlight": dict(q_lora_rank=None), "yarn": dict(**yarn(mscale=1.0, mscale_all_dim=1.0), **GROUPS),
-        "yarn_amplitude": yarn(mscale=1.0, mscale_all_dim=0.5), "not_normalised": dict(norm_topk_prob=False, rope_theta=50000.0),
+        "yarn_amplitude": yarn(mscale=1.0, mscale_all_dim=0.5, truncate=False), "not_normalised": dict(norm_topk_prob=False, rope_theta=50000.0),
         "tied_bias": dict(tie_word_embeddings=True, attention_bias=True), "dense": dict(first_k_dense_replace=3)},
     "deepseek_v32": {
         "plain": dict(first_k_dense_replace=3, **INDEX), "groups": dict(**GROUPS, **INDEX), "yarn": dict(**yarn(mscale=1.0, mscale_all_dim=1.0), **INDEX),
@@ -139,13 +140,33 @@ def test_hub_and_v5_forms_of_config(tmp_path):
     reference.save_pretrained(tmp_path)
     assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())
     want = logits(reference, tokens())
-    edit(tmp_path, rope_parameters=None, rope_theta=10000, rope_scaling=yarn(mscale=1.0, mscale_all_dim=1.0)["rope_scaling"], scoring_func="sigmoid",
+    edit(tmp_path, rope_parameters=None, **yarn(mscale=1.0, mscale_all_dim=1.0), scoring_func="sigmoid",
          topk_method="noaux_tc", moe_layer_freq=1, auto_map={"AutoConfig": "x.Y"}, num_nextn_predict_layers=1)
     model = Transformer.from_pretrained(tmp_path)
     assert difference(logits(model, tokens()), want) < ROUNDING
     model.save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
     assert saved["rope_scaling"]["factor"] == 8.0 and saved["num_nextn_predict_layers"] == 0 and saved["use_cache"] and "auto_map" not in saved
+
+
+def test_published_sizes(tmp_path):
+    """The published configs give the published numbers of parameters (correction bias counted), and GLM-5.2 has 21 indexers in 78 layers."""
+    lite = dict(model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, intermediate_size=10944, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None,
+                kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=1, n_routed_experts=64, n_shared_experts=2,
+                num_experts_per_tok=6, moe_intermediate_size=1408, n_group=1, topk_group=1, topk_method="greedy", norm_topk_prob=False, routed_scaling_factor=1.0,
+                rms_norm_eps=1e-6, max_position_embeddings=163840, rope_theta=10000, rope_scaling=dict(
+                    beta_fast=32, beta_slow=1, factor=40, mscale=0.707, mscale_all_dim=0.707, original_max_position_embeddings=4096, type="yarn"))
+    v3 = lite | dict(model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536,
+                     first_k_dense_replace=3, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048, n_group=8, topk_group=4,
+                     topk_method="noaux_tc", norm_topk_prob=True, num_nextn_predict_layers=1)
+    glm = v3 | dict(model_type="glm_moe_dsa", vocab_size=154880, hidden_size=6144, intermediate_size=12288, num_hidden_layers=78, num_attention_heads=64, q_lora_rank=2048,
+                    qk_nope_head_dim=192, v_head_dim=256, n_group=1, topk_group=1, index_n_heads=32, index_head_dim=128, index_topk=2048, index_topk_freq=4,
+                    index_skip_topk_offset=3, rope_theta=None, rope_scaling=None, rope_parameters=dict(rope_theta=8000000, rope_type="default"))
+    for config, size, indexers in ((lite, 15_706_484_224, 0), (v3, 671_026_419_200, 0), (glm, None, 21)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with torch.device("meta"):
+            model = Transformer(checkpoint.read_config(tmp_path, Config))
+        assert size in (None, sum(x.numel() for x in model.state_dict().values())) and len(model.indexer_parameters()) == 5 * indexers
 
 
 def test_shards_and_layers_beyond(tmp_path, monkeypatch):
@@ -293,20 +314,23 @@ def test_experts(tmp_path):
 
 
 BAD = {
-    "family": (dict(model_type="llama"), "model_type=llama is not supported"),
+    "family": (dict(model_type="llama"), "model_type=llama is not"),
     "missing_key": (dict(kv_lora_rank=None), "kv_lora_rank is missing"),
     "missing_expert_key": (dict(num_experts_per_tok=None), "num_experts_per_tok is missing"),
     "rope_type": (dict(rope_parameters=None, rope_scaling=dict(type="longrope", factor=4)), "rope_scaling.*longrope"),
     "rope_key": (dict(rope_parameters=None, rope_scaling=dict(type="yarn", factor=4, secret=1)), "secret"),
-    "activation": (dict(hidden_act="gelu"), "hidden_act=gelu is not supported"),
-    "scoring": (dict(scoring_func="softmax"), "scoring_func=softmax is not supported"),
+    "activation": (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
+    "scoring": (dict(scoring_func="softmax"), "scoring_func='softmax' is not supported"),
     "rope_pairs": (dict(rope_interleave=False), "rope_interleave=False is not supported"),
-    "quantisation": (dict(quantization_config=dict(quant_method="awq")), "quant_method=awq is not supported"),
+    "quantisation": (dict(quantization_config=dict(quant_method="awq")), "quant_method='awq' is not supported"),
     "groups": (dict(n_group=3), "n_group=3"),
     "shape": (dict(kv_lora_rank=25), "is of shape .* config.json asks for"),
     "more_layers": (dict(num_hidden_layers=4), "tensor model.layers.3.* is missing"),
     "bias": (dict(attention_bias=False), "bias has no place"),
-    "type": (dict(hidden_size="48"), "hidden_size"),
+    "type": (dict(hidden_size="48"), "hidden_size='48' is not supported, only int"),
+    "boolean": (dict(v_head_dim=True), "v_head_dim=True is not supported, only int"),
+    "no_groups": (dict(n_group=None), "n_group is missing"),
+    "rope_shape": (dict(rope_parameters=[1]), "rope_parameters"),
 }
 
 
