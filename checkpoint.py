@@ -80,10 +80,8 @@ def read_config(folder, Config):
     values = {k: v for k, v in values.items() if v is not None} | absent
     require(REQUIRED, "a published config.json states it")
     v2 = family == "deepseek_v2"
-    scoring = "softmax" if v2 else "sigmoid"
-    methods = ("greedy", "group_limited_greedy") if v2 else ("noaux_tc",)
-    for key, supported in dict(hidden_act=("silu",), mlp_bias=(False,), moe_layer_freq=(1,), rope_interleave=(True,), scoring_func=(scoring,),
-                               topk_method=methods, num_key_value_heads=(values["num_attention_heads"],)).items():
+    for key, supported in dict(hidden_act=("silu",), mlp_bias=(False,), moe_layer_freq=(1,), rope_interleave=(True,), scoring_func=("softmax" if v2 else "sigmoid",),
+                               num_key_value_heads=(values["num_attention_heads"],)).items():
         if values.get(key, supported[0]) not in supported:
             refuse(key, values[key], " or ".join(map(str, supported)))
     quantised = values.get("quantization_config", {}).get("quant_method", "fp8")
@@ -107,12 +105,10 @@ def read_config(folder, Config):
         values.pop("mlp_layer_types", None)
     elif "first_k_dense_replace" not in values and "mlp_layer_types" in values:
         values["first_k_dense_replace"] = (*values["mlp_layer_types"], "sparse").index("sparse")
-    values = dict(n_routed_experts=0, topk_method=methods[0], norm_topk_prob=not v2) | values
+    values = dict(n_routed_experts=0, topk_method="greedy" if v2 else "noaux_tc", norm_topk_prob=not v2) | values
     if values["n_routed_experts"]:
         groups = ("n_group", "topk_group") if values["topk_method"] != "greedy" else ()
         require(REQUIRED_WITH_EXPERTS + groups, "a model with n_routed_experts needs it")
-    if v2 and values["norm_topk_prob"]:  # the published code then skips routed_scaling_factor, transformers does not normalise
-        refuse("norm_topk_prob", True, "false in deepseek_v2")
 
     if family in ("deepseek_v32", "glm_moe_dsa") or values.get("index_topk"):
         require(REQUIRED_WITH_INDEXER, f"{family} has an indexer")
@@ -217,7 +213,7 @@ def read_weights(folder, model, device, dtype=None, new_indexers=False):
             if scale not in tensors or tuple(tensors[scale][0].get_slice(scale).get_shape()) != grid:
                 raise ValueError(f"{file_path}: {source} is FP8, its {scale} is missing or not of shape {grid}; use a checkpoint with FP8 blocks of {tuple(block)} or in bf16")
             expected[scale] = grid
-    for name in tensors.keys() - expected.keys():
+    for name in sorted(tensors.keys() - expected.keys()):
         layer = name.removeprefix("model.layers.").split(".")[0]
         beyond = layer.isdecimal() and (int(layer) >= config.num_hidden_layers or (".indexer." in name and not config.has_indexer(int(layer))))
         if not (beyond or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"):
@@ -320,16 +316,21 @@ class FolderTokenizer:
         return self.inner.decode(ids, skip_special_tokens=False)
 
 
+def tokenizer_name(folder):
+    """What data.tokenizer calls the tokenizer of a checkpoint folder: the name that `save_tokenizer` noted, else the folder itself."""
+    path = locate(folder) / "tokenizer_config.json"
+    return (read_json(path).get("tiktoken") if path.is_file() else None) or str(folder)
+
+
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint folder: encode(text) -> list of ids, decode(ids) -> text, eot (int or None).
     The one that `save_tokenizer` noted, else the folder's tokenizer.json. FileNotFoundError: it has neither."""
-    path = locate(folder) / "tokenizer_config.json"
-    name = read_json(path).get("tiktoken") if path.is_file() else None
-    if not name:
-        return FolderTokenizer(folder)
     import data
-    encoding = data.tokenizer(name)
-    return SimpleNamespace(encode=functools.partial(encoding.encode, allowed_special="all"), decode=encoding.decode, eot=encoding.eot_token)
+    encoding = data.tokenizer(tokenizer_name(folder))
+    if isinstance(encoding, FolderTokenizer):
+        return encoding
+    decode = lambda ids: encoding.decode([i for i in ids if i < encoding.n_vocab])  # a model's vocabulary may be padded
+    return SimpleNamespace(encode=functools.partial(encoding.encode, allowed_special="all"), decode=decode, eot=encoding.eot_token)
 
 
 def save_tokenizer(folder, name):

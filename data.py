@@ -27,6 +27,8 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+import checkpoint
+
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 1115394)  # URL, sha256, bytes
 # The English part of C4 (Raffel et al. 2020; cleaned Common Crawl, ODC-BY): 1024 shards of about 320 MB, 356,000 pages each.
@@ -39,12 +41,15 @@ NO_DOWNLOAD = "use --data=python, which needs no download, or a local file"
 # ---- tokenizers ----
 
 def tokenizer(name="bytes"):
-    """-> tiktoken.Encoding. "bytes": the 256 bytes and <|endoftext|> = 256. Else any name that tiktoken knows, such as gpt2.
+    """-> tiktoken.Encoding. "bytes": the 256 bytes and <|endoftext|> = 256. Any name that tiktoken knows, such as gpt2. A checkpoint folder:
+    its tokenizer.json, as an object with the same methods.
 
     Raises ValueError for an unknown name, for an encoding without <|endoftext|>, and when its file cannot be fetched."""
     if name == "bytes":  # nothing merges: the ids are the bytes, however the pattern cuts the text; short pieces are fastest
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
+    if os.path.isdir(name):
+        return checkpoint.FolderTokenizer(name)
     if name not in tiktoken.list_encoding_names():
         raise ValueError(f"unknown tokenizer {name!r}: choose from bytes, {', '.join(tiktoken.list_encoding_names())}")
     try:

@@ -168,7 +168,7 @@ class Indexer(nn.Module):
         q = turn(self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)))
         k = self.wk(h)
         k = F.layer_norm(k.float(), (self.dim,), self.k_norm.weight.float(), self.k_norm.bias.float(), self.k_norm.eps).to(k.dtype)
-        k = turn(k[:, :, None])[:, :, 0]
+        k = turn(k[:, :, None]).squeeze(2)
         with torch.autocast(h.device.type, enabled=False):  # w stays float32: rounding it to bf16 makes ties
             w = F.linear(h.float(), self.weights_proj.weight.float()) * (self.heads**-0.5 * self.dim**-0.5)
         return q, k, w

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
+import generate
 import indexer
 import sparse_attn
 from moe import MLP, MoE
@@ -95,8 +96,10 @@ class Config:
                   not 1 <= self.num_experts_per_tok <= E // groups * self.topk_group or (self.topk_method == "noaux_tc" and groups > 1 and E < 2 * groups)):
             raise ValueError(f"n_routed_experts={E}, n_group={groups}, topk_group={self.topk_group}, num_experts_per_tok={self.num_experts_per_tok}, "
                              f"moe_intermediate_size={self.moe_intermediate_size}: groups must be equal, and those chosen hold the experts of a token")
-        if self.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
-            raise ValueError(f"topk_method={self.topk_method}: choose noaux_tc, greedy or group_limited_greedy")
+        methods = ("greedy", "group_limited_greedy") if self.model_type == "deepseek_v2" else ("noaux_tc",)
+        if E and (self.topk_method not in methods or (self.norm_topk_prob and self.model_type == "deepseek_v2")):  # V2: implementations disagree
+            raise ValueError(f"topk_method={self.topk_method}, norm_topk_prob={self.norm_topk_prob}: {self.model_type} supports {' and '.join(methods)}"
+                             f"{', not normalised' if self.model_type == 'deepseek_v2' else ''}")
         return self
 
 
@@ -153,6 +156,7 @@ def operations(backend, device):
         twins = {name: getattr(indexer, name, None) or getattr(sparse_attn, name) for name in names}
 
     def exact(function):
+        @torch.compiler.disable  # nothing to fuse in there; tracing into hand-written kernels only breaks
         @functools.wraps(function)
         def call(x, *args, **kwargs):
             with torch.autocast(x.device.type, enabled=False):
@@ -209,7 +213,7 @@ class Attention(nn.Module):
         q = (self.q_b_proj(q_latent) if self.config.q_lora_rank else self.q_proj(h)).unflatten(-1, (self.heads, -1))
         q = torch.cat((q[..., :self.nope], rope(q[..., self.nope:], True)), -1)
         c_kv, k_rope = self.kv_a_proj_with_mqa(h).split([self.rank, self.rope], -1)
-        latents = torch.cat((self.kv_a_layernorm(c_kv), rope(k_rope[:, :, None], True)[:, :, 0]), -1)
+        latents = torch.cat((self.kv_a_layernorm(c_kv), rope(k_rope[:, :, None], True).squeeze(2)), -1)
 
         # The indexer's inputs are detached: its loss reaches no main parameter. Its keys enter the cache even while nothing is selected.
         if self.indexer and (run.sparse or run.index_loss or cache is not None):
@@ -336,27 +340,9 @@ class Transformer(nn.Module):
             losses["lm"] = (nats(logits, targets) if return_logits else indexer.over_rows(slices, S, idx.shape[0] * self.config.vocab_size)[0]).mean()
         return logits, losses
 
-    @torch.inference_mode()
-    def stream(self, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=1024, fp8_cache=False):
-        """Yield n times the next token (B,) int64 after the prompts idx (B,T), sampled at `temperature` (0: the most likely) from the top_k most likely
-        and the smallest set of tokens with probability top_p. The prompt enters the caches in chunks. ValueError: longer than the model."""
-        (B, T), config, device = idx.shape, self.config, idx.device
-        if T < 1 or T + n > config.max_position_embeddings:
-            raise ValueError(f"prompt of {T} tokens + {n} new ones: must be between 1 and max_position_embeddings={config.max_position_embeddings}; shorten either")
-        caches = [sparse_attn.Cache(config, B, T + n, device, self.lm_head.weight.dtype, fp8_cache, self.index_fp8, config.has_indexer(layer))
-                  for layer in range(config.num_hidden_layers)]
-        self.cache_bytes_per_token = sum(c.bytes_per_token for c in caches)
-        for position in torch.arange(T, device=device).split(chunk):
-            logits = self(idx[:, position], caches=caches, position=position)[0]
-        for t in range(T, T + n):
-            token = sample(logits[:, -1], temperature, top_k, top_p, generator)
-            yield token
-            if t + 1 < T + n:
-                logits = self(token[:, None], caches=caches, position=torch.tensor([t], device=device))[0]
-
     def generate(self, idx, n, **kwargs):
-        """idx (B,T) -> (B,T+n): the prompts and n sampled tokens each; options as `stream`."""
-        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, n, **kwargs))], 1)
+        """idx (B,T) -> (B,T+n): the prompts and n sampled tokens each; options as generate.stream, which yields them one by one."""
+        return torch.cat([idx, *(token[:, None] for token in generate.stream(self, idx, n, **kwargs))], 1)
 
     @classmethod
     def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu", dtype=None, index=None):
@@ -376,17 +362,3 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder, tokenizer=None):
         """Write a checkpoint folder that `from_pretrained` and other programs open; it appears whole or not at all. tokenizer: see checkpoint.save_tokenizer."""
         checkpoint.write(folder, self, tokenizer)
-
-
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """logits (B,vocab) -> (B,) int64 sampled tokens; temperature 0 takes the most likely one."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:], float("-inf"))
-    if top_p is not None:
-        ranked, order = logits.sort(-1, descending=True)
-        p = ranked.softmax(-1)
-        logits = logits.masked_fill((p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -14,6 +14,8 @@ def flops_per_token(model, T, stage):
     c, L = model.config, model.config.num_hidden_layers
     index = sum(p.numel() for p in model.indexer_parameters())
     weights = sum(p.numel() for p in model.parameters()) - index - (0 if c.tie_word_embeddings else model.model.embed_tokens.weight.numel())
+    if c.n_routed_experts:  # a token passes num_experts_per_tok of them
+        weights -= sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) * (1 - c.num_experts_per_tok / c.n_routed_experts)
     pairs, keys, H = (T + 1) / 2, sum(min(t, c.index_topk) for t in range(1, T + 1)) / T, c.num_attention_heads
     dense = 2 * weights + L * pairs * 2 * H * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
     sparse = 2 * weights + L * keys * 2 * H * (2 * c.kv_lora_rank + c.qk_rope_head_dim)

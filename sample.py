@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 import cli
+from generate import stream
 from model import Transformer
 
 
@@ -57,14 +58,16 @@ def main():
     tokenizer = checkpoint.load_tokenizer(o.checkpoint)
     model = Transformer.from_pretrained(o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype)
     ids = tokenizer.encode(text) or [tokenizer.eot]
+    if ids == [None]:
+        raise ValueError(f"{o.checkpoint} names no end-of-text token to begin with; give a --prompt")
     prompt = torch.tensor([ids], device=device).expand(o.count, -1)
     generator = torch.Generator(device).manual_seed(o.seed)
-    stream = model.stream(prompt, o.num_tokens, o.temperature, o.top_k, o.top_p, generator, o.chunk, o.cache == "fp8")
+    tokens = stream(model, prompt, o.num_tokens, o.temperature, o.top_k, o.top_p, generator, o.chunk, o.cache == "fp8")
 
     rows, times, pending = [], [], []
     began = time.perf_counter()
     print(text if o.count == 1 else "", end="", flush=True)
-    for token in stream:
+    for token in tokens:
         rows.append(token.tolist())
         times.append(time.perf_counter())
         pending.append(rows[-1][0])

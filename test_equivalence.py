@@ -18,7 +18,8 @@ import torch
 import data
 import indexer
 import sparse_attn
-from model import Attention, Config, Transformer, apply_rope, operations, rope_frequencies, sample
+from generate import sample
+from model import Attention, Config, Transformer, apply_rope, operations, rope_frequencies
 
 HERE = Path(__file__).parent
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=0.707)
@@ -449,6 +450,24 @@ def test_index_weights_stay_float32_under_autocast():
     assert torch.equal(out, sparse_attn.dense_attention(a, a, a, 1.0)[0])
 
 
+def test_fp8_scores_are_the_scores(monkeypatch):
+    """(T8, T9) what the model selects by with index_fp8, scales folded in, is within the rounding of e4m3 of the unquantised scores."""
+    model, scores = tiny(), []
+    for p in model.indexer_parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    select = indexer.select
+    def spy(q, k, w, topk, k_scale, first, last):
+        scores.append(indexer.index_scores(q.float(), k.float(), w, k_scale, first, last))
+        return select(q, k, w, topk, k_scale, first, last)
+    monkeypatch.setattr(indexer, "select", spy)
+    x = packed_batch()[0]
+    for model.index_fp8 in (False, True):
+        model(x)
+    exact, fp8 = scores[0], scores[3]  # first layer: the same inputs
+    assert not torch.equal(exact, fp8)
+    close(fp8, exact, 0.05, 1.0)  # a row that sees one token near the relu's edge may be all rounding
+
+
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 @pytest.mark.parametrize("index_fp8", [False, True])
 @pytest.mark.parametrize("chunks", [[1] * 30, [3] * 10, [13, 1, 1, 1, 14], [20, 1] + [1] * 9, [30]])
@@ -463,7 +482,6 @@ def test_cached_decoding_chunked_prefill_and_one_forward_agree(attention, index_
         parts = [model(x[:, p], caches=caches, position=p)[0] for p in torch.arange(30).split(chunks)]
         close(torch.cat(parts, 1), full, 1e-5, 1e-4)
         # the length read on the device, from a cache longer than what it holds, as under a CUDA graph
-        model.config.index_topk = 6
         again = model(x[:, 29:], caches=caches, position=torch.tensor([29]), last=torch.full((2, 1), 29, dtype=torch.int32))[0]
         close(again, full[:, 29:], 1e-5, 1e-4)
 

@@ -215,3 +215,29 @@ def test_help(place):
     code, out, _ = call(place, "train.py", "--help")
     assert code == 0 and all(f"--{name}" in out for name in ("stage", "init_from", "index_topk", "sparse_lr", "config"))
     assert call(place, "sample.py", "--help")[0] == 0
+
+
+def test_graft_onto_a_published_checkpoint(place):
+    """--init_from a DeepSeek-V2 model as transformers saves it, with its own tokenizer: warm-up leaves all but the new indexers as they were."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    config = transformers.DeepseekV2Config(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                           q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
+                                           n_shared_experts=1, first_k_dense_replace=1, topk_method="greedy", max_position_embeddings=128, eos_token_id=1)
+    transformers.DeepseekV2ForCausalLM(config).save_pretrained(place / "v2")
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "<eos>": 1, **{c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz0123456789:", 2)}}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(place / "v2" / "tokenizer.json"))
+    graft = lambda *args: call(place, "train.py", "--data=text.txt", *SHORT, "--out_dir=grafted", *args)
+    code, _, err = graft("--init_from=v2", "--stage=warmup", "--index_topk=8", "--index_n_heads=2", "--index_head_dim=16")
+    assert code == 0, err
+    before, after = load_file(place / "v2" / "model.safetensors"), load_file(place / "grafted" / "warmup" / "model.safetensors")
+    assert all((before[name] == after[name]).all() for name in before) and {n.split(".indexer.")[0][-9:] for n in after.keys() - before.keys()} == {"self_attn"}
+    assert all("loss" in r and r["grad_norm"] == 0 for r in metrics(place / "grafted"))
+    code, _, err = graft("--stage=sparse", "--train=attention")
+    assert code == 0, err
+    changed = {name for name, x in load_file(place / "grafted" / "sparse" / "model.safetensors").items() if (x != after[name]).any()}
+    assert changed and all(".self_attn." in name for name in changed)
+    code, out, err = call(place, "sample.py", "--checkpoint=grafted/sparse", "--prompt=line", "--num_tokens=12")
+    assert code == 0 and "sparse attention, top-k 8" in err, err

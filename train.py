@@ -47,7 +47,7 @@ class Options:
     resume: bool = option(False, "continue the interrupted run in out_dir")
     overwrite: bool = option(False, "replace the earlier run in out_dir")
     data: str = option("python", "python, packages, shakespeare, web, web:N, or a text file or folder")
-    tokenizer: str = option("bytes", "bytes, or a tiktoken name such as gpt2")
+    tokenizer: str = option("", "bytes, a tiktoken name such as gpt2, or a checkpoint folder with its tokenizer.json (empty: that of --init_from, else bytes)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     backend: str = option("auto", "attention path: PyTorch reference or Triton kernels (auto: triton on a CUDA GPU)", "auto", "torch", "triton")
     dtype: str = option("float32", "precision of the linear layers (autocast)", "float32", "bfloat16")
@@ -82,6 +82,7 @@ GPU = dict(dtype="bfloat16", block_size=4096, dense_steps=1000, warmup_steps=200
            ramp_steps=50, eval_interval=100, eval_steps=8, save_interval=200, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
            num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
            index_n_heads=8, index_head_dim=64, index_topk=512)
+NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
 MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) and f.name != "vocab_size"]
 FIXED = {f.name for f in MODEL_FIELDS} | {"stage", "init_from", "train", "data", "tokenizer", "seed", "block_size", "batch_size", "gradient_accumulation_steps"}
 
@@ -95,7 +96,7 @@ def resolve(argv):
     device = cli.device(given.get("device", "auto"))
     base = GPU if device.type == "cuda" else {}
     if given.get("init_from"):  # sizes come from there
-        base = {k: v for k, v in base.items() if k in Options.__dataclass_fields__ or k.startswith("index_")}
+        base = {k: v for k, v in base.items() if k in Options.__dataclass_fields__}
     if given.get("resume"):
         path = Path(given.get("out_dir", Options.out_dir)) / "run.json"
         if not path.is_file():
@@ -105,6 +106,7 @@ def resolve(argv):
             if given[name] != base.get(name):
                 raise ValueError(f"--{name}={given[name]}: the run being resumed has {base.get(name)}; leave the option out, or start another run")
     values = base | given
+    values["tokenizer"] = values.get("tokenizer") or (checkpoint.tokenizer_name(values["init_from"]) if values.get("init_from") else "bytes")
     o = Options(**{k: v for k, v in values.items() if k in Options.__dataclass_fields__})
     for name in ("block_size", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_steps", "save_interval"):
         if getattr(o, name) < 1:
@@ -117,25 +119,28 @@ def resolve(argv):
 
 def build(o, sizes, device, stages, vocab_size):
     """-> the model to start `stages` with: fresh, or from --init_from, or from what the stage before left in out_dir."""
+    if sizes.get("index_topk", 1) < 1:
+        raise ValueError(f"--index_topk={sizes['index_topk']}: a query selects at least 1 token")
     kwargs = dict(backend=cli.backend(o.backend, device), index_fp8=o.index_fp8)
     before = {"warmup": "dense", "sparse": "warmup"}.get(stages[0])
     folder = o.init_from or (before and str(Path(o.out_dir) / before))
     if not folder:
-        if "index_topk" in sizes and sizes["index_topk"] < 1:
-            raise ValueError(f"--index_topk={sizes['index_topk']}: a query selects at least 1 token")
         model = Transformer(Config(vocab_size=vocab_size, **sizes), **kwargs).to(device)
     else:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"--stage={stages[0]} starts from a checkpoint, and {folder} does not exist; run the stage before, or give --init_from=DIR")
-        model = Transformer.from_pretrained(folder, device=device, **kwargs)
+        graft = stages != ["dense"] and not checkpoint.read_config(folder, Config).index_topk
+        index = {k: sizes.get(k, v) for k, v in NEW_INDEXER.items()} if graft else None
+        model = Transformer.from_pretrained(folder, device=device, index=index, **kwargs)
         for name, value in sizes.items():
-            if getattr(model.config, name) != value:
+            if name == "index_topk":  # how many are selected is no property of the weights
+                model.config.index_topk = value
+                model.config.check()
+            elif getattr(model.config, name) != value:
                 raise ValueError(f"--{name}={value}: the checkpoint {folder} has {getattr(model.config, name)}; leave the option out")
         if model.config.vocab_size < vocab_size:
             raise ValueError(f"--tokenizer={o.tokenizer} has {vocab_size} tokens, the checkpoint {folder} only {model.config.vocab_size}; use the tokenizer it was trained with")
     c = model.config
-    if stages != ["dense"] and not c.index_topk:
-        raise ValueError(f"--stage={stages[-1]}: the model has no indexer (index_topk=0); give --index_topk, --index_n_heads and --index_head_dim")
     if o.block_size > c.max_position_embeddings:
         raise ValueError(f"--block_size={o.block_size}: longer than the model's max_position_embeddings={c.max_position_embeddings}")
     if "sparse" in stages and o.block_size <= c.index_topk:
@@ -176,12 +181,12 @@ def evaluate(model, batches, o, device, attention):
     return sum(losses) / len(losses)
 
 
-def save_state(model, optimizer, stage, step, o):
-    """The folder state-<stage>-<step> for --resume; it appears whole, then older ones go."""
+def save_state(model, optimizer, stage, step, corpus, o):
+    """The folder state-<stage>-<step> for --resume; it appears whole, then older ones go. corpus: hash of the training tokens."""
     folder = Path(o.out_dir) / f"state-{STAGES.index(stage)}-{step:07d}"
     part = folder.with_name(folder.name + ".part")
     model.save_pretrained(part)
-    torch.save(dict(stage=stage, step=step, optimizer=optimizer.state_dict()), part / "trainer.pt")
+    torch.save(dict(stage=stage, step=step, corpus=corpus, optimizer=optimizer.state_dict()), part / "trainer.pt")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     for old in states(o.out_dir)[:-1]:
@@ -189,7 +194,7 @@ def save_state(model, optimizer, stage, step, o):
 
 
 def states(out_dir):
-    return sorted(p for p in Path(out_dir).glob("state-*") if p.suffix != ".part")
+    return sorted(p for p in Path(out_dir).glob("state-*") if p.suffix not in (".part", ".old"))
 
 
 @contextmanager
@@ -224,6 +229,8 @@ def main():
 
     train_tokens, val_tokens = data.prepare(o.data, o.tokenizer)
     eot, vocab_size = train_tokens.header["eot"], train_tokens.header["vocab_size"]
+    if eot is None:
+        raise ValueError(f"--tokenizer={o.tokenizer}: its config.json names no eos_token_id, which separates documents")
     batches = data.Batches(train_tokens.tokens, o.block_size, o.batch_size, eot, o.seed)
     val_batches = data.Batches(val_tokens.tokens, o.block_size, o.batch_size, eot, 0)
     torch.manual_seed(o.seed)
@@ -232,6 +239,8 @@ def main():
         model.recompute = o.recompute
         saved = torch.load(resumed / "trainer.pt", map_location=device, weights_only=True)
         stages = stages[stages.index(saved["stage"]):]
+        if saved["corpus"] != train_tokens.header["sha256"]:
+            raise ValueError(f"--resume: the text of --data={o.data} has changed since the run was interrupted, its batches would be others; start anew with --overwrite")
     else:
         model, saved = build(o, sizes, device, stages, vocab_size), None
     c = model.config
@@ -276,7 +285,7 @@ def main():
                     number = (sum(getattr(o, f"{s}_steps") for s in STAGES[:STAGES.index(stage)]) + step) * o.gradient_accumulation_steps + micro
                     x, y, first = (t.to(device, non_blocking=True) for t in batches.batch(number))
                     with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
-                        losses = forward(x, None if stage == "warmup" else y, first, index_loss=stage != "dense")[1]
+                        losses = forward(x, None if stage == "warmup" else y, first, index_loss=stage != "dense", return_logits=False)[1]
                     objective = sum(losses[k] for k in ("lm", "kl") if k in losses)
                     (objective / o.gradient_accumulation_steps).backward()
                     for k, v in losses.items():
@@ -300,13 +309,12 @@ def main():
                 log.flush()
                 bar.set_postfix({k: f"{record[k]:.3f}" for k in ("loss", "kl", "recall") if k in record} | dict(tok_s=f"{speed:.0f}"))
                 if caught or (step + 1) % o.save_interval == 0 or step + 1 == steps:
-                    save_state(model, optimizer, stage, step + 1, o)
+                    save_state(model, optimizer, stage, step + 1, train_tokens.header["sha256"], o)
                 if caught:
                     print(f"\nstopped after {stage} step {step}; continue with: python train.py --resume --out_dir={o.out_dir}", file=sys.stderr)
                     return 130 if caught[0] == signal.SIGINT else 143
             bar.close()
-            model.save_pretrained(out / stage)
-            checkpoint.save_tokenizer(out / stage, o.tokenizer)
+            model.save_pretrained(out / stage, o.tokenizer)
             for attention in ("dense",) if stage == "dense" else ("dense", "sparse"):
                 summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(model, val_batches, o, device, attention)
             (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -314,11 +322,10 @@ def main():
     for old in states(out):
         shutil.rmtree(old)
     print("\n".join(f"{k}: {v:.4f}" for k, v in summary.items()))
-    encoding = data.tokenizer(o.tokenizer)
     prompt = torch.from_numpy(val_tokens.tokens[:o.block_size // 2].astype("int64"))[None].to(device)
     model.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
-        text = encoding.decode(model.generate(prompt, min(256, o.block_size), temperature=0.8, top_k=50)[0, prompt.shape[1]:].tolist())
+        text = checkpoint.load_tokenizer(out / stages[-1]).decode(model.generate(prompt, min(256, o.block_size), temperature=0.8, top_k=50)[0, prompt.shape[1]:].tolist())
     print(f"sample after the first {prompt.shape[1]} tokens of the validation text:\n{text}\n\ncheckpoint: {out / stages[-1]}   plot: {out / 'plot.png'}   "
           f"next: python sample.py --checkpoint={out / stages[-1]}")
     return 0
