@@ -537,6 +537,29 @@ def test_sampling_filters():
     assert draw(temperature=0) == {0} and draw(top_k=2) == {0, 1} and draw(top_p=0.6) == {0} and draw(top_p=0.7) == {0, 1} and draw() == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_backends_learn_and_generate_alike(attention):
+    """One switch, two implementations: losses, every gradient, and the text at temperature 0, from packed documents and an FP8 cache too."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny(num_hidden_layers=1, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16).to(device)
+    model.attention, model.index_fp8 = attention, True
+    x, y, first = (t.to(device) for t in packed_batch())
+    results = {}
+    for model.backend in ("torch", "triton"):
+        model.zero_grad(set_to_none=True)
+        losses = model(x, y, first, index_loss=True)[1]
+        (losses["lm"] + losses["kl"]).backward()
+        texts = [model.generate(x[:1, :20], 3, temperature=0, chunk=18, fp8_cache=flag) for flag in (False, True)]
+        results[model.backend] = losses, [p.grad.clone() for p in model.parameters()], torch.cat(texts)
+    (losses, gradients, texts), (k_losses, k_gradients, k_texts) = results["torch"], results["triton"]
+    for name in losses:
+        assert k_losses[name].item() == pytest.approx(losses[name].item(), rel=1e-4), name
+    for mine, theirs in zip(k_gradients, gradients):
+        close(mine.cpu(), theirs.cpu(), 1e-4, 1e-2)
+    assert torch.equal(texts, k_texts)
+
+
 @pytest.mark.parametrize("changes,message", [(dict(index_topk=-1), "index_topk=-1"), (dict(num_attention_heads=0), "num_attention_heads=0"), (dict(qk_rope_head_dim=7), "qk_rope_head_dim=7"),
                                              (dict(index_head_dim=24), "index_head_dim=24"), (dict(index_head_dim=4), "index_head_dim=4")])
 def test_impossible_shapes_are_refused(changes, message):

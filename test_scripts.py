@@ -25,7 +25,7 @@ def place(tmp_path_factory):
 
 
 def start(place, script, *args, **kwargs):
-    env = os.environ | dict(DSA_DATA_DIR=str(place / "cache"), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", HTTPS_PROXY="http://127.0.0.1:9")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(DSA_DATA_DIR=str(place / "cache"), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", HTTPS_PROXY="http://127.0.0.1:9")
     return subprocess.Popen([sys.executable, str(HERE / script), *map(str, args)], cwd=place, env=env, text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 

@@ -1,0 +1,220 @@
+"""Side-by-side timing: every kernel beside the yardstick a user would compare it with, measured in the same run on the same GPU.
+
+    python bench.py                       # everything: a table, bench.json, two PNGs; minutes on one H200
+    python bench.py --only=select,train   # some of it
+
+Layer shapes are those of DeepSeek-V3.2 unless a line says otherwise: 128 heads, latents 512 + 64, indexer 64 x 128, k 2048. Times are medians of CUDA
+events with a cold L2. Operations are counted as they are needed: a pair or a selected token that is not visible counts as nothing.
+"""
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import cli
+import report
+from model import Config, Transformer
+from sparse_attn import pack_latents
+
+BF16, HEADS, RANK, ROPE, QK, V, HI, DI, TOPK = torch.bfloat16, 128, 512, 64, 192, 128, 64, 128, 2048
+SCALE = QK**-0.5
+
+
+def milliseconds(function, rep=60):
+    """Median time of function() in ms, L2 flushed before each call."""
+    from triton.testing import do_bench
+    return do_bench(function, warmup=15, rep=rep, return_mode="median")
+
+
+def randn(*shape, dtype=BF16):
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def selection(S, T, k, overlap=0.8):
+    """(1,S,k) int32: each query keeps `overlap` of the tokens of the one before and draws the rest anew from what it sees."""
+    out = torch.full((1, S, k), -1, dtype=torch.int32, device="cuda")
+    score = torch.rand(T, device="cuda")
+    renew = (1 - overlap) / (1 - min(k / T, 0.99))  # a redrawn token may be drawn again
+    for s in range(S):
+        score = torch.where(torch.rand(T, device="cuda") < renew, torch.rand(T, device="cuda"), score)
+        n = T - S + s + 1
+        out[0, s, :min(k, n)] = score[:n].topk(min(k, n)).indices.sort().values.int()
+    return out
+
+
+def index_inputs(S, T, B=1):
+    q, k = (torch.randn(B, n, *h, DI, device="cuda").to(torch.float8_e4m3fn) for n, h in ((S, (HI,)), (T, ())))
+    return q, k, torch.randn(B, S, HI, device="cuda"), torch.rand(B, T, device="cuda")
+
+
+class Table:
+    """Rows (what, time in ms, figure against the yardstick), printed as they come."""
+
+    def __init__(self):
+        self.rows = []
+        a, b = randn(8192, 8192), randn(8192, 8192)
+        self.bf16 = 2 * 8192**3 / milliseconds(lambda: a @ b, 100) / 1e9
+        a, b, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t(), torch.ones((), device="cuda")
+        self.fp8 = 2 * 8192**3 / milliseconds(lambda: torch._scaled_mm(a, b, one, one, out_dtype=BF16), 100) / 1e9
+        print(f"yardsticks: bf16 matmul 8192^3 {self.bf16:.0f} TFLOP/s, FP8 scaled_mm 8192^3 {self.fp8:.0f} TFLOP/s\n")
+
+    def add(self, what, ms, figure, unit):
+        self.rows.append(dict(what=what, ms=ms, figure=figure, unit=unit))
+        print(f"{what:<72} {ms:>9.3f} ms   {figure:>9,.2f} {unit}", flush=True)
+
+    def rate(self, what, function, operations, yardstick="bf16", rep=60):
+        ms = milliseconds(function, rep)
+        self.add(what, ms, operations / ms / 1e9 / getattr(self, yardstick), f"x {yardstick} matmul ({operations / ms / 1e9:.0f} TFLOP/s)")
+
+
+def bench_select(table):
+    import kernels
+    for S, T in ((4096, 32768), (4096, 131072)):
+        q, k, w, k_scale = index_inputs(S, T)
+        some = lambda: [kernels.index_scores(q[:, i:i + 512], k, w[:, i:i + 512], k_scale, None, torch.arange(T - S + i, T - S + i + 512, device="cuda", dtype=torch.int32)[None])
+                        for i in range(0, S, 512)]
+        pairs = S * (T - S) + S * (S + 1) / 2
+        table.rate(f"index scores, S {S}, T {T}", some, 2 * pairs * HI * DI, "fp8", 100)
+        if T == 131072:
+            ours = milliseconds(lambda: kernels.select(q, k, w, TOPK, k_scale), 100)
+            theirs = milliseconds(lambda: [x.topk(TOPK, -1) for x in some()], 100)
+            table.add(f"select whole, S {S}, T {T}", ours, theirs / ours, "x faster than scores + torch.topk")
+    for S, T in ((4096, 32768), (1024, 131072)):
+        x = torch.randn(1, S, T, device="cuda")
+        last = torch.full((1, S), T - 1, dtype=torch.int32, device="cuda")
+        ours, theirs = milliseconds(lambda: kernels.topk(x, TOPK, None, last)), milliseconds(lambda: x.topk(TOPK, -1))
+        table.add(f"top-k 2048 of {T}, {S} rows", ours, theirs / ours, "x faster than torch.topk")
+
+
+def bench_sparse(table):
+    import kernels
+    for T in (32768, 131072):
+        S = 4096
+        q, latents, indices = randn(1, S, HEADS, RANK + ROPE), randn(1, T, RANK + ROPE), selection(S, T, TOPK)
+        table.rate(f"sparse forward, S {S}, T {T}", lambda: kernels.sparse_attention(q, latents, indices, SCALE, RANK), 2 * S * HEADS * TOPK * (2 * RANK + ROPE))
+    S = 8192
+    for heads in (HEADS, 16):
+        q, latents, indices = randn(1, S, heads, RANK + ROPE).requires_grad_(), randn(1, S, RANK + ROPE).requires_grad_(), selection(S, S, TOPK)
+        g = randn(1, S, heads, RANK)
+        step = lambda: torch.autograd.grad(kernels.sparse_attention(q, latents, indices, SCALE, RANK)[0], (q, latents), g)
+        chosen = (indices >= 0).sum().item()
+        table.rate(f"sparse forward + backward, S {S}, {heads} heads", step, 2 * heads * chosen * (2 * RANK + ROPE + 3 * (RANK + ROPE) + 2 * RANK), rep=150)
+    B, T = 128, 16384
+    packed = torch.cat([pack_latents(randn(1, T, RANK + ROPE), RANK) for _ in range(B)])
+    for n in (1, 2):
+        q, indices = randn(B, n, HEADS, RANK + ROPE), torch.rand(B, n, T, device="cuda").topk(TOPK, -1).indices.sort(-1).values.int()
+        table.rate(f"decode, batch {B}, {n} queries, FP8 cache", lambda: kernels.sparse_attention(q, packed, indices, SCALE, RANK), 2 * B * n * HEADS * TOPK * (2 * RANK + ROPE))
+
+
+def bench_loss(table):
+    import kernels
+    for S in (8192, 32768):
+        q, k, v = randn(1, S, HEADS, QK), randn(1, S, HEADS, QK), randn(1, S, HEADS, V)
+        index = randn(1, S, HI, DI).requires_grad_(), randn(1, S, DI).requires_grad_(), (randn(1, S, HI, dtype=torch.float32) * (HI * DI) ** -0.5).requires_grad_()
+        lse = kernels.dense_attention(q, k, v, SCALE)[1]
+        ours = milliseconds(lambda: torch.autograd.grad(kernels.indexer_loss_dense(q, k, lse, SCALE, *index)[0].mean(), index), 100)
+        dense = milliseconds(lambda: kernels.dense_attention(q, k, v, SCALE), 100)
+        table.add(f"indexer loss, dense, S {S}, forward + backward", ours, ours / dense, "x the time of the cuDNN dense forward")
+
+
+def bench_context(table):
+    """Prefill and decoding of one layer's attention, projections aside, against the context length."""
+    import kernels
+    curves = {}
+    def point(curve, T, ms, tokens):
+        curves.setdefault(curve, []).append((T, 1000 * ms / tokens))
+    for T in (4096, 16384, 65536, 131072):
+        S = 4096
+        index, q, latents = index_inputs(S, T), randn(1, S, HEADS, RANK + ROPE), randn(1, T, RANK + ROPE)
+        def dsa():
+            return kernels.sparse_attention(q, latents, kernels.select(*index[:3], TOPK, index[3]), SCALE, RANK)
+        point("prefill, DSA", T, milliseconds(dsa, 30), S)
+        q, k, v = randn(1, HEADS, S, QK), randn(1, HEADS, T, QK), randn(1, HEADS, T, V)  # one chunk behind T - S cached tokens: hardly any pair masked
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            point("prefill, dense MHA (cuDNN)", T, milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=T == S), 30), S)
+        del q, k, v, latents
+        B = 64
+        index, q, latents = index_inputs(1, T, B), randn(B, 1, HEADS, RANK + ROPE), randn(B, T, RANK + ROPE)
+        point("decode, DSA", T, milliseconds(dsa, 30), B)
+        point("decode, dense MLA (kernels.dense_attention)", T, milliseconds(lambda: kernels.dense_attention(q, latents[:, :, None], latents[:, :, None, :RANK], SCALE), 30), B)
+    for kind, ours, dense in (("prefill", "prefill, DSA", "prefill, dense MHA (cuDNN)"), ("decode", "decode, DSA", "decode, dense MLA (kernels.dense_attention)")):
+        (T, a), (_, b) = curves[ours][-1], curves[dense][-1]
+        table.add(f"{kind} at {T}, one layer's attention, per token" + (", batch 64" if kind == "decode" else ""), a / 1000, b / a, "x cheaper than dense")
+    return curves
+
+
+def bench_train(table):
+    """Training step of a 12-layer model of GPT-2-small size (12 heads, latents 128 + 32, k 512, vocabulary 50304), dense and sparse."""
+    config = Config(vocab_size=50304, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, q_lora_rank=384, kv_lora_rank=128,
+                    qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, index_n_heads=4, index_head_dim=64, index_topk=512, max_position_embeddings=2**20)
+    model = Transformer(config).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    speeds, memory = {}, {}
+    for T, B in ((4096, 8), (16384, 2), (65536, 1), (131072, 1)):
+        x = torch.randint(0, config.vocab_size, (B, T + 1), device="cuda")
+        model.recompute = T > 65536
+        for model.attention in ("dense", "sparse"):
+            def step():
+                with torch.autocast("cuda", BF16):
+                    losses = model(x[:, :-1], x[:, 1:], index_loss=model.attention == "sparse", return_logits=False)[1]
+                (losses["lm"] + losses.get("kl", 0)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            step()
+            torch.cuda.reset_peak_memory_stats()
+            ms = milliseconds(step, 1)
+            speeds[model.attention, T], memory[model.attention, T] = B * T / ms * 1000, torch.cuda.max_memory_allocated() / 1e9
+        table.add(f"training step, 124M-sized model, context {T}, dense", B * T / speeds["dense", T] * 1000, speeds["dense", T], f"tokens/s ({memory['dense', T]:.0f} GB)")
+        table.add(f"training step, 124M-sized model, context {T}, sparse", B * T / speeds["sparse", T] * 1000, speeds["sparse", T] / speeds["dense", T],
+                  f"x dense ({speeds['sparse', T]:,.0f} tokens/s, {memory['sparse', T]:.0f} GB)")
+    return {f"training, {a}": [(T, memory[b, T]) for b, T in memory if b == a] for a in ("dense", "sparse")}
+
+
+def plot(curves, label, path):
+    """{name: [(context, value), ...]} as lines on logarithmic axes, to a PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for name, points in curves.items():
+        axis.plot(*zip(*points), "--o" if "dense" in name else "-o", label=name, color="C0" if name.startswith(("prefill", "training")) else "C1")
+    axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel=label)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    parts = dict(select=bench_select, sparse=bench_sparse, loss=bench_loss, context=bench_context, train=bench_train)
+    parser.add_argument("--only", default=",".join(parts), help="parts to run, separated by commas (default %(default)s)")
+    parser.add_argument("--out_dir", default="results", help="where bench.json and the PNGs go (default %(default)s)")
+    o = parser.parse_args()
+    unknown = set(o.only.split(",")) - parts.keys()
+    if unknown:
+        raise ValueError(f"--only={o.only}: no part {sorted(unknown)[0]!r}; choose from {', '.join(parts)}")
+    if not torch.cuda.is_available():
+        raise ValueError("bench.py times the Triton kernels and needs a CUDA GPU")
+    torch.manual_seed(0)
+    out = Path(o.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    machine = report.machine(torch.device("cuda")) | dict(commit=cli.commit())
+    print(" | ".join(f"{k} {v}" for k, v in machine.items()))
+    table, curves = Table(), {}
+    for name in o.only.split(","):
+        try:
+            curves[name] = parts[name](table)
+        except torch.OutOfMemoryError as error:
+            print(f"{name}: out of GPU memory, the rest of this part is left out ({str(error).splitlines()[0]})")
+        torch.cuda.empty_cache()
+        (out / "bench.json").write_text(json.dumps(dict(machine=machine, yardsticks=dict(bf16=table.bf16, fp8=table.fp8), rows=table.rows, curves=curves), indent=1) + "\n")
+    for name, label, file in (("context", "microseconds per token, one layer's attention", "time.png"), ("train", "peak memory of a training step (GB)", "memory.png")):
+        if curves.get(name):
+            plot(curves[name], label, out / file)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
