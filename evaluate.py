@@ -8,11 +8,11 @@ Measures (results as tables, evaluation.json and four plots in --out_dir):
   recall    share of the dense attention's mass, mean over heads, that the selection holds; beside it, for the same k, the last k
             tokens and the oracle, which takes the k largest of that mass
   entropy   of softmax(I) over everything in sight and over the selection, and of the attention (head mean): e^entropy tokens count
-  reach     how far back what is selected lies, and how far back the attention's mass (1: the query itself)
+  distance  how far back the selected tokens lie, and the attention's mass, in tokens; 1 is the query itself
   copy      text that ends in the first half of a random string that it holds once before: is the second half predicted?
             (share of tokens whose argmax is right given the true ones before, by distance from string to string)
-Recall, entropy and reach are taken in the sparse forward, whose hidden states are those in use, at a random sample of the queries that see
-more than k tokens: below, nothing is chosen. Buckets are named by their upper bounds: 64 means 33..64.
+Recall, entropy and distance are taken in the sparse forward, whose hidden states are those in use, at a random sample of the queries that
+see more than k tokens: below, nothing is chosen. Buckets are named by their upper bounds: 64 means 33..64.
 """
 import functools
 import json
@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +49,7 @@ def options(argv):
     parser.add_argument("--block_size", type=int, help="context length in tokens (default: that of the run, else 4 k)")
     parser.add_argument("--batch_size", type=int, help="sequences at a time (default: that of the run, else 8)")
     parser.add_argument("--batches", type=int, default=8, help="validation batches (default %(default)s); the first ones are train.py's")
-    parser.add_argument("--rows", type=int, default=64, help="queries per sequence for recall, entropy and reach (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=64, help="queries per sequence for recall, entropy and distance (default %(default)s)")
     parser.add_argument("--copies", type=int, default=32, help="random strings to copy, at each distance (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--index_fp8", type=cli.boolean, help="score quantised indexer keys and queries (default: as the run, else true)")
@@ -61,15 +61,14 @@ def options(argv):
     folder = checkpoint.locate(o.checkpoint)
     config, run = checkpoint.read_config(folder, Config), folder.parent / "run.json"
     if not config.index_topk:
-        raise ValueError(f"--checkpoint={o.checkpoint}: has no indexer (index_topk=0), so there is no sparse attention to evaluate; "
-                         f"train one: train.py --stage=warmup --init_from={o.checkpoint}")
+        raise ValueError(f"--checkpoint={o.checkpoint}: has no indexer (index_topk=0); train one: train.py --stage=warmup --init_from={o.checkpoint}")
     run = checkpoint.read_json(run).get("options", {}) if run.is_file() else {}
     run = dict(data="python", block_size=min(4 * config.index_topk, config.max_position_embeddings), batch_size=8, index_fp8=True) | run
     o.tokenizer = o.tokenizer or run.get("tokenizer") or checkpoint.tokenizer_name(folder)
     o.out_dir = o.out_dir or str(folder.parent / f"evaluation-{folder.name}")
     for name in ("data", "block_size", "batch_size", "index_fp8"):
         setattr(o, name, run[name] if getattr(o, name) is None else getattr(o, name))
-    for name, low in (("block_size", 8), ("batch_size", 1), ("batches", 1), ("rows", 1), ("copies", 1), ("seed", 0)):
+    for name, low in (("block_size", 8), ("batch_size", 1), ("batches", 1), ("rows", 1), ("copies", 1)):
         if getattr(o, name) < low:
             raise ValueError(f"--{name}={getattr(o, name)}: must be at least {low}")
     if o.block_size > config.max_position_embeddings:
@@ -87,16 +86,15 @@ def bounds(n):
     return 2 ** torch.arange(math.ceil(math.log2(n)) + 1)
 
 
-def by_bucket(values, n, bounds):
-    """Sum values (..., N) over the N places in each bucket of n (..., N) -> (..., buckets). Sums, no atomics: runs repeat bit by bit."""
-    bucket = torch.bucketize(n, bounds.to(n.device))
-    return torch.stack([values.masked_fill(bucket != b, 0).sum(-1) for b in range(len(bounds))], -1)
+def by_bucket(values, n, edges):
+    """Sum values (..., N) over the places in each bucket (see `bounds`) of n (..., N) -> (..., buckets). No atomics: runs repeat bit by bit."""
+    bucket = torch.bucketize(n, edges.to(n.device))
+    return torch.stack([values.masked_fill(bucket != b, 0).sum(-1) for b in range(len(edges))], -1)
 
 
-@contextmanager
 def watching(model, record):
-    """While open, record(layer, index, attention) is called in each layer of a sparse forward with the arguments of `select` (in layers that share
-    a selection: those of the layer it comes from) and of `sparse_attention`, whatever the backend."""
+    """-> a context in which each layer of a sparse forward, whatever the backend, calls record(layer, index, attention) with the arguments of
+    `select` (in a layer that shares a selection: those of the layer it comes from) and of `sparse_attention`."""
     index = []
 
     def watch(module, args, layer):
@@ -114,17 +112,15 @@ def watching(model, record):
         ops = SimpleNamespace(**vars(run.ops) | dict(select=select, sparse_attention=sparse_attention))
         return h, rope, SimpleNamespace(**vars(run) | dict(ops=ops)), *rest
 
-    hooks = [b.self_attn.register_forward_pre_hook(functools.partial(watch, layer=i)) for i, b in enumerate(model.model.layers)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = ExitStack()
+    for layer, block in enumerate(model.model.layers):
+        hooks.enter_context(block.self_attn.register_forward_pre_hook(functools.partial(watch, layer=layer)))
+    return hooks
 
 
-def layer_statistics(index, attention, rows, bounds):
+def layer_statistics(index, attention, rows, edges):
     """What `watching` saw of a layer, at the queries rows (R,) int64 -> recall by YARDSTICKS (B,R,3), ENTROPIES in nats (B,R,3),
-    reach of the selection and of the attention's mass, as shares of each bucket (B,R,2,buckets). Memory: indexer.SLICE elements."""
+    share of each bucket of distances in the selection and in the attention's mass (B,R,2,buckets). A tensor holds near indexer.SLICE elements."""
     (q_index, k_index, w, topk, k_scale, first, _), (q, latents, indices, scale, _) = index, attention
     q, q_index, w, indices = (x[:, rows] for x in (q, q_index, w, indices))
     (B, R, H, _), T = q.shape, latents.shape[1]
@@ -142,8 +138,8 @@ def layer_statistics(index, attention, rows, bounds):
         recall = selected(p, 0).sum(-1), p.masked_fill(back > topk, 0).sum(-1), p.topk(min(topk, T)).values.sum(-1)
         entropies = entropy(scores.softmax(-1)), entropy(selected(scores, float("-inf")).softmax(-1)), entropy(p)
         chosen = (indices[:, part] >= 0).float()
-        reach = by_bucket(chosen / chosen.sum(-1, keepdim=True), selected(back, 1), bounds), by_bucket(p, back, bounds)
-        return torch.stack(recall, -1), torch.stack(entropies, -1), torch.stack(reach, -2)
+        distance = by_bucket(chosen / chosen.sum(-1, keepdim=True), selected(back, 1), edges), by_bucket(p, back, edges)
+        return torch.stack(recall, -1), torch.stack(entropies, -1), torch.stack(distance, -2)
 
     return indexer.over_rows(some, R, B * T * max(H, q_index.shape[2]))
 
@@ -171,9 +167,9 @@ def measure_text(model, batches, o, device):
         x, y, first = (t.to(device) for t in batches.batch(number))
         sight = torch.arange(1, S + 1, device=device) - first
         useful = (sight > topk).any(0)
-        useful[-1] = True  # never without a row
+        useful[-1] |= ~useful.any()  # never without a row
         rows = useful.nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=generator)[:o.rows].sort().values.to(device)]
+        rows = rows[torch.randperm(len(rows), generator=generator)[:o.rows].to(device)]
         chooses = sight[:, rows] > topk
         record = lambda layer, *seen: layers[layer].append([s[chooses].cpu() for s in layer_statistics(*seen, rows, bounds(S))])
         nats["dense"].append(predict(model, x, y, first, "dense", o.dtype)[0].flatten().cpu())
@@ -189,7 +185,7 @@ def copy_task(tokens, eot, T, count, seed):
 
     A sample: text from `tokens` without its EOTs, hence one document; its last `length` tokens are a string, which begins once more
     `distance` tokens before. Strings: uniform over the alphabet, the tokens that make up at least 1/10000 of the text."""
-    random, length = np.random.RandomState(seed), min(32, T // 4)
+    random, length = np.random.RandomState(seed % 2**32), min(32, T // 4)
     counts = np.bincount(tokens[:2**22])
     counts[eot:eot + 1] = 0
     alphabet = np.flatnonzero(counts * 10000 >= counts.sum())
@@ -214,19 +210,19 @@ def measure_copies(model, samples, length, o, device):
 
 
 def bucketed(name, n, values):
-    """Means of values {name: (N,)} per bucket of n (N,) that is not empty, and over all -> columns {name: bounds, "tokens": counts, **means}."""
+    """Means of values {name: (N,)} per bucket of n (N,) that is not empty, and over all -> columns {name: bounds, "count", **means}."""
     edges = bounds(int(n.max()))
-    counts = by_bucket(torch.ones(len(n)), n, edges)
+    counts = by_bucket(torch.ones(len(n), dtype=torch.double), n, edges)
     full = counts > 0
-    columns = {name: [*edges[full].tolist(), "all"], "tokens": [*counts[full].long().tolist(), len(n)]}
+    columns = {name: [*edges[full].tolist(), "all"], "count": [*counts[full].long().tolist(), len(n)]}
     for key, x in values.items():
         columns[key] = [*(by_bucket(x.double(), n, edges) / counts)[full].tolist(), x.double().mean().item()]
     return columns
 
 
 def summarise(nats, sight, row_sight, layers):
-    """What `measure_text` gives -> tables, each a dict of columns: loss, recall, layers, reach (here the layers' columns follow the mean)."""
-    recalls, entropies, reaches = (torch.stack([t.double().mean(0) for t in ts]) for ts in zip(*layers))  # (L,3), (L,3), (L,2,buckets)
+    """What `measure_text` gives -> tables, each a dict of columns: loss, recall, layers, distances (mean over layers, then layer by layer)."""
+    recalls, entropies, distances = (torch.stack([t.double().mean(0) for t in ts]) for ts in zip(*layers))  # (L,3), (L,3), (L,2,buckets)
     layered = lambda x: [*x.tolist(), x.mean().item()]
     by_sight = torch.stack([recall for recall, _, _ in layers]).mean(0)
     return {
@@ -234,8 +230,9 @@ def summarise(nats, sight, row_sight, layers):
         "recall": bucketed("in sight", row_sight, {name: by_sight[:, i] for i, name in enumerate(YARDSTICKS)}),
         "layers": {"layer": [*range(len(layers)), "all"]} | {name: layered(recalls[:, i]) for i, name in enumerate(YARDSTICKS)} |
                   {"of oracle": layered(recalls[:, 0] / recalls[:, 2])} | {f"H({name})": layered(entropies[:, i]) for i, name in enumerate(ENTROPIES)},
-        "reach": {"back": (2 ** torch.arange(reaches.shape[2])).tolist(), "selected": reaches[:, 0].mean(0).tolist(), "attention": reaches[:, 1].mean(0).tolist()} |
-                 {f"{name}, layer {i}": x.tolist() for i, layer in enumerate(reaches) for name, x in zip(("selected", "attention"), layer)}}
+        "distances": {"back": (2 ** torch.arange(distances.shape[2])).tolist()} |
+                     {name: distances[:, i].mean(0).tolist() for i, name in enumerate(("selected", "attention"))} |
+                     {f"{name}, layer {n}": x.tolist() for n, layer in enumerate(distances) for name, x in zip(("selected", "attention"), layer)}}
 
 
 def table(title, columns):
@@ -256,9 +253,8 @@ def plot(columns, names, ylabel, xlabel, path, k=None):
     if k:
         axis.set_xscale("log", base=2)
         axis.axvline(k, color="gray", linewidth=0.8, label=f"k = {k}")
-    else:
-        axis.set_xticks(x)
-    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set_xticks(x, x, fontsize=8)
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=None if "loss" in ylabel else (0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -275,7 +271,7 @@ def write(results, k, out):
     plot(results["loss"], ("dense", "sparse"), "validation loss (nats per token)", "tokens in sight", part / "loss.png", k)
     plot(results["layers"], YARDSTICKS, "share of the dense attention mass", "layer", part / "recall.png")
     plot(results["copy"], ("dense", "sparse"), "tokens copied right", "distance (tokens)", part / "copy.png", k)
-    plot(results["reach"], ("selected", "attention"), "share", "tokens back, up to (1: the query itself)", part / "reach.png", k)
+    plot(results["distances"], ("selected", "attention"), "share", "tokens back, 1 is the query itself", part / "distances.png", k)
     out.mkdir(exist_ok=True)
     for file in part.iterdir():
         os.replace(file, out / file.name)
@@ -291,10 +287,12 @@ def main():
     validation = data.prepare(o.data, o.tokenizer)[1]
     eot, vocab_size = validation.header["eot"], validation.header["vocab_size"]
     if vocab_size > config.vocab_size:
-        raise ValueError(f"--tokenizer={o.tokenizer} has {vocab_size} tokens, the checkpoint only {config.vocab_size}; use the tokenizer it was trained with")
+        raise ValueError(f"--tokenizer={o.tokenizer} has {vocab_size} tokens, the checkpoint only {config.vocab_size}; "
+                         "use the tokenizer it was trained with")
     batches = data.Batches(validation.tokens, o.block_size, o.batch_size, eot, 0)
     if not any((torch.arange(o.block_size) - batches.batch(n)[2] >= k).any() for n in range(o.batches)):
-        raise ValueError(f"--data={o.data}: no document goes beyond index_topk={k} tokens in {o.batches} batches, so nothing is chosen; take longer texts or more --batches")
+        raise ValueError(f"--data={o.data}: no document goes beyond index_topk={k} tokens in {o.batches} batches, so nothing is chosen; "
+                         "take longer texts or more --batches")
     model = Transformer.from_pretrained(o.checkpoint, backend, "sparse", o.index_fp8, device=device)
     results = dict(options=vars(o), index_topk=k, commit=cli.commit(), **report.machine(device))
     print(f"{o.checkpoint}: {config.num_hidden_layers} layers, top-k {k}, context {o.block_size} | {o.data}, {o.batches} x {o.batch_size} sequences, "
@@ -307,9 +305,9 @@ def main():
     print(table("validation loss (nats per token) by tokens in sight", results["loss"]))
     print(table(f"share of the dense attention mass, queries with more than {k} tokens in sight, mean over layers", results["recall"]))
     print(table("the same by layer, and entropies (nats) of the indexer, of its selection, and of the attention", results["layers"]))
-    print(table("how many tokens back: shares of the selection and of the attention mass", dict(list(results["reach"].items())[:3])))
+    print(table("how many tokens back: shares of the selection and of the attention mass", dict(list(results["distances"].items())[:3])))
     print(table(f"copying the second half of a random string of {length} tokens (chance {1 / alphabet:.3f}) by distance", results["copy"]))
-    print(f"evaluation.json, loss.png, recall.png, copy.png, reach.png: {o.out_dir}")
+    print(f"evaluation.json, loss.png, recall.png, copy.png, distances.png: {o.out_dir}")
     return 0
 
 

@@ -77,9 +77,11 @@ def plot(log_path, path):
     records.sort(key=lambda r: (order[r["stage"]], r["step"]))
     figure, axes = plt.subplots(3, 1, figsize=(9, 8), sharex=True)
     def draw(axis, key, label, style="-", **kwargs):
-        points = [(x, r[key]) for x, r in enumerate(records) if key in r]
-        if points:
-            axis.plot(*zip(*points), style, label=label, **kwargs)
+        for stage in order:  # a line per stage: none is drawn across one that does not measure this
+            points = [(x, r[key]) for x, r in enumerate(records) if key in r and r["stage"] == stage]
+            if points:
+                axis.plot(*zip(*points), style, label=label, **kwargs)
+                label = None
     draw(axes[0], "lm", "training", color="C0", linewidth=0.8, alpha=0.6)
     draw(axes[0], "val_loss", "validation (same attention as the stage)", "o-", color="C1", markersize=3)
     draw(axes[1], "kl", "indexer", color="C2")

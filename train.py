@@ -327,7 +327,7 @@ def main():
     with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
         text = checkpoint.load_tokenizer(out / stages[-1]).decode(model.generate(prompt, min(256, o.block_size), temperature=0.8, top_k=50)[0, prompt.shape[1]:].tolist())
     print(f"sample after the first {prompt.shape[1]} tokens of the validation text:\n{text}\n\ncheckpoint: {out / stages[-1]}   plot: {out / 'plot.png'}   "
-          f"next: python sample.py --checkpoint={out / stages[-1]}")
+          f"next: python sample.py --checkpoint={out / stages[-1]}, python evaluate.py --checkpoint={out / stages[-1]}")
     return 0
 
 
