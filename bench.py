@@ -171,6 +171,46 @@ def bench_train(table):
     return {f"training, {a}": [(T, memory[b, T]) for b, T in memory if b == a] for a in ("dense", "sparse")}
 
 
+def bench_graft(table):
+    """A random-weight twin of DeepSeek-V2-Lite (15.7B, bf16) with indexers grafted: warm-up and sparse steps of one sequence within 80 GB."""
+    config = Config(model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, intermediate_size=10944, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=0,
+                    kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, index_n_heads=16, index_head_dim=128, index_topk=2048,
+                    n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, moe_intermediate_size=1408, topk_method="greedy", norm_topk_prob=False,
+                    max_position_embeddings=163840, rope_scaling=dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1,
+                                                                      mscale=0.707, mscale_all_dim=0.707))
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 80e9 / total))
+    torch.set_default_dtype(BF16)
+    with torch.device("cuda"):
+        model = Transformer(config)
+    torch.set_default_dtype(torch.float32)
+    model.rope_frequencies = model.rope_frequencies.float()
+    for block in model.model.layers:
+        block.self_attn.indexer.float()
+    attention = [p for n, p in model.named_parameters() if ".self_attn." in n]
+    for stage, T, learn, model.recompute in (("warm-up", 8192, "indexers", False), ("warm-up", 32768, "indexers", False), ("warm-up", 32768, "indexers", True),
+                                             ("sparse", 32768, "indexers", True), ("sparse", 32768, "attention", True)):
+        model.attention = "sparse" if stage == "sparse" else "dense"
+        model.requires_grad_(False)
+        parameters = attention if learn == "attention" else model.indexer_parameters()
+        for p in parameters:
+            p.requires_grad_(True)
+        optimizer, x = torch.optim.AdamW(parameters, fused=True), torch.randint(0, config.vocab_size, (1, T + 1), device="cuda")
+        def step():
+            with torch.autocast("cuda", BF16):
+                losses = model(x[:, :-1], x[:, 1:] if learn == "attention" else None, index_loss=True, return_logits=False)[1]
+            (losses["kl"] + losses.get("lm", 0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        step()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        ms = milliseconds(step, 1)
+        table.add(f"{stage} step, 15.7B twin, {T} tokens, trains {learn}{', recompute' if model.recompute else ''}", ms, torch.cuda.max_memory_allocated() / 1e9, "GB peak")
+        del optimizer
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def plot(curves, label, path):
     """{name: [(context, value), ...]} as lines on logarithmic axes, to a PNG."""
     import matplotlib
@@ -188,7 +228,7 @@ def plot(curves, label, path):
 
 def main():
     parser = cli.Parser(__doc__)
-    parts = dict(select=bench_select, sparse=bench_sparse, loss=bench_loss, context=bench_context, train=bench_train)
+    parts = dict(select=bench_select, sparse=bench_sparse, loss=bench_loss, context=bench_context, train=bench_train, graft=bench_graft)
     parser.add_argument("--only", default=",".join(parts), help="parts to run, separated by commas (default %(default)s)")
     parser.add_argument("--out_dir", default="results", help="where bench.json and the PNGs go (default %(default)s)")
     o = parser.parse_args()

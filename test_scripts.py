@@ -241,3 +241,14 @@ def test_graft_onto_a_published_checkpoint(place):
     assert changed and all(".self_attn." in name for name in changed)
     code, out, err = call(place, "sample.py", "--checkpoint=grafted/sparse", "--prompt=line", "--num_tokens=12")
     assert code == 0 and "sparse attention, top-k 8" in err, err
+
+
+def test_readme_points_at_what_it_names():
+    """The reading order's lines hold definitions, and its pictures and files exist."""
+    text = (HERE / "README.md").read_text()
+    places = re.findall(r"\[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\)", text)
+    assert len(places) > 10
+    for file, line, linked, anchor in places:
+        assert (file, line) == (linked, anchor) and (HERE / file).read_text().splitlines()[int(line) - 1].startswith(("def ", "class ")), (file, line)
+    for target in re.findall(r"\]\((results/[^)]+)\)", text):
+        assert (HERE / target).is_file(), target
