@@ -28,6 +28,7 @@ def milliseconds(function, rep=60):
 
 
 def randn(*shape, dtype=BF16):
+    """Standard normal numbers on the GPU."""
     return torch.randn(shape, device="cuda", dtype=dtype)
 
 
@@ -44,6 +45,7 @@ def selection(S, T, k, overlap=0.8):
 
 
 def index_inputs(S, T, B=1):
+    """Random e4m3 q (B,S,HI,DI) and k (B,T,DI), float32 w (B,S,HI) and k_scale (B,T)."""
     q, k = (torch.randn(B, n, *h, DI, device="cuda").to(torch.float8_e4m3fn) for n, h in ((S, (HI,)), (T, ())))
     return q, k, torch.randn(B, S, HI, device="cuda"), torch.rand(B, T, device="cuda")
 
@@ -69,6 +71,7 @@ class Table:
 
 
 def bench_select(table):
+    """Index scores, top-k, and selection as a whole."""
     import kernels
     for S, T in ((4096, 32768), (4096, 131072)):
         q, k, w, k_scale = index_inputs(S, T)
@@ -88,6 +91,7 @@ def bench_select(table):
 
 
 def bench_sparse(table):
+    """Sparse attention forward, backward, and decoding from the FP8 cache."""
     import kernels
     for T in (32768, 131072):
         S = 4096
@@ -108,6 +112,7 @@ def bench_sparse(table):
 
 
 def bench_loss(table):
+    """The warm-up loss with its gradients."""
     import kernels
     for S in (8192, 32768):
         q, k, v = randn(1, S, HEADS, QK), randn(1, S, HEADS, QK), randn(1, S, HEADS, V)
@@ -227,6 +232,7 @@ def plot(curves, label, path):
 
 
 def main():
+    """Run the chosen parts; results are written after each."""
     parser = cli.Parser(__doc__)
     parts = dict(select=bench_select, sparse=bench_sparse, loss=bench_loss, context=bench_context, train=bench_train, graft=bench_graft)
     parser.add_argument("--only", default=",".join(parts), help="parts to run, separated by commas (default %(default)s)")

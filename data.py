@@ -368,6 +368,7 @@ class Batches:
 
 
 def main():
+    """The command line: prepare a corpus, verify it, print its size."""
     parser = argparse.ArgumentParser(description="Prepare a corpus, verify it and print its statistics.")
     parser.add_argument("--data", default="python", help="python, packages, shakespeare, web[:N], a text file or folder [python]")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or a name that tiktoken knows, such as gpt2 [bytes]")

@@ -236,6 +236,7 @@ def summarise(nats, sight, row_sight, layers):
 
 
 def table(title, columns):
+    """{name: values} as lines of text, right-aligned under their names."""
     cells = [[name, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in values)] for name, values in columns.items()]
     widths = [max(map(len, column)) for column in cells]
     return "\n".join([title, *("  " + "  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in zip(*cells)), ""])
@@ -280,6 +281,7 @@ def write(results, k, out):
 
 @torch.no_grad()
 def main():
+    """Measure, print, and write everything at the end."""
     o, config = options(sys.argv[1:])
     device, k = cli.device(o.device), config.index_topk
     o.dtype = o.dtype or ("bfloat16" if device.type == "cuda" else "float32")

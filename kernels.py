@@ -638,6 +638,8 @@ def flash_dq_kernel(Q, K, V, DOUT, LSE2, DELTA, DQ, FIRST, LAST, sqb, sqs, sqh, 
 
 
 class FlashAttention(torch.autograd.Function):
+    """dense_attention with its backward: products recomputed tile by tile, no atomics."""
+
     @staticmethod
     def tiles(x, width, backward):
         """-> rows held, keys streamed (backward: the held and the streamed side of either kernel), stages, warps; less where shared memory is short"""
@@ -994,6 +996,8 @@ def _dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, r, want_dq)
 
 
 class IndexerLossDense(torch.autograd.Function):
+    """indexer_loss_dense: unit gradients come with the forward and are scaled by the incoming gradient of each row."""
+
     @staticmethod
     def forward(ctx, q, k, lse, scale, q_index, k_index, w, first, last, grad):
         r = torch.ones(q.shape[:2], device=q.device) if grad else None
@@ -1103,6 +1107,8 @@ def loss_sparse_backward_kernel(Q, KEYS, W, INDICES, COUNT, G, R, DQ, DK, DW, sq
 
 
 class IndexerLossSparse(torch.autograd.Function):
+    """indexer_loss_sparse with its backward; dk_index is summed by float32 atomics."""
+
     @staticmethod
     def forward(ctx, q, latents, lse, indices, scale, q_index, k_index, w, grad):
         (B, S, H, D), K, (HI, dI) = q.shape, indices.shape[2], q_index.shape[2:]
@@ -1760,6 +1766,8 @@ def sparse_hopper(q, latents, indices, value_dim):
 
 
 class SparseAttention(torch.autograd.Function):
+    """sparse_attention with its backward; sizes padded to powers of two on the way in, cropped on the way out."""
+
     @staticmethod
     def forward(ctx, q, latents, indices, scale, value_dim):
         DP, RP = max(16, triton.next_power_of_2(value_dim)), max(16, triton.next_power_of_2(q.shape[-1] - value_dim))
@@ -1806,8 +1814,7 @@ def sparse_attention(q, latents, indices, scale, value_dim):
         if latents.shape[-1] != size or size % 4 or value_dim % 4 or value_dim > 512:
             raise ValueError(f"packed latents of {value_dim} + {q.shape[-1] - value_dim} numbers have {size} bytes, not {latents.shape[-1]}; "
                              "value_dim is a multiple of 4, at most 512, and bytes are a multiple of 4")
-        hopper = sparse_hopper(q, latents, indices, value_dim)
-        return hopper.sparse_forward(q, latents, indices, scale) if hopper else sparse_forward(q, latents, indices, scale, value_dim)
+        return sparse_forward(q, latents, indices, scale, value_dim)
     if latents.shape[-1] != q.shape[-1] or not 0 < value_dim <= q.shape[-1]:
         raise ValueError(f"q {tuple(q.shape)} and latents {tuple(latents.shape)} need one width, and value_dim {value_dim} within it")
     return SparseAttention.apply(q, latents.to(q.dtype), indices, scale, value_dim)

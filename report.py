@@ -38,6 +38,7 @@ def matmul_rate(device, dtype):
 
 
 def wait(device):
+    """Until the GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

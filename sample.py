@@ -47,6 +47,7 @@ def options(argv):
 
 
 def main():
+    """Load, stream to standard output, report speed on standard error."""
     o = options(sys.argv[1:])
     text = sys.stdin.read() if o.stdin else o.prompt or ""
     if o.prompt_file:

@@ -1,27 +1,18 @@
 """The reference held to the paper, to brute force and to itself. (T<n>) names the trap of the field that a test guards against; a test
 with T <= k would prove nothing about the indexer, so all of them go well beyond. Kernels: test_kernels.py. Published models: test_checkpoint.py.
 """
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import data
 import indexer
 import sparse_attn
 from generate import sample
 from model import Attention, Config, Transformer, apply_rope, operations, rope_frequencies
 
-HERE = Path(__file__).parent
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=0.707)
 
 

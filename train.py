@@ -35,6 +35,7 @@ STAGES = ("dense", "warmup", "sparse")
 
 
 def option(default, help, *choices):
+    """A dataclass field with its help text and, if any, the values it may take."""
     return field(default=default, metadata=dict(help=help, choices=choices or None))
 
 
@@ -106,6 +107,8 @@ def resolve(argv):
             if given[name] != base.get(name):
                 raise ValueError(f"--{name}={given[name]}: the run being resumed has {base.get(name)}; leave the option out, or start another run")
     values = base | given
+    if values.get("init_from") and not Path(values["init_from"]).is_dir():
+        raise FileNotFoundError(f"--init_from={values['init_from']} does not exist; give the folder of a checkpoint")
     values["tokenizer"] = values.get("tokenizer") or (checkpoint.tokenizer_name(values["init_from"]) if values.get("init_from") else "bytes")
     o = Options(**{k: v for k, v in values.items() if k in Options.__dataclass_fields__})
     for name in ("block_size", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_steps", "save_interval"):
@@ -128,7 +131,7 @@ def build(o, sizes, device, stages, vocab_size):
         model = Transformer(Config(vocab_size=vocab_size, **sizes), **kwargs).to(device)
     else:
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--stage={stages[0]} starts from a checkpoint, and {folder} does not exist; run the stage before, or give --init_from=DIR")
+            raise FileNotFoundError(f"--stage={stages[0]} starts from {folder}, which does not exist; run the stage before, or give --init_from=DIR")
         graft = stages != ["dense"] and not checkpoint.read_config(folder, Config).index_topk
         index = {k: sizes.get(k, v) for k, v in NEW_INDEXER.items()} if graft else None
         model = Transformer.from_pretrained(folder, device=device, index=index, **kwargs)
@@ -194,6 +197,7 @@ def save_state(model, optimizer, stage, step, corpus, o):
 
 
 def states(out_dir):
+    """The complete states in out_dir, the latest last."""
     return sorted(p for p in Path(out_dir).glob("state-*") if p.suffix not in (".part", ".old"))
 
 
@@ -214,6 +218,7 @@ def interruptible():
 
 
 def main():
+    """The run: options, data, model, then the stages one after the other."""
     o, sizes, device = resolve(sys.argv[1:])
     out, stages = Path(o.out_dir), list(STAGES) if o.stage == "all" else [o.stage]
     earlier = [p for p in (*states(out), *(out / s for s in stages)) if p.exists()]
