@@ -295,7 +295,10 @@ class FolderTokenizer:
         path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; put the model's tokenizer.json there (other tokenizer formats are not read)")
-        self.inner = Tokenizer.from_file(str(path))
+        try:
+            self.inner = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError(f"{path}: no tokenizer ({error}); copy it again") from None
         self.name, self.n_vocab = f"{folder.name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}", self.inner.get_vocab_size()
         settings = read_json(settings) if settings.is_file() else {}
         bos = settings.get("bos_token") if settings.get("add_bos_token") else None

@@ -1,6 +1,7 @@
 """What the scripts share: option parsing with one-line errors, and exit codes (0 done, 2 bad input, 130 Ctrl-C)."""
 import argparse
 import difflib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -57,7 +58,10 @@ def parse_fields(parser, fields, gpu, argv):
             lines.append(f"--{name}={value}")
         elif name:
             raise ValueError(f"--config={path}, line {number}: expected `name = value`, found {line.strip()!r}")
-    return given(lines) | options
+    options = given(lines) | options
+    if "config" in options:
+        raise ValueError(f"--config={path}: a config file cannot name another; put its lines here")
+    return options
 
 
 def device(name):
@@ -65,8 +69,7 @@ def device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
-        return torch.device(name)
+        return torch.zeros(1, device=name).cpu().new_empty(0, device=name).device  # .cpu() fails on "meta"
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device={name}: not available on this machine; use --device=cpu or leave it out") from None
 
@@ -75,6 +78,8 @@ def backend(name, device):
     """"auto" -> None (see model.operations), "torch", "triton". ValueError for triton where it cannot run."""
     if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"--backend=triton needs a CUDA GPU, and the device is {device}; use --backend=torch")
+    if name == "triton" and not importlib.util.find_spec("triton"):
+        raise ValueError("--backend=triton: triton is not installed; pip install triton, or use --backend=torch")
     return None if name == "auto" else name
 
 
@@ -92,6 +97,9 @@ def run(main):
     """sys.exit(main()); what functions raise about bad input becomes one line and exit 2, Ctrl-C exit 130."""
     try:
         sys.exit(main())
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,7 +8,7 @@ from sparse_attn import Cache
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """logits (B,vocab) -> (B,) int64 sampled tokens; temperature 0 takes the most likely one."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -54,6 +54,8 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     and the smallest set of tokens with probability top_p. The prompt enters the caches `chunk` tokens at a time. fp8_cache: latents in the
     published FP8 layout. Sets model.cache_bytes_per_token. ValueError: longer than the model."""
     (B, T), config, device = idx.shape, model.config, idx.device
+    if temperature < 0 or chunk < 1 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}, chunk={chunk}: at least 0, 1, above 0 up to 1, and at least 1")
     if T < 1 or T + n > config.max_position_embeddings:
         raise ValueError(f"prompt of {T} tokens + {n} new ones: must be between 1 and max_position_embeddings={config.max_position_embeddings}; shorten either")
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.lm_head.weight.dtype

@@ -77,6 +77,9 @@ class Config:
                     "qk_nope_head_dim", "v_head_dim", "max_position_embeddings"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        for key, low in (("q_lora_rank", 0), ("initializer_range", 0), ("rope_theta", 1e-9), ("rms_norm_eps", 1e-30)):
+            if not getattr(self, key) >= low:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least {low}")
         if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: RoPE turns pairs, choose an even number >= 2")
         if self.index_topk < 0:
@@ -206,7 +209,7 @@ class Attention(nn.Module):
 
     def forward(self, h, rope, run, indices=None, cache=None):
         """h (B,S,hidden), rope(x, interleaved), run: see Transformer.forward; indices (B,S,k): the selection of the layer before, used if there is
-        no indexer here -> out (B,S,hidden), the selection used (None if dense), (kl, kl_uniform, recall) if run.index_loss and there is one, else ()."""
+        no indexer here -> out (B,S,hidden), the selection used (the one passed in if dense), (kl, kl_uniform, recall) if run.index_loss and there is one, else ()."""
         ops, topk, (B, S, _) = run.ops, self.config.index_topk, h.shape
         index_loss = run.index_loss and self.indexer is not None
         q_latent = self.q_a_layernorm(self.q_a_proj(h)) if self.config.q_lora_rank else h
@@ -285,6 +288,8 @@ class Transformer(nn.Module):
     def __init__(self, config, backend=None, attention=None, index_fp8=True):
         super().__init__()
         self.config, self.backend, self.index_fp8 = config.check(), backend, index_fp8
+        if attention not in (None, "dense", "sparse") or backend not in (None, "torch", "triton"):
+            raise ValueError(f"attention={attention}, backend={backend}: attention is dense or sparse, backend torch or triton")
         self.attention = attention or ("sparse" if config.index_topk else "dense")
         if self.attention == "sparse" and not config.index_topk:
             raise ValueError("attention=sparse: this checkpoint has no indexer (index_topk=0); use attention=dense or train one: train.py --stage=warmup")
@@ -316,6 +321,8 @@ class Transformer(nn.Module):
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached. With `last` (B,S) given, lengths are read
         on the device (CUDA graphs). ValueError: sequence longer than max_position_embeddings."""
         S = idx.shape[1]
+        if index_loss and caches is not None:
+            raise ValueError("index_loss=True needs the whole sequence in one forward; leave caches out")
         length = S if caches is None else caches[0].capacity if last is not None else int(position[-1]) + 1
         if length > self.config.max_position_embeddings:
             raise ValueError(f"sequence of {length} tokens is longer than the model's max_position_embeddings={self.config.max_position_embeddings}; shorten it")
@@ -326,7 +333,7 @@ class Transformer(nn.Module):
                               index_loss=index_loss, first=first, last=last, position=position, length=length)
         h, indices, index_losses = self.model.embed_tokens(idx), None, []
         for i, block in enumerate(self.model.layers):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled() and caches is None:
                 h, indices, layer_losses = recompute(block, h, rope, run, indices, use_reentrant=False)
             else:
                 h, indices, layer_losses = block(h, rope, run, indices, caches[i] if caches else None)

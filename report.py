@@ -20,7 +20,7 @@ def flops_per_token(model, T, stage):
     dense = 2 * weights + L * pairs * 2 * H * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
     sparse = 2 * weights + L * keys * 2 * H * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
     score = 2 * c.index_n_heads * c.index_head_dim * L  # per pair
-    return {"dense": 3 * dense, "warmup": dense + 3 * (2 * index + pairs * score), "sparse": 3 * sparse + 6 * index + (pairs + 3 * keys) * score}[stage]
+    return {"dense": 3 * dense, "warmup": dense - 2 * model.lm_head.weight.numel() + 3 * (2 * index + pairs * score), "sparse": 3 * sparse + 6 * index + (pairs + 3 * keys) * score}[stage]
 
 
 def matmul_rate(device, dtype):
@@ -92,7 +92,7 @@ def plot(log_path, path):
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend(loc="best", fontsize=8) if axis.lines else None
-        axis.set_ylim(bottom=0) if label != "loss (nats per token)" else None
+        axis.set_ylim(0, 1.02 if label == "recall" else None) if label != "loss (nats per token)" else None
     previous = None
     for x, stage in enumerate([r["stage"] for r in records]):
         if stage != previous:

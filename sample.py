@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import cli
 from generate import stream
-from model import Transformer
+from model import Config, Transformer
 
 
 def options(argv):
@@ -53,22 +53,29 @@ def main():
     if o.prompt_file:
         if not Path(o.prompt_file).is_file():
             raise FileNotFoundError(f"--prompt_file={o.prompt_file}: no such file")
-        text = Path(o.prompt_file).read_text(encoding="utf-8")
+        try:
+            text = Path(o.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt_file={o.prompt_file}: no UTF-8 text ({error.reason})") from None
     device = cli.device(o.device)
     dtype = getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    checkpoint.read_config(o.checkpoint, Config)
     tokenizer = checkpoint.load_tokenizer(o.checkpoint)
     model = Transformer.from_pretrained(o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype)
     ids = tokenizer.encode(text) or [tokenizer.eot]
     if ids == [None]:
         raise ValueError(f"{o.checkpoint} names no end-of-text token to begin with; give a --prompt")
+    if max(ids) >= model.config.vocab_size:
+        raise ValueError(f"{o.checkpoint}: its tokenizer gives id {max(ids)}, the model has {model.config.vocab_size}; they belong to different models")
     prompt = torch.tensor([ids], device=device).expand(o.count, -1)
     generator = torch.Generator(device).manual_seed(o.seed)
     tokens = stream(model, prompt, o.num_tokens, o.temperature, o.top_k, o.top_p, generator, o.chunk, o.cache == "fp8")
 
     rows, times, pending = [], [], []
     began = time.perf_counter()
-    print(text if o.count == 1 else "", end="", flush=True)
     for token in tokens:
+        if not rows and o.count == 1:
+            print(text, end="", flush=True)
         rows.append(token.tolist())
         times.append(time.perf_counter())
         pending.append(rows[-1][0])

@@ -110,6 +110,13 @@ def test_stage_by_stage_is_all_at_once(place, run):
         code, _, err = train(place, "single", f"--stage={stage}")
         assert code == 0, err
     assert [x[:4] for x in losses(place / "single")] == [x[:4] for x in losses(run[0])]
+    assert json.loads((place / "single" / "summary.json").read_text()) == json.loads((run[0] / "summary.json").read_text())
+    before = sorted(p.name for p in (place / "single").iterdir())
+    for refused in ("--data=nowhere.txt", "--index_topk=32", "--init_from=single/sparse", "--resume"):  # nothing is deleted for a run that cannot start
+        assert train(place, "single", "--overwrite", refused)[0] == 2
+        assert sorted(p.name for p in (place / "single").iterdir()) == before
+    assert train(place, "single", "--overwrite", "--stage=sparse")[0] == 0
+    assert [x[:4] for x in losses(place / "single")] == [x[:4] for x in losses(run[0])]
 
 
 def test_options_from_a_file(place):

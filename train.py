@@ -78,7 +78,7 @@ class Options:
     save_interval: int = option(50, "steps between states to --resume from")
 
 
-# Defaults that differ on a CUDA GPU: a model of 33M parameters at a context of 4096
+# Defaults that differ on a CUDA GPU: a model of 27M parameters at a context of 4096
 GPU = dict(dtype="bfloat16", block_size=4096, dense_steps=1000, warmup_steps=200, sparse_steps=400, dense_lr=1e-3, warmup_lr=2e-3, sparse_lr=2e-4,
            ramp_steps=50, eval_interval=100, eval_steps=8, save_interval=200, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
            num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
@@ -86,6 +86,12 @@ GPU = dict(dtype="bfloat16", block_size=4096, dense_steps=1000, warmup_steps=200
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
 MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) and f.name != "vocab_size"]
 FIXED = {f.name for f in MODEL_FIELDS} | {"stage", "init_from", "train", "data", "tokenizer", "seed", "block_size", "batch_size", "gradient_accumulation_steps"}
+
+
+def start_folder(init_from, out_dir, stage):
+    """The checkpoint that a run beginning with `stage` starts from: --init_from, else what the stage before left in out_dir; "" for a fresh model."""
+    before = {"warmup": "dense", "sparse": "warmup"}.get(stage)
+    return init_from or (str(Path(out_dir) / before) if before else "")
 
 
 def resolve(argv):
@@ -96,20 +102,25 @@ def resolve(argv):
     given = cli.parse_fields(parser, (*fields(Options), *MODEL_FIELDS), GPU, argv)
     device = cli.device(given.get("device", "auto"))
     base = GPU if device.type == "cuda" else {}
-    if given.get("init_from"):  # sizes come from there
+    if given.get("init_from") or given.get("stage") in ("warmup", "sparse"):  # sizes come from the checkpoint
         base = {k: v for k, v in base.items() if k in Options.__dataclass_fields__}
     if given.get("resume"):
         path = Path(given.get("out_dir", Options.out_dir)) / "run.json"
         if not path.is_file():
             raise FileNotFoundError(f"--resume: {path} does not exist, there is no run to continue; leave --resume out")
-        base = json.loads(path.read_text())["options"]
+        base = checkpoint.read_json(path).get("options")
+        if not base or given.get("overwrite"):
+            raise ValueError("--resume with --overwrite: choose one" if base else f"--resume: {path} holds no options; start anew with --overwrite")
+        base["out_dir"] = str(path.parent)  # it may have been moved
+        device = cli.device(given.get("device", base["device"]))
         for name in sorted(FIXED & given.keys()):
             if given[name] != base.get(name):
                 raise ValueError(f"--{name}={given[name]}: the run being resumed has {base.get(name)}; leave the option out, or start another run")
     values = base | given
     if values.get("init_from") and not Path(values["init_from"]).is_dir():
         raise FileNotFoundError(f"--init_from={values['init_from']} does not exist; give the folder of a checkpoint")
-    values["tokenizer"] = values.get("tokenizer") or (checkpoint.tokenizer_name(values["init_from"]) if values.get("init_from") else "bytes")
+    source = start_folder(values.get("init_from"), values.get("out_dir", Options.out_dir), values.get("stage"))
+    values["tokenizer"] = values.get("tokenizer") or (checkpoint.tokenizer_name(source) if source and Path(source).is_dir() else "bytes")
     o = Options(**{k: v for k, v in values.items() if k in Options.__dataclass_fields__})
     for name in ("block_size", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_steps", "save_interval"):
         if getattr(o, name) < 1:
@@ -117,6 +128,13 @@ def resolve(argv):
     for name in ("dense_steps", "warmup_steps", "sparse_steps", "ramp_steps"):
         if getattr(o, name) < 0:
             raise ValueError(f"--{name}={getattr(o, name)}: cannot be negative")
+    for name, low, high in (("dense_lr", 0, 1e30), ("warmup_lr", 0, 1e30), ("sparse_lr", 0, 1e30), ("min_lr", 0, 1), ("weight_decay", 0, 1e30), ("beta1", 0, 0.9999999),
+                            ("beta2", 0, 0.9999999), ("grad_clip", 1e-12, 1e30), ("seed", 0, 2**63 - 1)):
+        if not low <= getattr(o, name) <= high:
+            raise ValueError(f"--{name}={getattr(o, name)}: must lie between {low} and {high}")
+    for path in (Path(o.out_dir), *Path(o.out_dir).parents):
+        if not o.out_dir or path.exists() and not path.is_dir():
+            raise ValueError(f"--out_dir={o.out_dir}: {'name a folder' if not o.out_dir else f'{path} is a file; choose another'}")
     return o, {k: v for k, v in values.items() if k not in Options.__dataclass_fields__}, device
 
 
@@ -125,8 +143,7 @@ def build(o, sizes, device, stages, vocab_size):
     if sizes.get("index_topk", 1) < 1:
         raise ValueError(f"--index_topk={sizes['index_topk']}: a query selects at least 1 token")
     kwargs = dict(backend=cli.backend(o.backend, device), index_fp8=o.index_fp8)
-    before = {"warmup": "dense", "sparse": "warmup"}.get(stages[0])
-    folder = o.init_from or (before and str(Path(o.out_dir) / before))
+    folder = start_folder(o.init_from, o.out_dir, stages[0])
     if not folder:
         model = Transformer(Config(vocab_size=vocab_size, **sizes), **kwargs).to(device)
     else:
@@ -196,6 +213,13 @@ def save_state(model, optimizer, stage, step, corpus, o):
         shutil.rmtree(old)
 
 
+def replace_text(path, text):
+    """Write a file so that it is the old one or the new one, whenever the process dies."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 def states(out_dir):
     """The complete states in out_dir, the latest last."""
     return sorted(p for p in Path(out_dir).glob("state-*") if p.suffix not in (".part", ".old"))
@@ -222,15 +246,14 @@ def main():
     o, sizes, device = resolve(sys.argv[1:])
     out, stages = Path(o.out_dir), list(STAGES) if o.stage == "all" else [o.stage]
     earlier = [p for p in (*states(out), *(out / s for s in stages)) if p.exists()]
-    if earlier and o.overwrite:
-        for path in earlier:
-            shutil.rmtree(path)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    elif earlier and not o.resume:
+    if o.overwrite and o.init_from and Path(o.init_from).resolve() in [p.resolve() for p in earlier]:
+        raise ValueError(f"--init_from={o.init_from} is what --overwrite would replace; choose another --out_dir")
+    if earlier and not (o.resume or o.overwrite):
         raise ValueError(f"{earlier[-1]} exists: continue with --resume, replace it with --overwrite, or choose another --out_dir")
     resumed = states(out)[-1] if o.resume and states(out) else None
     if o.resume and not resumed:
-        raise ValueError(f"--resume: no saved state in {out}: the run has finished, or stopped before its first one (--overwrite starts anew)")
+        state = "the run has finished" if (out / stages[-1]).exists() else "it stopped before its first saved state"
+        raise ValueError(f"--resume: nothing to continue in {out}, {state}; --overwrite starts anew")
 
     train_tokens, val_tokens = data.prepare(o.data, o.tokenizer)
     eot, vocab_size = train_tokens.header["eot"], train_tokens.header["vocab_size"]
@@ -251,15 +274,18 @@ def main():
     c = model.config
     forward = torch.compile(model) if o.compile else model
 
+    if o.overwrite:  # only now, when nothing can be refused any more
+        for path in earlier:
+            shutil.rmtree(path)
     out.mkdir(parents=True, exist_ok=True)
     sizes = {f.name: getattr(c, f.name) for f in MODEL_FIELDS}
     run = dict(options=asdict(o) | dict(resume=False, overwrite=False) | sizes, command=" ".join(sys.argv), commit=cli.commit(), **report.machine(device))
-    (out / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    replace_text(out / "run.json", json.dumps(run, indent=2) + "\n")
     log_path = out / "metrics.jsonl"
-    if resumed:  # what was logged after the state was saved happens again
-        done = lambda r: (STAGES.index(r["stage"]), r["step"]) < (STAGES.index(saved["stage"]), saved["step"])
+    if log_path.exists():  # what was logged after the state was saved happens again, and so does a stage that is run anew
+        done = lambda r: (STAGES.index(r["stage"]), r["step"]) < (STAGES.index(saved["stage"]), saved["step"]) if resumed else r["stage"] not in stages
         kept = [line for line in log_path.read_text().splitlines() if line.endswith("}") and done(json.loads(line))]
-        log_path.write_text("".join(line + "\n" for line in kept))
+        replace_text(log_path, "".join(line + "\n" for line in kept))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{run['device']} | torch {run['torch']} | commit {run['commit']} | backend {o.backend}, {o.dtype}\n"
           f"model: {parameters / 1e6:.1f}M parameters ({sum(p.numel() for p in model.indexer_parameters()) / 1e6:.2f}M in indexers), {c.num_hidden_layers} layers, "
@@ -267,7 +293,8 @@ def main():
     print("options: " + " ".join(f"--{k}={v}" for k, v in run["options"].items() if v != ""))
     rate = report.matmul_rate(device, getattr(torch, o.dtype))
     tokens_per_step = o.batch_size * o.block_size * o.gradient_accumulation_steps
-    summary = json.loads((out / "summary.json").read_text()) if resumed and (out / "summary.json").exists() else {}
+    summary = json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else {}
+    summary = {k: v for k, v in summary.items() if not k.endswith(tuple(f"after {stage}" for stage in stages))}
 
     with interruptible() as caught, open(log_path, "a") as log:
         for stage in stages:
@@ -316,15 +343,15 @@ def main():
                 if caught or (step + 1) % o.save_interval == 0 or step + 1 == steps:
                     save_state(model, optimizer, stage, step + 1, train_tokens.header["sha256"], o)
                 if caught:
-                    print(f"\nstopped after {stage} step {step}; continue with: python train.py --resume --out_dir={o.out_dir}", file=sys.stderr)
+                    print(f"\nstopped after {stage} step {step + 1}; continue with: python train.py --resume --out_dir={o.out_dir}", file=sys.stderr)
                     return 130 if caught[0] == signal.SIGINT else 143
             bar.close()
             model.save_pretrained(out / stage, o.tokenizer)
             for attention in ("dense",) if stage == "dense" else ("dense", "sparse"):
                 summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(model, val_batches, o, device, attention)
-            (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
             report.plot(log_path, out / "plot.png")
-    for old in states(out):
+    for old in out.glob("state-*"):
         shutil.rmtree(old)
     print("\n".join(f"{k}: {v:.4f}" for k, v in summary.items()))
     prompt = torch.from_numpy(val_tokens.tokens[:o.block_size // 2].astype("int64"))[None].to(device)
@@ -332,7 +359,7 @@ def main():
     with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
         text = checkpoint.load_tokenizer(out / stages[-1]).decode(model.generate(prompt, min(256, o.block_size), temperature=0.8, top_k=50)[0, prompt.shape[1]:].tolist())
     print(f"sample after the first {prompt.shape[1]} tokens of the validation text:\n{text}\n\ncheckpoint: {out / stages[-1]}   plot: {out / 'plot.png'}   "
-          f"next: python sample.py --checkpoint={out / stages[-1]}, python evaluate.py --checkpoint={out / stages[-1]}")
+          f"next: python sample.py --checkpoint={out / stages[-1]}" + (" --attention=dense" if stages[-1] == "dense" else f", python evaluate.py --checkpoint={out / stages[-1]}"))
     return 0
 
 
