@@ -75,7 +75,7 @@ def device(name):
 
 
 def backend(name, device):
-    """"auto" -> None (see model.operations), "torch", "triton". ValueError for triton where it cannot run."""
+    """"auto" -> None (see model.pick_backend), "torch", "triton". ValueError for triton where it cannot run."""
     if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"--backend=triton needs a CUDA GPU, and the device is {device}; use --backend=torch")
     if name == "triton" and not importlib.util.find_spec("triton"):

@@ -1,6 +1,4 @@
 """Generation: the prompt enters the caches in chunks, then one token at a time. On a GPU a decoding step is one CUDA graph."""
-import importlib.util
-
 import torch
 
 from sparse_attn import Cache
@@ -25,7 +23,7 @@ def decoder(model, caches, B, device):
 
     With the Triton kernels on a GPU the first call captures the step as a CUDA graph: lengths are read on the device, so that one graph serves
     every t and no time goes to launches. Routing to experts needs the host, so models with experts run step by step."""
-    if device.type != "cuda" or model.backend == "torch" or not importlib.util.find_spec("triton") or model.config.n_routed_experts:
+    if device.type != "cuda" or model.backend_on(device) == "torch" or model.config.n_routed_experts:
         return lambda token, t: model(token[:, None], caches=caches, position=torch.tensor([t], device=device))[0]
     token_in, position = torch.zeros(B, 1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)
     last, graph, out = torch.zeros(B, 1, dtype=torch.int32, device=device), torch.cuda.CUDAGraph(), []

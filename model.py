@@ -146,13 +146,16 @@ def apply_rope(x, interleaved, cos, sin):
     return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
 
 
+def pick_backend(backend, device):
+    """"torch" or "triton" as given; None is triton on a CUDA GPU where it is installed, else torch."""
+    return backend or ("triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch")
+
+
 def operations(backend, device):
     """The functions of the attention path: from indexer.py and sparse_attn.py ("torch"), or their twins in kernels.py ("triton").
-    None: triton on a CUDA GPU where it is installed, else torch. They compute in the dtype of their inputs, whatever autocast says."""
-    if backend is None:
-        backend = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
+    They compute in the dtype of their inputs, whatever autocast says. backend: see `pick_backend`."""
     names = ("quantise", "select", "indexer_loss_dense", "indexer_loss_sparse", "dense_attention", "sparse_attention")
-    if backend == "triton":
+    if pick_backend(backend, device) == "triton":
         import kernels
         twins = {name: getattr(kernels, name) for name in names}
     else:
@@ -283,7 +286,7 @@ class Transformer(nn.Module):
     """Decoder-only language model.
 
     attention: "dense" or "sparse"; None is sparse where there is an indexer. index_fp8: score quantised queries and keys, as the
-    published inference does, or (False) as they are, as transformers does. backend: see `operations`. ValueError: see Config.check."""
+    published inference does, or (False) as they are, as transformers does. backend: see `pick_backend`. ValueError: see Config.check."""
 
     def __init__(self, config, backend=None, attention=None, index_fp8=True):
         super().__init__()
@@ -307,6 +310,10 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=config.initializer_range / ((2 * config.num_hidden_layers) ** 0.5 if into_residual else 1))
         frequencies, self.rope_amplitude = rope_frequencies(config)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
+
+    def backend_on(self, device):
+        """The backend that runs on this torch.device: "torch" or "triton"."""
+        return pick_backend(self.backend, device)
 
     def indexer_parameters(self):
         """The parameters that learn from the KL loss alone; all others learn from the language-model loss alone."""

@@ -207,7 +207,6 @@ def save_state(model, optimizer, stage, step, corpus, o):
     part = folder.with_name(folder.name + ".part")
     model.save_pretrained(part)
     torch.save(dict(stage=stage, step=step, corpus=corpus, optimizer=optimizer.state_dict()), part / "trainer.pt")
-    shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     for old in states(o.out_dir)[:-1]:
         shutil.rmtree(old)
