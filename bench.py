@@ -7,18 +7,21 @@ Layer shapes are those of DeepSeek-V3.2 unless a line says otherwise: 128 heads,
 events with a cold L2. Operations are counted as they are needed: a pair or a selected token that is not visible counts as nothing.
 """
 import json
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import cli
+import data
 import report
 from model import Config, Transformer
 from sparse_attn import pack_latents
 
 BF16, HEADS, RANK, ROPE, QK, V, HI, DI, TOPK = torch.bfloat16, 128, 512, 64, 192, 128, 64, 128, 2048
-SCALE = QK**-0.5
+SCALE, RUN = QK**-0.5, 4
 
 
 def milliseconds(function, rep=60):
@@ -139,41 +142,84 @@ def bench_context(table):
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
             point("prefill, dense MHA (cuDNN)", T, milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=T == S), 30), S)
         del q, k, v, latents
-        B = 64
-        index, q, latents = index_inputs(1, T, B), randn(B, 1, HEADS, RANK + ROPE), randn(B, T, RANK + ROPE)
+        B = 64  # decoding from the FP8 caches; dense is the same attention kernel with every token selected
+        index, q, latents = index_inputs(1, T, B), randn(B, 1, HEADS, RANK + ROPE), torch.stack([pack_latents(randn(T, RANK + ROPE), RANK) for _ in range(B)])
+        everything = torch.arange(T, dtype=torch.int32, device="cuda").expand(B, 1, T).contiguous()
         point("decode, DSA", T, milliseconds(dsa, 30), B)
-        point("decode, dense MLA (kernels.dense_attention)", T, milliseconds(lambda: kernels.dense_attention(q, latents[:, :, None], latents[:, :, None, :RANK], SCALE), 30), B)
-    for kind, ours, dense in (("prefill", "prefill, DSA", "prefill, dense MHA (cuDNN)"), ("decode", "decode, DSA", "decode, dense MLA (kernels.dense_attention)")):
+        point("decode, dense MLA", T, milliseconds(lambda: kernels.sparse_attention(q, latents, everything, SCALE, RANK), 30), B)
+        del latents
+    for kind, ours, dense in (("prefill", "prefill, DSA", "prefill, dense MHA (cuDNN)"), ("decode", "decode, DSA", "decode, dense MLA")):
         (T, a), (_, b) = curves[ours][-1], curves[dense][-1]
         table.add(f"{kind} at {T}, one layer's attention, per token" + (", batch 64" if kind == "decode" else ""), a / 1000, b / a, "x cheaper than dense")
     return curves
 
 
+def training(model, x, compile=False):
+    """x (B,T + 1) int64 -> tokens/s and peak GB of a training step; T tokens of a sequence are one document."""
+    B, T = x.shape[0], x.shape[1] - 1
+    optimizer, forward = torch.optim.AdamW(model.parameters(), fused=True), torch.compile(model, dynamic=False) if compile else model
+
+    def step():
+        with torch.autocast("cuda", BF16):
+            losses = forward(x[:, :-1], x[:, 1:], index_loss=model.attention == "sparse", return_logits=False)[1]
+        (losses["lm"] + losses.get("kl", 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    while len(seconds) < 3 or sum(seconds) < 0.5:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return B * T / min(seconds), torch.cuda.max_memory_allocated() / 1e9
+
+
 def bench_train(table):
-    """Training step of a 12-layer model of GPT-2-small size (12 heads, latents 128 + 32, k 512, vocabulary 50304), dense and sparse."""
+    """Training steps of a 12-layer model of GPT-2-small size (12 heads, latents 128 + 32, k 512, vocabulary 50304), dense and sparse; 1M tokens forward."""
     config = Config(vocab_size=50304, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, q_lora_rank=384, kv_lora_rank=128,
-                    qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, index_n_heads=4, index_head_dim=64, index_topk=512, max_position_embeddings=2**20)
+                    qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, index_n_heads=4, index_head_dim=64, index_topk=512, max_position_embeddings=2**20,
+                    tie_word_embeddings=True)
     model = Transformer(config).cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    speeds, memory = {}, {}
-    for T, B in ((4096, 8), (16384, 2), (65536, 1), (131072, 1)):
-        x = torch.randint(0, config.vocab_size, (B, T + 1), device="cuda")
-        model.recompute = T > 65536
+    name, speeds, memory = "training, 124M", {}, {}
+    # random ids in runs of RUN: neighbours select much alike, as in a trained model
+    ids = lambda T: torch.randint(0, config.vocab_size, (max(1, 65536 // T), T // RUN + 1), device="cuda").repeat_interleave(RUN, 1)[:, :T + 1]
+    for T in (4096, 8192, 16384, 32768, 65536, 131072):
         for model.attention in ("dense", "sparse"):
-            def step():
-                with torch.autocast("cuda", BF16):
-                    losses = model(x[:, :-1], x[:, 1:], index_loss=model.attention == "sparse", return_logits=False)[1]
-                (losses["lm"] + losses.get("kl", 0)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            step()
-            torch.cuda.reset_peak_memory_stats()
-            ms = milliseconds(step, 1)
-            speeds[model.attention, T], memory[model.attention, T] = B * T / ms * 1000, torch.cuda.max_memory_allocated() / 1e9
-        table.add(f"training step, 124M-sized model, context {T}, dense", B * T / speeds["dense", T] * 1000, speeds["dense", T], f"tokens/s ({memory['dense', T]:.0f} GB)")
-        table.add(f"training step, 124M-sized model, context {T}, sparse", B * T / speeds["sparse", T] * 1000, speeds["sparse", T] / speeds["dense", T],
-                  f"x dense ({speeds['sparse', T]:,.0f} tokens/s, {memory['sparse', T]:.0f} GB)")
-    return {f"training, {a}": [(T, memory[b, T]) for b, T in memory if b == a] for a in ("dense", "sparse")}
+            speeds[model.attention, T], memory[model.attention, T] = training(model, ids(T))
+        ratio = speeds["sparse", T] / speeds["dense", T]
+        table.add(f"{name}, context {T}, dense", T / speeds["dense", T] * 1000, speeds["dense", T], f"tokens/s ({memory['dense', T]:.0f} GB)")
+        table.add(f"{name}, context {T}, sparse", T / speeds["sparse", T] * 1000, ratio, f"x dense ({speeds['sparse', T]:,.0f} tokens/s, {memory['sparse', T]:.0f} GB)")
+    model.attention = "dense"
+    for T, gpt in ((4096, 414e3), (16384, 242e3)):  # what a plain 124M GPT with torch.compile reached on an H200
+        speed = training(model, ids(T), compile=True)[0]
+        table.add(f"dense stage, 124M, context {T}, --compile", T / speed * 1000, speed / gpt, f"x a plain GPT's {gpt / 1000:.0f}K ({speed:,.0f} tokens/s)")
+    model.attention, x = "sparse", torch.randint(0, config.vocab_size, (1, 2**20), device="cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    with torch.no_grad(), torch.autocast("cuda", BF16):
+        model(x, return_logits=False)
+    torch.cuda.synchronize()
+    table.add("forward, 124M, 1M tokens, sparse", 1000 * (time.perf_counter() - start), torch.cuda.max_memory_allocated() / 1e9, "GB peak")
+    curves = {f"training, {a}": [(T, memory[b, T]) for b, T in memory if b == a] for a in ("dense", "sparse")}
+    return curves
+
+
+def bench_long(table, folder):
+    """Training steps of a trained checkpoint (--checkpoint) on one long document of real text, dense and sparse."""
+    if not folder:
+        print("long: left out, it takes a trained --checkpoint")
+        return
+    model, text = Transformer.from_pretrained(folder, device="cuda").train(), data.prepare("python", checkpoint.tokenizer_name(folder))[0].tokens
+    for T in (16384, 32768, 65536, 131072):
+        x = torch.from_numpy(text[:max(1, 65536 // T) * T + 1].astype("int64")).cuda().unfold(0, T + 1, T)
+        for model.attention in ("dense", "sparse"):
+            speed, memory = training(model, x)
+            table.add(f"training, {folder}, context {T}, {model.attention}", T / speed * 1000, speed, f"tokens/s ({memory:.0f} GB)")
 
 
 def bench_graft(table):
@@ -234,8 +280,10 @@ def plot(curves, label, path):
 def main():
     """Run the chosen parts; results are written after each."""
     parser = cli.Parser(__doc__)
-    parts = dict(select=bench_select, sparse=bench_sparse, loss=bench_loss, context=bench_context, train=bench_train, graft=bench_graft)
+    parts = dict(select=bench_select, sparse=bench_sparse, loss=bench_loss, context=bench_context, train=bench_train, graft=bench_graft,
+                 long=lambda table: bench_long(table, o.checkpoint))
     parser.add_argument("--only", default=",".join(parts), help="parts to run, separated by commas (default %(default)s)")
+    parser.add_argument("--checkpoint", help="trained model for the part `long`, such as out/h200-16k/seed-1337/sparse")
     parser.add_argument("--out_dir", default="results", help="where bench.json and the PNGs go (default %(default)s)")
     o = parser.parse_args()
     unknown = set(o.only.split(",")) - parts.keys()

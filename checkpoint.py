@@ -190,7 +190,7 @@ def read_weights(folder, model, device, dtype=None, new_indexers=False):
     """Give model (on the meta device) the folder's tensors on `device`, as stored or in `dtype` (but for correction bias and weights_proj);
     FP8 weights become bf16 or `dtype`.
 
-    new_indexers: indexers start from random float32 weights. Names and shapes are checked before any tensor is read. Tensors of layers
+    new_indexers: indexers start from random float32 weights, whatever the folder has. Names and shapes are checked before any tensor is read. Tensors of layers
     beyond num_hidden_layers (multi-token prediction) are left alone."""
     folder, config = locate(folder), model.config
     tensors, path = open_tensors(folder), folder / "config.json"
@@ -215,7 +215,7 @@ def read_weights(folder, model, device, dtype=None, new_indexers=False):
             expected[scale] = grid
     for name in sorted(tensors.keys() - expected.keys()):
         layer = name.removeprefix("model.layers.").split(".")[0]
-        beyond = layer.isdecimal() and (int(layer) >= config.num_hidden_layers or (".indexer." in name and not config.has_indexer(int(layer))))
+        beyond = layer.isdecimal() and (int(layer) >= config.num_hidden_layers or (".indexer." in name and (new_indexers or not config.has_indexer(int(layer)))))
         if not (beyond or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"):
             raise ValueError(f"{tensors[name][1]}: tensor {name} has no place in the model that config.json describes; this variant is not supported")
 

@@ -9,10 +9,12 @@ Measures (results as tables, evaluation.json and four plots in --out_dir):
             tokens and the oracle, which takes the k largest of that mass
   entropy   of softmax(I) over everything in sight and over the selection, and of the attention (head mean): e^entropy tokens count
   distance  how far back the selected tokens lie, and the attention's mass, in tokens; 1 is the query itself
+  overlap   of neighbouring queries: the share of its selection that a query has in common with the one before, and the union of the
+            selections of 8 in a row over k (1: all select the same, 8: nothing in common)
   copy      text that ends in the first half of a random string that it holds once before: is the second half predicted?
             (share of tokens whose argmax is right given the true ones before, by distance from string to string)
-Recall, entropy and distance are taken in the sparse forward, whose hidden states are those in use, at a random sample of the queries that
-see more than k tokens: below, nothing is chosen. Buckets are named by their upper bounds: 64 means 33..64.
+Recall, entropy, distance and overlap are taken in the sparse forward, whose hidden states are those in use, at a random sample of the queries that
+see more than k tokens: below, nothing is chosen (overlap: all 8 queries do). Buckets are named by their upper bounds: 64 means 33..64.
 """
 import functools
 import json
@@ -38,6 +40,7 @@ from model import Config, Transformer
 
 YARDSTICKS = ("selected", "last k", "oracle")
 ENTROPIES = ("indexer", "selection", "attention")
+NEIGHBOURS = {"overlap": 2, "union/k": 8}  # queries in a row
 
 
 def options(argv):
@@ -120,12 +123,15 @@ def watching(model, record):
 
 def layer_statistics(index, attention, rows, edges):
     """What `watching` saw of a layer, at the queries rows (R,) int64 -> recall by YARDSTICKS (B,R,3), ENTROPIES in nats (B,R,3),
-    share of each bucket of distances in the selection and in the attention's mass (B,R,2,buckets). A tensor holds near indexer.SLICE elements."""
+    share of each bucket of distances in the selection and in the attention's mass (B,R,2,buckets), NEIGHBOURS (B,R,2), NaN unless all
+    queries see more than k tokens of one document. A tensor holds near indexer.SLICE elements."""
     (q_index, k_index, w, topk, k_scale, first, _), (q, latents, indices, scale, _) = index, attention
-    q, q_index, w, indices = (x[:, rows] for x in (q, q_index, w, indices))
+    q, q_index, w, all_indices, indices = q[:, rows], q_index[:, rows], w[:, rows], indices, indices[:, rows]
     (B, R, H, _), T = q.shape, latents.shape[1]
     last = rows.expand(B, -1)
     first = torch.zeros_like(last) if first is None else first[:, rows]
+    row = rows[:, None] - torch.arange(max(NEIGHBOURS.values()), device=rows.device)  # (R,8): a query and those before it
+    alike = row[:, -1] - first >= topk  # (B,R): the farthest sees more than k tokens of the query's document, so they all do
     entropy = lambda p: torch.special.entr(p).sum(-1)
 
     def some(part):
@@ -139,7 +145,10 @@ def layer_statistics(index, attention, rows, edges):
         entropies = entropy(scores.softmax(-1)), entropy(selected(scores, float("-inf")).softmax(-1)), entropy(p)
         chosen = (indices[:, part] >= 0).float()
         distance = by_bucket(chosen / chosen.sum(-1, keepdim=True), selected(back, 1), edges), by_bucket(p, back, edges)
-        return torch.stack(recall, -1), torch.stack(entropies, -1), torch.stack(distance, -2)
+        near = all_indices[:, row[part].clamp(min=0)]  # (B, part, 8, k)
+        union = [(near[:, :, :n].flatten(2).sort(-1).values.diff(dim=-1) > 0).sum(-1) + 1 for n in NEIGHBOURS.values()]
+        near = torch.stack((2 - union[0] / topk, union[1] / topk), -1).masked_fill(~alike[:, part, None], float("nan"))
+        return torch.stack(recall, -1), torch.stack(entropies, -1), torch.stack(distance, -2), near
 
     return indexer.over_rows(some, R, B * T * max(H, q_index.shape[2]))
 
@@ -160,7 +169,7 @@ def predict(model, x, y, first, attention, dtype):
 
 def measure_text(model, batches, o, device):
     """-> nats {"dense", "sparse"}: (N,), sight (N,), one entry per validation token; and of the sampled queries their sight (M,) and
-    per layer what `layer_statistics` gives, (M,3), (M,3), (M,2,buckets). All on the CPU."""
+    per layer what `layer_statistics` gives, (M,3), (M,3), (M,2,buckets), (M,2). All on the CPU."""
     nats, sights, row_sights, layers = dict(dense=[], sparse=[]), [], [], [[] for _ in model.model.layers]
     S, topk, generator = o.block_size, model.config.index_topk, torch.Generator().manual_seed(o.seed)
     for number in tqdm(range(o.batches), desc="validation text", disable=None, dynamic_ncols=True):
@@ -222,14 +231,15 @@ def bucketed(name, n, values):
 
 def summarise(nats, sight, row_sight, layers):
     """What `measure_text` gives -> tables, each a dict of columns: loss, recall, layers, distances (mean over layers, then layer by layer)."""
-    recalls, entropies, distances = (torch.stack([t.double().mean(0) for t in ts]) for ts in zip(*layers))  # (L,3), (L,3), (L,2,buckets)
+    recalls, entropies, distances, near = (torch.stack([t.double().nanmean(0) for t in ts]) for ts in zip(*layers))  # (L,3), (L,3), (L,2,buckets), (L,2)
     layered = lambda x: [*x.tolist(), x.mean().item()]
-    by_sight = torch.stack([recall for recall, _, _ in layers]).mean(0)
+    by_sight = torch.stack([recall for recall, *_ in layers]).mean(0)
     return {
         "loss": bucketed("in sight", sight, nats | {"sparse - dense": nats["sparse"] - nats["dense"]}),
         "recall": bucketed("in sight", row_sight, {name: by_sight[:, i] for i, name in enumerate(YARDSTICKS)}),
         "layers": {"layer": [*range(len(layers)), "all"]} | {name: layered(recalls[:, i]) for i, name in enumerate(YARDSTICKS)} |
-                  {"of oracle": layered(recalls[:, 0] / recalls[:, 2])} | {f"H({name})": layered(entropies[:, i]) for i, name in enumerate(ENTROPIES)},
+                  {"of oracle": layered(recalls[:, 0] / recalls[:, 2])} | {f"H({name})": layered(entropies[:, i]) for i, name in enumerate(ENTROPIES)} |
+                  {name: layered(near[:, i]) for i, name in enumerate(NEIGHBOURS) if near.isfinite().all()},
         "distances": {"back": (2 ** torch.arange(distances.shape[2])).tolist()} |
                      {name: distances[:, i].mean(0).tolist() for i, name in enumerate(("selected", "attention"))} |
                      {f"{name}, layer {n}": x.tolist() for n, layer in enumerate(distances) for name, x in zip(("selected", "attention"), layer)}}
@@ -306,7 +316,7 @@ def main():
     write(results, k, Path(o.out_dir))
     print(table("validation loss (nats per token) by tokens in sight", results["loss"]))
     print(table(f"share of the dense attention mass, queries with more than {k} tokens in sight, mean over layers", results["recall"]))
-    print(table("the same by layer, and entropies (nats) of the indexer, of its selection, and of the attention", results["layers"]))
+    print(table("the same by layer; entropies (nats) of the indexer, of its selection, and of the attention; overlap of neighbouring selections", results["layers"]))
     print(table("how many tokens back: shares of the selection and of the attention mass", dict(list(results["distances"].items())[:3])))
     print(table(f"copying the second half of a random string of {length} tokens (chance {1 / alphabet:.3f}) by distance", results["copy"]))
     print(f"evaluation.json, loss.png, recall.png, copy.png, distances.png: {o.out_dir}")

@@ -13,6 +13,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SELECT_CHUNK = 2**26  # scores that `select` holds at a time: 268 MB
+SELECT_FILTER = 256, 8193, 8, 2048  # `select` filters from so many queries, keys, and keys per topk on, up to so large a topk
 LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk of the dense loss holds at a time: 18 bytes each at 64 indexer heads
 G_SCALE = tl.constexpr(64.0)  # gradients with respect to scores are kept times this: float16 would lose those of long rows
 
@@ -85,8 +86,9 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
 # index scores -----------------------------------------------------------------------------------------------------------------------
 # I[t,s] = k_scale[s] * sum_j w[t,j] relu(q[t,j] . k[s])
 # A program keeps BQ queries x HP heads (up to 256 columns) and streams SPAN keys in tiles of BK: tl.dot(keys, queries^T) has the keys as rows,
-# so relu, weight and the sum over heads stay inside a thread. Tiles of keys that none of its queries sees are skipped (-inf with FILL).
-# Operations: 2 HI dI per pair on the tensor cores and 2 HI (max, fma) beside them; bytes: 4 per pair written, keys once per BQ queries (L2).
+# and the columns are dealt so that relu, weight and the sum over heads stay inside a thread. Tiles that none of its queries sees are skipped
+# (-inf with FILL; without it, what a query does not see is left undefined). BITS: two bits per pair instead of a score, for `select`.
+# Operations: 2 HI dI per pair on the tensor cores and 2 HI (max, fma) beside them; bytes: 4 (BITS: 1/4) per pair, keys once per BQ queries (L2).
 
 @triton.jit
 def _e4m3_to_fp16(x):
@@ -105,11 +107,30 @@ def _select_bounds(FIRST, LAST, at, i, S, T, ok, HAS_FIRST: tl.constexpr, HAS_LA
 
 
 @triton.jit
-def _scores_kernel(Q, K, W, KS, FIRST, LAST, OUT, S, T, LD, row0, ROWS, SPAN, HI, dI, skb, skt, ssb, sst, BQ: tl.constexpr, HP: tl.constexpr,
+def _columns(BQ: tl.constexpr, HP: tl.constexpr):
+    """query, head of each column. Of every 8 columns of a tensor core's result a thread holds two, 2l and 2l+1: l is the query, the rest its heads"""
+    L: tl.constexpr = max(1, min(4, BQ, 128 // HP))
+    c = tl.arange(0, BQ*HP)
+    return c // (L*HP)*L + c // 2 % L, c // (2*L) % (HP // 2)*2 + c % 2
+
+
+@triton.jit
+def _score(k, q, w, BQ: tl.constexpr, HP: tl.constexpr, DECODE_E4M3: tl.constexpr):
+    """sum_j w_j relu(k . q_j) of keys k (n, DP) and columns q (BQ*HP, DP), w -> (n, BQ). relu(x) = (x + |x|)/2: an addition has twice a maximum's rate"""
+    L: tl.constexpr = max(1, min(4, BQ, 128 // HP))
+    if DECODE_E4M3: k = _e4m3_to_fp16(k)
+    x = tl.dot(k, tl.trans(q), input_precision="tf32x3")
+    x = (x + tl.abs(x))*(w*0.5)[None, :]
+    x = tl.permute(tl.reshape(x, [k.shape[0], BQ // L, HP // 2, L, 2]), [0, 1, 3, 2, 4])
+    return tl.sum(tl.reshape(x, [k.shape[0], BQ, HP]), 2)
+
+
+@triton.jit
+def _scores_kernel(Q, K, W, KS, TH, FIRST, LAST, OUT, S, T, LD, row0, ROWS, SPAN, HI, dI, skb, skt, ssb, sst, BQ: tl.constexpr, HP: tl.constexpr,
                    DP: tl.constexpr, BK: tl.constexpr, HAS_KS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-                   DECODE_E4M3: tl.constexpr, FILL: tl.constexpr):
+                   DECODE_E4M3: tl.constexpr, FILL: tl.constexpr, BITS: tl.constexpr):
     b = tl.program_id(2).to(tl.int64); tile = tl.program_id(0)*BQ; end = tl.minimum(row0 + ROWS, S)
-    col = tl.arange(0, BQ*HP); h = col % HP; i = row0 + tile + col // HP; d = tl.arange(0, DP)
+    i, h = _columns(BQ, HP); i += row0 + tile; d = tl.arange(0, DP)
     okc = (i < end) & (h < HI); at = (b*S + i)*HI + h
     q = tl.load(Q + at[:, None]*dI + d[None, :], mask=okc[:, None] & (d < dI)[None, :], other=0.0)     # [BQ*HP, DP]
     w = tl.load(W + at, mask=okc, other=0.0)
@@ -121,6 +142,9 @@ def _scores_kernel(Q, K, W, KS, FIRST, LAST, OUT, S, T, LD, row0, ROWS, SPAN, HI
     lo = tl.maximum(tl.min(tl.where(sees, first, T), 0) // BK*BK, begin); hi = tl.minimum(tl.max(tl.where(sees, last + 1, 0), 0), stop)
     out = OUT + (b*ROWS + tile + r)*LD                                                                  # [BQ]
     s_ = tl.arange(0, BK)
+    if BITS:
+        limit = tl.load(TH + b*ROWS + tile + r, mask=ok, other=0.0)
+        words = OUT + (b*tl.num_programs(0) + tl.program_id(0))*LD*BQ + r[None, :]*(BK // 16) + tl.arange(0, BK // 16)[:, None]
     if FILL:
         none = tl.full([BK, BQ], float("-inf"), tl.float32)
         for s0 in range(begin, tl.minimum(lo, stop), BK):
@@ -130,32 +154,46 @@ def _scores_kernel(Q, K, W, KS, FIRST, LAST, OUT, S, T, LD, row0, ROWS, SPAN, HI
     for s0 in tl.range(lo, hi, BK):
         s = s0 + s_; oks = s < T
         k = tl.load(K + b*skb + s.to(tl.int64)[:, None]*skt + d[None, :], mask=oks[:, None] & (d < dI)[None, :], other=0.0)
-        if DECODE_E4M3: k = _e4m3_to_fp16(k)
-        dots = tl.dot(k, tl.trans(q), input_precision="tf32x3")                                           # [BK, BQ*HP]
-        score = tl.sum(tl.reshape(tl.maximum(dots, 0.0)*w[None, :], [BK, BQ, HP]), 2)
-        if HAS_KS: score = score*tl.load(KS + b*ssb + s.to(tl.int64)*sst, mask=oks, other=0.0)[:, None]
-        score = tl.where((s[:, None] >= first[None, :]) & (s[:, None] <= last[None, :]), score, float("-inf"))
-        tl.store(out[None, :] + s[:, None], score, mask=ok[None, :] & oks[:, None])
+        if HAS_KS: scale = tl.load(KS + b*ssb + s.to(tl.int64)*sst, mask=oks, other=0.0)                  # under way while the tensor cores work
+        score = _score(k, q, w, BQ, HP, DECODE_E4M3)                                                      # [BK, BQ]
+        if HAS_KS: score = score*scale[:, None]
+        if BITS:
+            bit = (1 << (s_ % 16))[:, None]
+            bits = tl.where(score > limit[None, :], bit | (bit << 16), tl.where(score >= limit[None, :], bit, 0))
+            tl.store(words + s0 // 16*BQ, tl.sum(tl.reshape(bits, [BK // 16, 16, BQ]), 1))
+        else:
+            if FILL: score = tl.where((s[:, None] >= first[None, :]) & (s[:, None] <= last[None, :]), score, float("-inf"))
+            tl.store(out[None, :] + s[:, None], score, mask=ok[None, :] & oks[:, None])
 
 
-def _scores_into(out, q, k, w, k_scale, first, last, row0, fill):
-    """out (B,rows,LD >= T): scores of the queries row0..row0+rows; without fill, what no query of a tile sees is left as it was"""
-    (B, S, HI, dI), T, rows = q.shape, k.shape[1], out.shape[1]
+def _scores_tiles(q, rows):
+    """-> BQ, HP, DP, BK, emulate e4m3, warps, stages"""
+    HI, dI = q.shape[2:]
     fp8 = q.dtype == torch.float8_e4m3fn
     emulate = fp8 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9)
-    if emulate: q, k = q.view(torch.uint8), k.view(torch.uint8)
     size = 2 if emulate else q.element_size()
     HP = max(2, triton.next_power_of_2(HI)); DP = max(32 if size == 1 else 16, triton.next_power_of_2(dI))
-    columns = max(HP, 256 // size)
+    columns = max(HP, 256 if size*DP <= 128 else 256 // size)
     BQ = max(16 // HP, 1, min(columns // HP, triton.next_power_of_2(rows)))
     small = q.is_cuda and torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin < 140*1024
-    BK, tiles = 32 if size == 4 and small else 64, triton.cdiv(rows, BQ)                                 # float32 tiles of 64 keys need 135 KB
+    BK = 32 if size == 4 and small else 64                                                              # float32 tiles of 64 keys need 135 KB
+    return BQ, HP, DP, BK, emulate, 8 if BQ*HP == 256 else 4, 4 if size == 1 else 3
+
+
+def _scores_into(out, q, k, w, k_scale, first, last, row0, rows, LD, fill=False, threshold=None):
+    """out (B,rows,LD >= T): scores of the queries row0..row0+rows; without fill, what a query does not see is undefined. With threshold (B,rows):
+    bits of the comparison, a word per 16 keys, LD words per query -> BQ, BK: stored as (B, tile of BQ queries, tile of BK keys, query, word)"""
+    (B, S, HI, dI), T = q.shape, k.shape[1]
+    BQ, HP, DP, BK, emulate, warps, stages = _scores_tiles(q, rows)
+    if emulate: q, k = q.view(torch.uint8), k.view(torch.uint8)
+    tiles = triton.cdiv(rows, BQ)
     span = triton.cdiv(B*tiles*T, 16*_select_sms(q.device))
     span = min(max(triton.cdiv(span, BK)*BK, 256), 8192)
     _scores_kernel[(tiles, triton.cdiv(T, span), B)](
-        q, k, w, w if k_scale is None else k_scale, w if first is None else first, w if last is None else last, out, S, T, out.shape[2],
-        row0, rows, span, HI, dI, k.stride(0), k.stride(1), *((0, 0) if k_scale is None else k_scale.stride()), BQ, HP, DP, BK,
-        k_scale is not None, first is not None, last is not None, emulate, fill, num_warps=8 if BQ*HP == 256 else 4, num_stages=4 if size == 1 else 3)
+        q, k, w, *(w if x is None else x for x in (k_scale, threshold, first, last)), out, S, T, LD, row0, rows, span, HI, dI, *k.stride()[:2],
+        *((0, 0) if k_scale is None else k_scale.stride()), BQ, HP, DP, BK, k_scale is not None, first is not None, last is not None, emulate, fill,
+        threshold is not None, num_warps=warps, num_stages=stages)
+    return BQ, BK
 
 
 def _select_inputs(q, k, w, k_scale, first, last):
@@ -178,7 +216,7 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
     first, last (B,S) int32: the visible range, None: 0 and T - S + i. -> (B,S,T) float32, -inf where not visible. ValueError: types or shapes that don't fit."""
     q, k, w, k_scale, first, last = _select_inputs(q, k, w, k_scale, first, last)
     out = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=torch.float32, device=q.device)
-    _scores_into(out, q, k, w, k_scale, first, last, 0, True)
+    _scores_into(out, q, k, w, k_scale, first, last, 0, q.shape[1], k.shape[1], fill=True)
     return out
 
 
@@ -276,6 +314,13 @@ def _emit(out, p, c, ok, v, K, gt0, tie0, need, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _finish(out, p, c, ok, tot, K, WIDE: tl.constexpr):
+    """Write those of the positions p that have the K highest of the `tot` values c (where ok; elsewhere they are -2^31)"""
+    t = _kth(c, K, tl.min(tl.where(ok, c, 2147483647), 0), tl.max(c, 0), tot, tot*0)
+    _emit(out, p, c, ok, t, K, tot*0, tot*0, K - tl.sum((c > t).to(tl.int32), 0), WIDE)
+
+
+@triton.jit
 def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, TILE: tl.constexpr,
                  DIRECT: tl.constexpr, MASKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, WIDE: tl.constexpr):
     kp = tl.arange(0, KP); jc = tl.arange(0, CAP); js = tl.arange(0, SAMPLE)
@@ -322,8 +367,7 @@ def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP
                 if not DIRECT:
                     if n > CAP: p = tl.load(scratch + jc, mask=ok, other=0, cache_modifier=".cg")
                 c = tl.where(ok, _ordered(tl.load(x + p, mask=ok, other=0.0)), -2147483648)
-                t = _kth(c, K, tl.min(tl.where(ok, c, 2147483647), 0), tl.max(c, 0), tot, n*0)
-                _emit(out, p, c, ok, t, K, n*0, n*0, K - tl.sum((c > t).to(tl.int32), 0), WIDE)
+                _finish(out, p, c, ok, tot, K, WIDE)
             if not DIRECT:
                 if walk != 0:
                     higher = n*0; equal = n*0; gt = n*0
@@ -338,9 +382,9 @@ def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP
                 tl.debug_barrier()                                                                      # scratch is used again
 
 
-def _topk_into(out, scores, T, first, last, row0):
+def _topk_into(out, scores, T, first, last, row0, rows, LD):
     """out (B,S,K)[:, row0:row0+rows] = top-k of scores (B,rows,LD >= T)"""
-    (B, S, K), (_, rows, LD) = out.shape, scores.shape
+    B, S, K = out.shape
     direct = T <= 8192
     cap = triton.next_power_of_2(T) if direct else max(4096, 2*triton.next_power_of_2(K))
     warps = max(1 if direct else 8, min(32, cap // (1024 if direct else 512)))
@@ -356,29 +400,172 @@ def topk(scores, topk, first=None, last=None):
     B, S, T = scores.shape
     first, last = [None if x is None else x.expand(B, S).int().contiguous() for x in (first, last)]
     out = torch.empty(B, S, topk, dtype=torch.int32, device=scores.device)
-    _topk_into(out, scores.contiguous(), T, first, last, 0)
+    _topk_into(out, scores.contiguous(), T, first, last, 0, S, T)
     return out
+
+
+# select, filtered -------------------------------------------------------------------------------------------------------------------
+# The same set for many queries over long contexts, where above all the scores' way through memory costs. Scores are computed, not kept:
+#   threshold  a row's threshold t from its scores of every STRIDE-th key, so that K..CAP scores exceed it nearly always (about 1.8 K do)
+#   filter     all scores once more, of which two bits remain: > t, >= t
+#   collect    a program per row: positions of the bits > t; if these are K..CAP, their scores again from gathered keys, and the exact K best.
+#              Fewer than K, but K with the ties of t: then t is the K-th value, and the bits are the answer. Neither: BAD, for the path above.
+# How the scores of the last step are rounded does not matter: the filter alone decides the candidates, the last step alone their order.
+# Bytes: 1/4 per pair, 4/STRIDE for the sample, ~2 K gathered keys per row; operations: those of the scores, once.
+
+@triton.jit
+def _threshold_kernel(X, FIRST, LAST, TH, S, T, LD, row0, ROWS, K, STRIDE, SAMPLE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr):
+    row = tl.program_id(0); i = row0 + row % ROWS
+    first, last = _select_bounds(FIRST, LAST, (row // ROWS).to(tl.int64)*S + i, i, S, T, i < S, HAS_FIRST, HAS_LAST)
+    t = first*0 - 2139095041                                                                            # -inf: all are candidates
+    if last - first >= K:
+        lo = tl.cdiv(first, STRIDE); n = last // STRIDE - lo + 1
+        mean = n*(K/(last - first + 1)); rank = (mean + 4*tl.sqrt(mean) + 3).to(tl.int32)
+        if rank < n:
+            j = tl.arange(0, SAMPLE)
+            v = _ordered(tl.load(X + row.to(tl.int64)*LD + lo + j, mask=j < n, other=float("-inf")))
+            t = _kth(v, rank, tl.min(tl.where(j < n, v, 2147483647), 0), tl.max(v, 0), n, rank // 16)
+    tl.store(TH + row, tl.where(t < 0, t ^ 0x7fffffff, t).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _places(dst, words, first, last, need, LIMIT, BQ, W: tl.constexpr):
+    """Positions first..last whose score is > t, with the first `need` ties, ascending, to dst (the first LIMIT) -> how many are > t, = t"""
+    gt0 = first*0; tie0 = first*0
+    for j0 in range(first // 16, last // 16 + 1, 1024):
+        j = j0 + tl.arange(0, 1024); p = j*16
+        word = tl.load(words + j // W*(W*BQ) + j % W, mask=p <= last, other=0)
+        seen = (0xffff << tl.minimum(tl.maximum(first - p, 0), 16)) & (0xffff >> tl.minimum(tl.maximum(p + 15 - last, 0), 16))
+        gt = (word >> 16) & seen; tie = word & seen & ~gt
+        count = (_popcount(gt) << 16) + _popcount(tie)                                                  # at most 16384 of each
+        before = tl.cumsum(count, 0) - count; count = tl.sum(count, 0)
+        equal = tie0 + (before & 0xffff); at = gt0 + (before >> 16) + tl.minimum(equal, need)
+        word = gt | tl.where(equal < need, tie, 0)
+        for i in range(tl.max(_popcount(word), 0)):
+            low = word & -word; tied = ((low & tie) != 0).to(tl.int32)
+            ok = (word != 0) & ((tied == 0) | (equal < need))
+            tl.store(dst + at, p + (low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, mask=ok & (at < LIMIT))
+            at += ok.to(tl.int32); equal += tied; word &= word - 1
+        gt0 += count >> 16; tie0 += count & 0xffff
+    return gt0, tie0
+
+
+@triton.jit
+def _collect_kernel(Q, K, W, KS, FIRST, LAST, BITS, OUT, BAD, SCRATCH, NROW, S, T, LD, row0, ROWS, HI, dI, skb, skt, ssb, sst, TOPK, KP: tl.constexpr,
+                    CAP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BC: tl.constexpr, HAS_KS: tl.constexpr,
+                    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, DECODE_E4M3: tl.constexpr):
+    kp = tl.arange(0, KP); jc = tl.arange(0, CAP); d = tl.arange(0, DP); h = tl.arange(0, HP); oks = (h < HI)[:, None] & (d < dI)[None, :]
+    scratch = SCRATCH + tl.program_id(0).to(tl.int64)*(2*CAP + 1)  # odd, as above: positions, scores
+    for turn in range(tl.cdiv(NROW - tl.program_id(0), tl.num_programs(0))):
+        row = tl.program_id(0) + turn*tl.num_programs(0)
+        b = (row // ROWS).to(tl.int64); r = row % ROWS; i = row0 + r; at = b*S + i; out = OUT + at*TOPK
+        first, last = _select_bounds(FIRST, LAST, at, i, S, T, i < S, HAS_FIRST, HAS_LAST)
+        n = tl.maximum(last - first + 1, 0); bad = n*0
+        if n <= TOPK:
+            tl.store(out + kp, tl.where(kp < n, first + kp, -1), mask=kp < TOPK)
+        else:
+            words = BITS + (b*tl.cdiv(ROWS, BQ) + r // BQ)*LD*BQ + r % BQ*(BK // 16)
+            tot, ties = _places(scratch, words, first, last, 0, CAP, BQ, BK // 16)
+            bad += ((tot > CAP) | (tot + ties < TOPK)).to(tl.int32)
+            if tot < TOPK:
+                if bad == 0: _places(out, words, first, last, TOPK - tot, TOPK, BQ, BK // 16)
+            elif bad == 0:
+                q = tl.load(Q + (at*HI + h)[:, None]*dI + d[None, :], mask=oks, other=0.0)
+                w = tl.load(W + at*HI + h, mask=h < HI, other=0.0)
+                if DECODE_E4M3: q = _e4m3_to_fp16(q)
+                tl.debug_barrier()
+                for c0 in tl.range(0, tot, BC):
+                    c = c0 + tl.arange(0, BC); ok = c < tot
+                    p = tl.load(scratch + c, mask=ok, other=0, cache_modifier=".cg").to(tl.int64)
+                    k = tl.load(K + b*skb + p[:, None]*skt + d[None, :], mask=ok[:, None] & (d < dI)[None, :], other=0.0)
+                    score = _score(k, q, w, 1, HP, DECODE_E4M3)                                         # [BC, 1]
+                    if HAS_KS: score = score*tl.load(KS + b*ssb + p*sst, mask=ok, other=0.0)[:, None]
+                    tl.store(scratch + CAP + c[:, None], _ordered(score), mask=ok[:, None])
+                tl.debug_barrier()
+                _finish(out, tl.load(scratch + jc, mask=jc < tot, other=0, cache_modifier=".cg"),
+                        tl.load(scratch + CAP + jc, mask=jc < tot, other=-2147483648, cache_modifier=".cg"), jc < tot, tot, TOPK, False)
+            tl.debug_barrier()                                                                          # scratch is used again
+        tl.store(BAD + at, bad.to(tl.int8))
+
+
+def _collect_tiles(q, K):
+    """-> CAP, HP, BC, warps, stages, registers"""
+    cap = max(1024, 4*triton.next_power_of_2(K))
+    return cap, max(16, triton.next_power_of_2(q.shape[2])), 128 if q.shape[3]*q.element_size() <= 128 else 64, max(4, min(16, cap // 256)), 3, 64
+
+
+def _select_filtered(out, q, k, w, k_scale, first, last):
+    """`select` into out -> (B,S) bool: rows still to do, as their threshold was no good"""
+    (B, S, HI, dI), T, K = q.shape, k.shape[1], out.shape[2]
+    stride = max(K // 32, 8, T // 16384) | 1                                                            # odd: no resonance with what is aligned
+    words, samples, has, sms = triton.cdiv(T, 128)*8, triton.cdiv(T, stride*16)*16, (first is not None, last is not None), _select_sms(q.device)
+    end = torch.arange(T - S, T, dtype=torch.int32, device=q.device).expand(B, S) if last is None else last.clamp(max=T - 1)
+    every = lambda x: None if x is None else x[:, ::stride]
+    some = None if first is None else (first.clamp(min=0) + stride - 1) // stride, (end // stride).contiguous()  # the bounds among the sampled keys
+    bad = torch.empty(B, S, dtype=torch.int8, device=q.device)
+    pad = triton.next_power_of_2(samples); cap, HC, BC, warps, stages, registers = _collect_tiles(q, K)
+    for n, row0, rows, part in _chunks(B, S, words + samples):
+        q_, k_, w_, ks, lo, hi, out_, bad_ = (part(x) for x in (q, k, w, k_scale, first, last, out, bad))
+        scores = torch.empty(n, rows, samples, dtype=torch.float32, device=q.device)
+        _scores_into(scores, q_, every(k_), w_, every(ks), *(part(x) for x in some), row0, rows, samples)
+        threshold = torch.empty(n, rows, dtype=torch.float32, device=q.device)
+        lo_, hi_ = (out_ if x is None else x for x in (lo, hi))
+        _threshold_kernel[(n*rows,)](scores, lo_, hi_, threshold, S, T, samples, row0, rows, K, stride, pad, *has, num_warps=max(1, min(16, pad // 512)))
+        BQ, _, DP, _, emulate, _, _ = _scores_tiles(q, rows)
+        bits = torch.empty(n, triton.cdiv(rows, BQ)*BQ, words, dtype=torch.int32, device=q.device)
+        BQ, BK = _scores_into(bits, q_, k_, w_, ks, lo, hi, row0, rows, words, threshold=threshold)
+        if emulate: q_, k_ = q_.view(torch.uint8), k_.view(torch.uint8)
+        programs = min(n*rows, sms*max(1, 65536 // (32*warps*registers)))
+        scratch = torch.empty(programs*(2*cap + 1), dtype=torch.int32, device=q.device)
+        _collect_kernel[(programs,)](q_, k_, w_, w_ if ks is None else ks, lo_, hi_, bits, out_, bad_, scratch, n*rows, S, T, words, row0, rows, HI, dI,
+                                     *k.stride()[:2], *((0, 0) if ks is None else ks.stride()), K, triton.next_power_of_2(K), cap, BQ, BK, HC, DP, BC,
+                                     ks is not None, *has, emulate, num_warps=warps, num_stages=stages, maxnreg=registers)
+    return bad.bool()
+
+
+def _select_exact(out, q, k, w, k_scale, first, last):
+    """`select` into out by scores that exist, a chunk at a time"""
+    (B, S), T = out.shape[:2], k.shape[1]
+    LD = triton.cdiv(T, 16)*16 if T <= 8192 else triton.cdiv(T, 4096)*4096
+    for n, row0, rows, part in _chunks(B, S, LD):
+        scores = torch.empty(n, rows, LD, dtype=torch.float32, device=q.device)
+        _scores_into(scores, *(part(x) for x in (q, k, w, k_scale, first, last)), row0, rows, LD)
+        _topk_into(part(out), scores, T, part(first), part(last), row0, rows, LD)
+
+
+def _chunks(B, S, LD):
+    """Cut B x S rows such that SELECT_CHUNK holds LD elements for each -> batch rows, first query, queries, function that takes a tensor's batch rows"""
+    batch = max(1, min(B, SELECT_CHUNK // (LD*min(S, 256)))); rows = max(1, min(S, SELECT_CHUNK // (LD*batch)))
+    for b in range(0, B, batch):
+        for r in range(0, S, rows):
+            yield min(batch, B - b), r, min(rows, S - r), lambda x, b=b: None if x is None else x[b:b + batch]
 
 
 def select(q, k, w, topk, k_scale=None, first=None, last=None):
     """S_t = the topk visible keys with the highest index score -> (B,S,topk) int32: ascending positions, then -1 for unused places.
 
     Arguments as `index_scores`. Equal scores go to the lower position (-0.0 equals 0.0); the same bits in every run. topk may exceed T.
-    Memory: the result and one SELECT_CHUNK of scores; nothing is read back by the host, so a CUDA graph can hold it. ValueError: topk < 1."""
+    Memory: the result and about one SELECT_CHUNK of scores. From SELECT_FILTER on the host reads once whether rows are left over; elsewhere, and
+    while a CUDA graph is captured, it reads nothing. ValueError: topk < 1."""
     if topk < 1:
         raise ValueError(f"index_topk={topk}: select at least one token")
     q, k, w, k_scale, first, last = _select_inputs(q, k, w, k_scale, first, last)
     (B, S, _, _), T = q.shape, k.shape[1]
     out = torch.empty(B, S, topk, dtype=torch.int32, device=q.device)
-    LD = triton.cdiv(T, 16)*16 if T <= 8192 else triton.cdiv(T, 4096)*4096
-    batch = max(1, min(B, SELECT_CHUNK // (LD*min(S, 256)))); rows = max(1, min(S, SELECT_CHUNK // (LD*batch)))
-    scores = torch.empty(batch*rows*LD, dtype=torch.float32, device=q.device)
-    part = lambda x, b: None if x is None else x[b:b + batch]
-    for b in range(0, B, batch):
-        for r in range(0, S, rows):
-            some = scores[:min(batch, B - b)*min(rows, S - r)*LD].view(-1, min(rows, S - r), LD)
-            _scores_into(some, part(q, b), part(k, b), part(w, b), part(k_scale, b), part(first, b), part(last, b), r, False)
-            _topk_into(out[b:b + batch], some, T, part(first, b), part(last, b), r)
+    queries, keys, ratio, most = SELECT_FILTER
+    if S < queries or T < max(keys, ratio*topk) or topk > most or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _select_exact(out, q, k, w, k_scale, first, last)
+        return out
+    bad = _select_filtered(out, q, k, w, k_scale, first, last)
+    if bad.any():
+        if last is None: last = torch.arange(T - S, T, dtype=torch.int32, device=q.device).expand(B, S)
+        for b in range(B):
+            r = bad[b].nonzero()[:, 0]
+            if len(r) == 0: continue
+            rest = torch.empty(1, len(r), topk, dtype=torch.int32, device=q.device)
+            at, one = (lambda x: None if x is None else x[b:b + 1, r]), (lambda x: None if x is None else x[b:b + 1])
+            _select_exact(rest, at(q), one(k), at(w), one(k_scale), at(first), at(last))
+            out[b, r] = rest[0]
     return out
 
 
@@ -405,6 +592,14 @@ def _device(x):
         return 2**20, 4
     properties = torch.cuda.get_device_properties(x.device)
     return properties.shared_memory_per_block_optin, properties.multi_processor_count
+
+
+def hopper_kernels(x):
+    """kernels_hopper where x lies on a Hopper GPU, else None."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
+        return None
+    import kernels_hopper
+    return kernels_hopper
 
 
 def _split(D):
@@ -445,17 +640,22 @@ def full_tiles(first, last, ok, lo, hi, BN: tl.constexpr):
 
 @triton.jit
 def rows_seeing(FIRST, LAST, b, n0, n1, r0, r1, S, BLOCK: tl.constexpr):
-    """-> the smallest range [lo, hi) of queries within [r0, r1) that holds every query seeing any of the keys [n0, n1)"""
+    """-> the smallest range [lo, hi) of queries within [r0, r1) that holds every query seeing any of the keys [n0, n1), and mid: from there on all see all"""
     lo = r1
     hi = r0
+    mid = r0
     for r in range(r0, r1, BLOCK):
         i = r + tl.arange(0, BLOCK)
         first = tl.load(FIRST + b * S + i, mask=i < r1, other=0)
         last = tl.load(LAST + b * S + i, mask=i < r1, other=-1)
         sees = (first <= last) & (first < n1) & (last >= n0)
         lo = tl.minimum(lo, tl.min(tl.where(sees, i, r1)))
-        hi = tl.maximum(hi, tl.max(tl.where(sees, i + 1, r0)))
-    return lo, hi
+        block_hi = tl.max(tl.where(sees, i + 1, r0))
+        if block_hi > r0:  # later queries that see nothing do not count
+            hi = block_hi
+            all_of_them = sees & (first <= n0) & (last >= n1 - 1)
+            mid = tl.maximum(mid, tl.max(tl.where(all_of_them | (i >= block_hi), r0, i + 1)))
+    return lo, hi, mid
 
 
 # dense_attention: out[t] = sum_s softmax_s(scale q_t.k_s) v_s over first_t <= s <= last_t.
@@ -555,30 +755,34 @@ def flash_dkdv_kernel(Q, K, V, DOUT, LSE2, DELTA, DK, DV_, FIRST, LAST, sqb, sqs
     if D2 > 0:
         k2 = load_tile(K, key, n < T, D1, D, D2)
         dk2 = tl.zeros([BN, D2], tl.float32)
-    lo, hi = rows_seeing(FIRST, LAST, b, n0, n0 + BN, 0, S, S, 1024)
-    for j in tl.range(lo * G, hi * G, BM, num_stages=STAGES):
-        r = j + tl.arange(0, BM)
-        i = r // G
-        h = hk * G + r % G
-        ok = i < S
-        first = tl.load(FIRST + b * S + i, mask=ok, other=0)
-        last = tl.minimum(tl.load(LAST + b * S + i, mask=ok, other=-1), T - 1)
-        o = (b.to(tl.int64) * S + i) * H + h
-        t = (b * H + h) * S + i
-        row = b.to(tl.int64) * sqb + i.to(tl.int64) * sqs + h * sqh
-        q1 = load_tile(Q, row, ok, 0, D, D1)
-        s = matmul(k1, tl.trans(q1))
-        if D2 > 0:
-            q2 = load_tile(Q, row, ok, D1, D, D2)
-            s = matmul(k2, tl.trans(q2), s)
-        lse = tl.load(LSE2 + t, mask=ok, other=0.0)
-        p = tl.where((n[:, None] >= first) & (n[:, None] <= last), tl.exp2(s * (scale * LOG2E) - lse[None, :]), 0.0)
-        dout = load_tile(DOUT, o * DV, ok, 0, DV, BV)
-        dv = matmul(p.to(dout.dtype), dout, dv)
-        ds = (p * (matmul(v, tl.trans(dout)) - tl.load(DELTA + t, mask=ok, other=0.0)[None, :])).to(q1.dtype)
-        dk1 = matmul(ds, q1, dk1)
-        if D2 > 0:
-            dk2 = matmul(ds, q2, dk2)
+    lo, hi, mid = rows_seeing(FIRST, LAST, b, n0, tl.minimum(n0 + BN, T), 0, S, S, 1024)
+    lo, hi = lo * G, hi * G
+    mid = lo + tl.cdiv(tl.maximum(mid * G - lo, 0), BM) * BM
+    for part in tl.static_range(2):
+        for j in tl.range(lo if part == 0 else mid, tl.minimum(mid, hi) if part == 0 else hi, BM, num_stages=STAGES):
+            r = j + tl.arange(0, BM)
+            i = r // G
+            h = hk * G + r % G
+            ok = r < hi
+            o = (b.to(tl.int64) * S + i) * H + h
+            t = (b * H + h) * S + i
+            row = b.to(tl.int64) * sqb + i.to(tl.int64) * sqs + h * sqh
+            q1 = load_tile(Q, row, ok, 0, D, D1)
+            s = matmul(k1, tl.trans(q1))
+            if D2 > 0:
+                q2 = load_tile(Q, row, ok, D1, D, D2)
+                s = matmul(k2, tl.trans(q2), s)
+            p = tl.exp2(s * (scale * LOG2E) - tl.load(LSE2 + t, mask=ok, other=float("inf"))[None, :])
+            if part == 0:
+                first = tl.load(FIRST + b * S + i, mask=ok, other=0)
+                last = tl.load(LAST + b * S + i, mask=ok, other=-1)
+                p = tl.where((n[:, None] >= first) & (n[:, None] <= last), p, 0.0)
+            dout = load_tile(DOUT, o * DV, ok, 0, DV, BV)
+            dv = matmul(p.to(dout.dtype), dout, dv)
+            ds = (p * (matmul(v, tl.trans(dout)) - tl.load(DELTA + t, mask=ok, other=0.0)[None, :])).to(q1.dtype)
+            dk1 = matmul(ds, q1, dk1)
+            if D2 > 0:
+                dk2 = matmul(ds, q2, dk2)
     o = (b.to(tl.int64) * T + n) * (H // G) + hk
     d = tl.arange(0, BV)
     tl.store(DV_ + o[:, None] * DV + d[None, :], dv.to(DV_.dtype.element_ty), mask=(n < T)[:, None] & (d < DV)[None, :])
@@ -648,7 +852,7 @@ class FlashAttention(torch.autograd.Function):
         elif width > 512:
             held, streamed, stages, warps = (32, 32, 1, 8) if backward else (64, 32, 2, 8)
         elif backward:
-            held, streamed, stages, warps = (64, 64, 2, 4) if width <= 192 else (128, 64, 2, 8)
+            held, streamed, stages, warps = (64, 128, 2, 4) if width <= 192 else (128, 64, 2, 8)
         else:
             held, streamed, stages, warps = 128, 64, 3, 8
         while streamed > 16 and 2 * (held + stages * streamed) * width > _device(x)[0]:
@@ -903,7 +1107,7 @@ def loss_dk_kernel(WQ, G, BITS, DK, FIRST, LAST, S, T, TP, plane, B, block0, BLO
     x0 = (b * per_batch - block0) * PAD  # where the chunk's buffers hold (or would hold) row 0 of this batch
     r0 = tl.maximum(0, -x0)
     r1 = tl.minimum(S, BLOCKS * PAD - x0)
-    lo, hi = rows_seeing(FIRST, LAST, b, n0, n0 + BN, r0, r1, S, 1024)
+    lo, hi, _ = rows_seeing(FIRST, LAST, b, n0, n0 + BN, r0, r1, S, 1024)
     if lo < hi:
         BITS += group.to(tl.int64) * plane
         acc = tl.zeros([BN, BD], tl.float32)
@@ -930,6 +1134,9 @@ def _loss_tiles(x):
 
 def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
     """p of a chunk of row blocks; lse2 (B,H,S) in base 2"""
+    hopper = hopper_kernels(q)
+    if hopper and hopper.target_supported(q):
+        return hopper.loss_target(q, k, lse2, p, scale, first, last, block0, blocks)
     (B, S, H, D), T, TP = q.shape, k.shape[1], p.shape[1]
     BM, BN, stages, warps = _loss_tiles(q)
     keys = triton.cdiv(T, BN)
@@ -1030,80 +1237,97 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
 
 
 # indexer_loss_sparse: the same over the selection S_t, p from the latents and the lse of the sparse attention.
-# One program per query (and block of heads): p of BK gathered tokens at a time, tokens as the M operand so that 12 heads fill N; then I; then the row
-# pass of the dense loss, whose g (B,S,K) is what the backward needs besides q, k, w: C = r g w [q.k > 0] gives dq = C^T k, dk_s += C q, dw.
-# Operations per selected token: 2 H D + 2 HI dI forward, 6 HI dI backward. Bytes gathered: 2 D + 2 dI, and 2 dI backward; dI float32 atomics.
+# A program takes a block of QP neighbouring queries with all heads (or HB of them) and walks over the union of their selections (section 3), BN
+# gathered tokens at a time as the M operand; what belongs to query i goes to the token's place among those that i chose. First p, then I, then the
+# row pass of the dense loss, whose g (rows,K) the backward reads by place: A_j = sum_s g [q_j.k_s > 0] k_s gives dq and dw as there, dk_s by atomics.
+# Operations per entry of the union: 2 QP (H D + HI dI) forward, 6 QP HI dI backward. Bytes gathered: 2 D + 2 dI, and 2 dI backward; dI float32 atomics.
 
 
 @triton.jit
-def loss_sparse_target_kernel(Q, LATENTS, LSE, INDICES, COUNT, P, sqb, sqs, sqh, slb, slt, scale_log2, S, K, row0, plane, H: tl.constexpr,
-                              D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
-    x = tl.program_id(0)
-    row = (row0 + x).to(tl.int64)
-    b, i = row // S, row % S
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
-    count = tl.load(COUNT + row) + 1
-    q1 = load_tile(Q + b * sqb + i * sqs, h * sqh, h < H, 0, D, D1)
+def loss_rows(block, group, blocks, S, H, QP: tl.constexpr, HB: tl.constexpr):
+    """QP queries x HB heads of a block -> batch, query, head of each row, is it real"""
+    row = tl.arange(0, QP * HB)
+    query, h = block % blocks * QP + row // HB, group * HB + row % HB
+    return (block // blocks).to(tl.int64), query, h, (query < S) & (h < H)
+
+
+@triton.jit
+def loss_places(bits, base, QP: tl.constexpr):
+    """-> which of QP queries chose these tokens, at which place of its own, (tokens, QP) each, and how many it has chosen so far"""
+    chosen = (bits[:, None] >> tl.arange(0, QP)[None, :]) & 1
+    return chosen != 0, base[None, :] + tl.cumsum(chosen, 0) - chosen, base + tl.sum(chosen, 0)
+
+
+@triton.jit
+def loss_sparse_target_kernel(Q, LATENTS, LSE, LISTS, BITS, LENGTH, P, sqb, sqs, sqh, slb, slt, scale_log2, S, K, blocks, width, block0, plane,
+                              H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, QP: tl.constexpr, HB: tl.constexpr,
+                              BN: tl.constexpr, STAGES: tl.constexpr):
+    local, group = tl.program_id(0), tl.program_id(1)
+    block = block0 + local
+    b, query, h, ok = loss_rows(block, group, blocks, S, H, QP, HB)
+    row = b * sqb + query.to(tl.int64) * sqs + h * sqh
+    q1 = load_tile(Q, row, ok, 0, D, D1)
     if D2 > 0:
-        q2 = load_tile(Q + b * sqb + i * sqs, h * sqh, h < H, D1, D, D2)
-    lse = tl.load(LSE + row * H + h, mask=h < H, other=float("inf")) * LOG2E
-    LATENTS += b * slb
-    for j in tl.range(0, count, BK, num_stages=STAGES):
-        n = j + tl.arange(0, BK)
-        token = tl.maximum(tl.load(INDICES + row * K + n, mask=n < count, other=0), 0).to(tl.int64) * slt
-        s = matmul(load_tile(LATENTS, token, n >= 0, 0, D, D1), tl.trans(q1))
+        q2 = load_tile(Q, row, ok, D1, D, D2)
+    lse = tl.load(LSE + (b * S + query) * H + h, mask=ok, other=float("inf")) * LOG2E
+    length, start, LATENTS = tl.load(LENGTH + block), block.to(tl.int64) * width, LATENTS + b * slb
+    base = tl.zeros([QP], tl.int32)
+    P += group.to(tl.int64) * plane + local.to(tl.int64) * QP * K
+    for j in tl.range(0, length, BN, num_stages=STAGES):
+        t, bits = sparse_tokens(LISTS, BITS, start, j, length, QP, BN)
+        token = t.to(tl.int64) * slt
+        s = matmul(load_tile(LATENTS, token, bits >= 0, 0, D, D1), tl.trans(q1))
         if D2 > 0:
-            s = matmul(load_tile(LATENTS, token, n >= 0, D1, D, D2), tl.trans(q2), s)
-        p = tl.sum(tl.exp2(s * scale_log2 - lse[None, :]), 1) * (1.0 / H)
-        tl.store(P + tl.program_id(1).to(tl.int64) * plane + x.to(tl.int64) * K + n, p, mask=n < count)
+            s = matmul(load_tile(LATENTS, token, bits >= 0, D1, D, D2), tl.trans(q2), s)
+        p = tl.sum(tl.reshape(tl.exp2(s * scale_log2 - lse[None, :]), [BN, QP, HB]), 2) * (1.0 / H)
+        chosen, place, base = loss_places(bits, base, QP)
+        tl.store(P + tl.arange(0, QP)[None, :] * K + place, p, mask=chosen)
 
 
 @triton.jit
-def loss_sparse_scores_kernel(Q, KEYS, W, INDICES, COUNT, I, sqb, sqs, sqh, skb, skt, S, K, row0, HI: tl.constexpr, D: tl.constexpr,
-                              BD: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
-    x = tl.program_id(0)
-    row = (row0 + x).to(tl.int64)
-    b, i = row // S, row % S
-    h = tl.arange(0, BH)
-    count = tl.load(COUNT + row) + 1
-    q = load_tile(Q + b * sqb + i * sqs, h * sqh, h < HI, 0, D, BD)
-    w = tl.load(W + row * HI + h, mask=h < HI, other=0.0)
-    KEYS += b * skb
-    for j in tl.range(0, count, BK, num_stages=STAGES):
-        n = j + tl.arange(0, BK)
-        token = tl.maximum(tl.load(INDICES + row * K + n, mask=n < count, other=0), 0).to(tl.int64) * skt
-        s = matmul(load_tile(KEYS, token, n >= 0, 0, D, BD), tl.trans(q))
-        tl.store(I + x.to(tl.int64) * K + n, tl.sum(tl.maximum(s, 0.0) * w[None, :], 1), mask=n < count)
+def loss_sparse_scores_kernel(Q, KEYS, W, LISTS, BITS, LENGTH, I, sqb, sqs, sqh, skb, skt, S, K, blocks, width, block0, HI: tl.constexpr,
+                              D: tl.constexpr, BD: tl.constexpr, QP: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+    block = block0 + tl.program_id(0)
+    b, query, h, ok = loss_rows(block, 0, blocks, S, HI, QP, HB)
+    q = load_tile(Q, b * sqb + query.to(tl.int64) * sqs + h * sqh, ok, 0, D, BD)
+    w = tl.load(W + (b * S + query) * HI + h, mask=ok, other=0.0)
+    length, start, KEYS = tl.load(LENGTH + block), block.to(tl.int64) * width, KEYS + b * skb
+    base = tl.zeros([QP], tl.int32)
+    I += tl.program_id(0).to(tl.int64) * QP * K
+    for j in tl.range(0, length, BN, num_stages=STAGES):
+        t, bits = sparse_tokens(LISTS, BITS, start, j, length, QP, BN)
+        s = matmul(load_tile(KEYS, t.to(tl.int64) * skt, bits >= 0, 0, D, BD), tl.trans(q))
+        chosen, place, base = loss_places(bits, base, QP)
+        tl.store(I + tl.arange(0, QP)[None, :] * K + place, tl.sum(tl.reshape(tl.maximum(s, 0.0) * w[None, :], [BN, QP, HB]), 2), mask=chosen)
 
 
 @triton.jit
-def loss_sparse_backward_kernel(Q, KEYS, W, INDICES, COUNT, G, R, DQ, DK, DW, sqb, sqs, sqh, skb, skt, S, T, K, HI: tl.constexpr,
-                                D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    b, i = row // S, row % S
-    h, d = tl.arange(0, BH), tl.arange(0, BD)
-    count = tl.load(COUNT + row) + 1
-    q = load_tile(Q + b * sqb + i * sqs, h * sqh, h < HI, 0, D, BD)
-    w = tl.load(W + row * HI + h, mask=h < HI, other=0.0)
-    r = tl.load(R + row)
-    KEYS += b * skb
-    dq = tl.zeros([BD, BH], tl.float32)
-    dw = tl.zeros([BH], tl.float32)
-    for j in tl.range(0, count, BK, num_stages=STAGES):
-        n = j + tl.arange(0, BK)
-        token = tl.maximum(tl.load(INDICES + row * K + n, mask=n < count, other=0), 0).to(tl.int64)
-        g = tl.load(G + row * K + n, mask=n < count, other=0.0).to(tl.float32)
-        k = load_tile(KEYS, token * skt, n >= 0, 0, D, BD)
-        s = matmul(k, tl.trans(q))
-        dw += tl.sum(tl.maximum(s, 0.0) * g[:, None], 0)
-        c = tl.where(s > 0, g[:, None] * w[None, :], 0.0).to(k.dtype)
-        dq = matmul(tl.trans(k), c, dq)
-        dk = matmul(c, q) * (r / G_SCALE)
-        tl.atomic_add(DK + (b * T + token)[:, None] * D + d[None, :], dk, mask=(n < count)[:, None] & (d < D)[None, :], sem="relaxed")
-    r = r / G_SCALE
-    tl.store(DW + row * HI + h, dw * r, mask=h < HI)
-    o = DQ + (row * HI + h)[None, :] * D + d[:, None]
-    tl.store(o, (dq * r).to(DQ.dtype.element_ty), mask=(h < HI)[None, :] & (d < D)[:, None])
+def loss_sparse_backward_kernel(Q, KEYS, W, LISTS, BITS, LENGTH, G, R, LARGEST, DQ, DK, DW, sqb, sqs, sqh, skb, skt, S, T, K, blocks, width, HI: tl.constexpr,
+                                D: tl.constexpr, BD: tl.constexpr, QP: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+    """R: incoming gradients divided by the LARGEST of them, so that r w q keeps its digits in fp16"""
+    block = tl.program_id(0)
+    b, query, h, ok = loss_rows(block, 0, blocks, S, HI, QP, HB)
+    q = load_tile(Q, b * sqb + query.to(tl.int64) * sqs + h * sqh, ok, 0, D, BD)
+    wr, scale = tl.load(W + (b * S + query) * HI + h, mask=ok, other=0.0), tl.load(LARGEST) / G_SCALE
+    r = tl.load(R + b * S + query, mask=ok, other=0.0)
+    wr *= r
+    wq = (q.to(tl.float32) * wr[:, None]).to(q.dtype)
+    length, start, KEYS = tl.load(LENGTH + block), block.to(tl.int64) * width, KEYS + b * skb
+    base, d = tl.zeros([QP], tl.int32), tl.arange(0, BD)
+    G += block.to(tl.int64) * QP * K
+    a = tl.zeros([BD, QP * HB], tl.float32)  # A^T
+    for j in tl.range(0, length, BN, num_stages=STAGES):
+        t, bits = sparse_tokens(LISTS, BITS, start, j, length, QP, BN)
+        chosen, place, base = loss_places(bits, base, QP)
+        g = tl.load(G + tl.arange(0, QP)[None, :] * K + place, mask=chosen, other=0.0).to(tl.float32)
+        g = tl.reshape(tl.broadcast_to(g[:, :, None], [BN, QP, HB]), [BN, QP * HB])
+        k = load_tile(KEYS, t.to(tl.int64) * skt, bits >= 0, 0, D, BD)
+        g = tl.where(matmul(k, tl.trans(q)) > 0, g, 0.0).to(k.dtype)
+        a = matmul(tl.trans(k), g, a)
+        tl.atomic_add(DK + (b * T + t)[:, None] * D + d[None, :], matmul(g, wq) * scale, mask=(bits != 0)[:, None] & (d < D)[None, :], sem="relaxed")
+    a, row = a * scale, (b * S + query) * HI + h
+    tl.store(DW + row, tl.sum(tl.trans(q).to(tl.float32) * a, 0) * r, mask=ok)
+    tl.store(DQ + row[None, :] * D + d[:, None], (a * wr[None, :]).to(DQ.dtype.element_ty), mask=ok[None, :] & (d < D)[:, None])
 
 
 class IndexerLossSparse(torch.autograd.Function):
@@ -1111,40 +1335,47 @@ class IndexerLossSparse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, latents, lse, indices, scale, q_index, k_index, w, grad):
-        (B, S, H, D), K, (HI, dI) = q.shape, indices.shape[2], q_index.shape[2:]
+        (B, S, H, D), T, K, (HI, dI) = q.shape, latents.shape[1], indices.shape[2], q_index.shape[2:]
         (D1, D2), half = _split(D), q.element_size() == 2
         wide = half and _device(q)[0] > 200_000
-        BH = min(64 if D1 > 256 or not wide else 128, max(16, triton.next_power_of_2(H)))
-        BK, planes = 64 if wide else 32 if half else 16, triton.cdiv(H, BH)
-        BD, BHI = max(16, triton.next_power_of_2(dI)), max(16, triton.next_power_of_2(HI))
-        count = (indices >= 0).sum(-1, dtype=torch.int32) - 1  # the last used place, as `last` of a row of K keys
-        first = torch.zeros_like(count)
+        most = 64 if D1 > 256 or not wide else 128  # rows of p's program
+        HP, HIP = triton.next_power_of_2(H), triton.next_power_of_2(HI)
+        QP = min(16, max(1, 64 // max(HP, HIP))) if half and S > 1 else 1
+        HB, HBI, BN = max(16 // QP, min(most, HP)), max(16 // QP, HIP), 64 if wide else 32 if half else 16
+        lists, bits, length = sparse_union(indices, T, QP)
+        planes, blocks, width = triton.cdiv(H, HB), triton.cdiv(S, QP), lists.shape[-1]
+        last = (indices >= 0).sum(-1, dtype=torch.int32) - 1  # the last used place, as `last` of a row of K keys
         kl, uniform = torch.empty(B, S, device=q.device), torch.empty(B, S, device=q.device)
-        g = torch.empty(B * S, K, dtype=q_index.dtype, device=q.device) if grad else kl
-        rows = max(1, min(B * S, LOSS_CHUNK // K))
-        p, score = torch.empty(planes, rows, K, device=q.device), torch.empty(rows, K, device=q.device)
-        for row0 in range(0, B * S, rows):
-            n = min(rows, B * S - row0)
-            loss_sparse_target_kernel[n, planes](q, latents, lse, indices, count, p, *q.stride()[:3], *latents.stride()[:2], scale * LOG2E.value, S, K,
-                                                 row0, rows * K, H, D, D1, D2, BH, BK, 2 if half else 1, num_warps=4)
-            loss_sparse_scores_kernel[n,](q_index, k_index, w, indices, count, score, *q_index.stride()[:3], *k_index.stride()[:2], S, K, row0, HI, dI,
-                                          BD, BHI, BK, 3 if half else 1, num_warps=4)
-            loss_row_kernel[n,](p, score, g[row0:] if grad else g, first, count, kl, uniform, row0, K, rows * K, B * S, 1, planes, grad,
-                                min(1024, max(128, triton.next_power_of_2(K))), num_warps=4)
-        ctx.save_for_backward(indices, count, q_index, k_index, w, g)
-        ctx.tile = (BD, BHI, BK)
+        g = torch.empty(B * blocks * QP, K, dtype=q_index.dtype, device=q.device) if grad else kl
+        chunk = max(1, min(B * blocks, LOSS_CHUNK // (QP * K)))
+        p, score = torch.empty(planes, chunk * QP, K, device=q.device), torch.empty(chunk * QP, K, device=q.device)
+        tile = (dI, max(16, triton.next_power_of_2(dI)), QP, HBI, BN)
+        for block0 in range(0, B * blocks, chunk):
+            n = min(chunk, B * blocks - block0)
+            loss_sparse_target_kernel[n, planes](
+                q, latents, lse, lists, bits, length, p, *q.stride()[:3], *latents.stride()[:2], scale * LOG2E.value, S, K, blocks, width, block0,
+                chunk * QP * K, H, D, D1, D2, QP, HB, BN, 2 if half else 1, num_warps=4)
+            loss_sparse_scores_kernel[n,](
+                q_index, k_index, w, lists, bits, length, score, *q_index.stride()[:3], *k_index.stride()[:2], S, K, blocks, width, block0, HI, *tile,
+                3 if half else 1, num_warps=4)
+            loss_row_kernel[n * QP,](p, score, g[block0 * QP:] if grad else g, torch.zeros_like(last), last, kl, uniform, block0 * QP, K, chunk * QP * K, S, QP,
+                                     planes, grad, min(1024, max(128, triton.next_power_of_2(K))), num_warps=4)
+        ctx.save_for_backward(indices, q_index, k_index, w, g)
+        ctx.tile = tile
         ctx.mark_non_differentiable(uniform)
         return kl, uniform
 
     @staticmethod
     def backward(ctx, r, _):
-        indices, count, q_index, k_index, w, g = ctx.saved_tensors
-        (B, S, HI, dI), T, K = q_index.shape, k_index.shape[1], indices.shape[2]
+        indices, q_index, k_index, w, g = ctx.saved_tensors
+        (B, S, HI, dI), T, K, QP = q_index.shape, k_index.shape[1], indices.shape[2], ctx.tile[2]
+        lists, bits, length = sparse_union(indices, T, QP)
+        blocks, largest = triton.cdiv(S, QP), r.abs().max().float().clamp(min=1e-30)
         dq = torch.empty(q_index.shape, dtype=q_index.dtype, device=q_index.device)
-        dk = torch.zeros(B, T, dI, device=q_index.device)
-        dw = torch.empty_like(w)
-        loss_sparse_backward_kernel[B * S,](q_index, k_index, w, indices, count, g, r.float().contiguous(), dq, dk, dw, *q_index.stride()[:3],
-                                            *k_index.stride()[:2], S, T, K, HI, dI, *ctx.tile, 2, num_warps=4)
+        dk, dw = torch.zeros(B, T, dI, device=q_index.device), torch.empty_like(w)
+        loss_sparse_backward_kernel[B * blocks,](
+            q_index, k_index, w, lists, bits, length, g, (r / largest).float().contiguous(), largest, dq, dk, dw, *q_index.stride()[:3], *k_index.stride()[:2],
+            S, T, K, blocks, lists.shape[-1], HI, *ctx.tile, 2, num_warps=4)
         return None, None, None, None, None, dq, dk.to(k_index.dtype), dw, None
 
 
@@ -1639,7 +1870,7 @@ def sparse_config(H, D, dtype, device):
         config.update(rows=128 if many else 64, flash=(64, 64, 3, 4) if D <= 256 else (64, 32, 3, 8), fp8=(32, 3, 8),
                       score=(32, 128, 4, 8 if many else 4), product=(128, 64, 3, 4), latent=(128, 64, 3, 4))
         if D <= 128:
-            config.update(registers=168, fused=(32, 3, 4))
+            config.update(registers=168, fused=(64, 2, 4))
     else:
         config.update(rows=64, flash=(64, 64, 2, 4) if D <= 128 else (32, 32, 2, 4) if D <= 256 else (16, 32, 1, 4), fp8=(16, 2, 4),
                       score=(32, 64, 3, 4), product=(128, 32, 2, 4), latent=(64, 32, 2, 4))
@@ -1759,10 +1990,8 @@ def sparse_pad(x, D, DP, RP):
 
 def sparse_hopper(q, latents, indices, value_dim):
     """kernels_hopper where its kernels take these arguments (sm_90, the published latents, many heads), else None."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
-        return None
-    import kernels_hopper
-    return kernels_hopper if kernels_hopper.supported(q, latents, indices, value_dim) else None
+    hopper = hopper_kernels(q)
+    return hopper if hopper and hopper.supported(q, latents, indices, value_dim) else None
 
 
 class SparseAttention(torch.autograd.Function):
@@ -1814,6 +2043,9 @@ def sparse_attention(q, latents, indices, scale, value_dim):
         if latents.shape[-1] != size or size % 4 or value_dim % 4 or value_dim > 512:
             raise ValueError(f"packed latents of {value_dim} + {q.shape[-1] - value_dim} numbers have {size} bytes, not {latents.shape[-1]}; "
                              "value_dim is a multiple of 4, at most 512, and bytes are a multiple of 4")
+        hopper = sparse_hopper(q, latents, indices, value_dim)
+        if hopper and q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], 64) >= _device(q)[1] // 2:  # fewer: only lists in pieces fill the GPU
+            return hopper.sparse_forward(q, latents, indices, scale)
         return sparse_forward(q, latents, indices, scale, value_dim)
     if latents.shape[-1] != q.shape[-1] or not 0 < value_dim <= q.shape[-1]:
         raise ValueError(f"q {tuple(q.shape)} and latents {tuple(latents.shape)} need one width, and value_dim {value_dim} within it")

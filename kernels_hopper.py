@@ -9,6 +9,7 @@ Each kernel here is a persistent grid, one program per SM, whose warpgroups each
         bwd_scores    P = exp(scale q.k - lse), dS = scale P (dout.v - delta)   both written out in bf16, a chunk of queries at a time
         bwd_dq        dq = dS K                                                 gathers the latents a second time
         bwd_dlatents  dlatents[idx] += dS^T q + [P^T dout | 0]                  float32 atomics, all 128 heads reduced before they leave
+    loss_target       p            producer | scores, exp | scores, exp: the bulk of the warm-up loss
 
 Names: f* = full barrier (the data is there), e* = empty barrier (the slot may be overwritten); slot `n % stages` is in its
 use number `n // stages`, whose parity is the phase. Waiting for phase 1 passes on a fresh barrier. `mbarrier.arrive` counts once per
@@ -610,6 +611,100 @@ def bwd_dlatents(q, dout, P, dS, idx, dlatents, s0, nwork, S, T, H: gl.constexpr
     ], [4, 4], [216, 216])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Warm-up target.   p[t, s] = 1/H sum_h exp2(scale_log2 q[t, h] . k[s, h] - lse2[t, h]), of a chunk of 128-row blocks
+#
+# Program: 128 queries x 128 keys, all heads one after the other. Ring of NS pieces, 64 columns of a head: 128 x 64 of Q and of K (32 KB). Producer,
+# and two consumers of 64 rows each: while one takes exponentials the other multiplies. 2 D operations for 4 D / 128 bytes per pair and head:
+# bound by what L2 delivers (8 TB/s: 520 TFLOP/s); a tile that outgrows that would need more than 255 registers.
+
+@gluon.jit
+def target_producer(Q, K, sQ, sK, f, e, steps, sqs, sqh, skt, skh, rows, keys, C: gl.constexpr, NS: gl.constexpr):
+    i = gl.arange(0, 64, gl.SliceLayout(1, COPY))
+    n = gl.arange(0, 128, gl.SliceLayout(1, COPY))
+    q0 = Q + gl.minimum(i, rows - 1) * sqs
+    q1 = Q + gl.minimum(i + 64, rows - 1) * sqs
+    k0 = K + gl.minimum(n, keys - 1) * skt
+    k = 0
+    ph = 1
+    for t in range(steps):
+        mbarrier.wait(e.index(k), ph)
+        at = t // C * sqh + t % C * 64
+        fill(sQ.index(2 * k), q0 + at, 0)
+        fill(sQ.index(2 * k + 1), q1 + at, 0)
+        fill(sK.index(k), k0 + (t // C * skh + t % C * 64), 0)
+        ac.mbarrier_arrive(f.index(k), increment_count=False)
+        k += 1
+        if k == NS:
+            k = 0
+            ph ^= 1
+
+
+@gluon.jit
+def target_consumer(P, LSE2, sQ, sK, f, e, steps, scale_log2, S, TP, rows, inverse, WHO: gl.constexpr, C: gl.constexpr, NS: gl.constexpr):
+    MS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    i = WHO * 64 + gl.arange(0, 64, gl.SliceLayout(1, MS))
+    p = gl.zeros([64, 128], gl.float32, MS)
+    zero = gl.zeros([64, 128], gl.float32, MS)
+    lse = LSE2 + gl.minimum(i, rows - 1)
+    n = 0
+    for h in range(steps // C):
+        l = gl.load(lse)
+        lse += S
+        x = zero
+        for c in gl.static_range(C):
+            k = (n + c) % NS
+            mbarrier.wait(f.index(k), ((n + c) // NS) & 1)
+            fence_async_shared()
+            x = warpgroup_mma(sQ.index(2 * k + WHO), sK.index(k).permute((1, 0)), x, use_acc=c > 0, is_async=True)
+            if c > 0:
+                x = warpgroup_mma_wait(1, deps=[x])
+                mbarrier.arrive(e.index((n + c - 1) % NS))
+        x = warpgroup_mma_wait(0, deps=[x])
+        mbarrier.arrive(e.index((n + C - 1) % NS))
+        n += C
+        p += gl.exp2(x * scale_log2 - gl.expand_dims(l, 1))
+    if steps > 0:
+        at = gl.expand_dims(i.to(gl.int64) * TP, 1) + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, MS)), 0)
+        gl.store(P + at, p * inverse)
+
+
+@gluon.jit
+def loss_target_kernel(Q, K, LSE2, P, FIRST, LAST, sqb, sqs, sqh, skb, skt, skh, scale_log2, inverse, S, T, TP, block0, BLOCKS, KEYS, H,
+                       C: gl.constexpr, NS: gl.constexpr):
+    pid = gl.program_id(0)
+    group = pid // (8 * KEYS) * 8
+    size = gl.minimum(8, BLOCKS - group)
+    block = group + pid % (8 * KEYS) % size
+    n0 = pid % (8 * KEYS) // size * 128
+    per_batch = (S + 127) // 128
+    b = ((block0 + block) // per_batch).to(gl.int64)
+    i0 = (block0 + block) % per_batch * 128
+    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    i = i0 + gl.arange(0, 128, ROW)
+    first = gl.maximum(gl.load(FIRST + b * S + i, mask=i < S, other=0), 0)
+    last = gl.minimum(gl.load(LAST + b * S + i, mask=i < S, other=-1), T - 1)
+    lo = gl.min(gl.where(first <= last, first, T), 0)
+    hi = gl.max(gl.where(first <= last, last + 1, 0), 0)
+    steps = gl.where((lo < n0 + 128) & (hi > n0), H * C, 0)
+    sQ = gl.allocate_shared_memory(gl.bfloat16, [2 * NS, 64, 64], S128)
+    sK = gl.allocate_shared_memory(gl.bfloat16, [NS, 128, 64], S128)
+    f = gl.allocate_shared_memory(gl.int64, [NS, 1], BAR)
+    e = gl.allocate_shared_memory(gl.int64, [NS, 1], BAR)
+    for s in gl.static_range(NS):
+        mbarrier.init(f.index(s), count=128)
+        mbarrier.init(e.index(s), count=2)
+    Q += b * sqb + i0.to(gl.int64) * sqs
+    K += b * skb + n0.to(gl.int64) * skt
+    P += block.to(gl.int64) * 128 * TP + n0
+    LSE2 += b * H * S + i0
+    gl.warp_specialize([
+        (target_producer, (Q, K, sQ, sK, f, e, steps, sqs, sqh, skt, skh, S - i0, T - n0, C, NS)),
+        (target_consumer, (P, LSE2, sQ, sK, f, e, steps, scale_log2, S, TP, S - i0, inverse, 0, C, NS)),
+        (target_consumer, (P, LSE2, sQ, sK, f, e, steps, scale_log2, S, TP, S - i0, inverse, 1, C, NS)),
+    ], [4, 4], [216, 216])
+
+
 @triton.jit
 def bwd_delta(out, dout, delta, n, V: tl.constexpr, R: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -620,6 +715,20 @@ def bwd_delta(out, dout, delta, n, V: tl.constexpr, R: tl.constexpr):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
+
+def target_supported(q):
+    """Whether loss_target takes these queries (B,S,H,D): bf16 on a Hopper GPU, heads of 64, 128 or 192 numbers, enough of them to fill a ring."""
+    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.dtype == torch.bfloat16 and q.shape[3] in (64, 128, 192) and q.shape[2] >= 16
+
+
+def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
+    """p (rows,TP) float32 of `blocks` blocks of 128 rows from block0 on; q (B,S,H,D), k (B,T,H or 1,D) bf16, lse2 (B,H,S) in base 2, first, last (B,S) int32.
+    Tiles that no row sees are left as they were. Deterministic."""
+    (B, S, H, D), T, TP = q.shape, k.shape[1], p.shape[1]
+    keys = triton.cdiv(T, 128)
+    loss_target_kernel[(blocks * keys,)](q, k, lse2, p, first, last, *q.stride()[:3], *k.stride()[:2], 0 if k.shape[2] == 1 else k.stride(2), scale * LOG2E.value,
+                                         1 / H, S, T, TP, block0, blocks, keys, H, D // 64, 6, num_warps=4)
+
 
 def supported(q, latents, indices, value_dim):
     """Whether the kernels of this file take these arguments: bf16 on a Hopper GPU, latents 512 + 64, at least 64 heads."""

@@ -221,9 +221,10 @@ class Attention(nn.Module):
         c_kv, k_rope = self.kv_a_proj_with_mqa(h).split([self.rank, self.rope], -1)
         latents = torch.cat((self.kv_a_layernorm(c_kv), rope(k_rope[:, :, None], True).squeeze(2)), -1)
 
-        # The indexer's inputs are detached: its loss reaches no main parameter. Its keys enter the cache even while nothing is selected.
+        # The indexer's inputs are detached: its loss reaches no main parameter (unless run.detach is off, an ablation; its target always is detached).
+        # Its keys enter the cache even while nothing is selected.
         if self.indexer and (run.sparse or run.index_loss or cache is not None):
-            *vectors, w = self.indexer(h.detach(), q_latent.detach(), rope)
+            *vectors, w = self.indexer(*(x.detach() if run.detach else x for x in (h, q_latent)), rope)
             index = *(x.to(latents.dtype) for x in vectors), w  # one dtype for the kernels, also where a float32 indexer sits in a bf16 model
             q_index, k_index, w = (x.detach() for x in index)
             k_scale = None
@@ -282,6 +283,38 @@ class Block(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h)), indices, losses
 
 
+class NextTokenLoss(torch.autograd.Function):
+    """h (N,hidden), weight (vocab,hidden), targets (N,) int64 -> mean cross entropy of the logits h weight^T, in nats.
+
+    Slice by slice of tokens, each leaving its gradients behind (if `grad`): the logits of 32K tokens over a vocabulary of 160K would be 21 GB."""
+    SLICE = 2**28  # logits at a time
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, grad):
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        W, rows, nats = weight.to(dtype), max(1, NextTokenLoss.SLICE // len(weight)), 0
+        dh, dW = [], torch.zeros_like(weight, dtype=torch.float32) if grad and ctx.needs_input_grad[1] else None
+        for part, y in zip(h.to(dtype).split(rows), targets[:, None].split(rows)):
+            log_p = torch.log_softmax((part @ W.T).float(), -1)
+            nats = nats - log_p.gather(-1, y).sum()
+            if grad:  # d nats / d logits = p - [s = y]
+                d = log_p.exp_().scatter_add_(-1, y, torch.full_like(y, -1, dtype=log_p.dtype)).to(dtype)
+                dh.append(d @ W)
+                if dW is not None:
+                    dW += d.T @ part
+        if grad:
+            ctx.save_for_backward(torch.cat(dh), dW)
+        ctx.dtypes = h.dtype, weight.dtype
+        return nats / len(h)
+
+    @staticmethod
+    def backward(ctx, g):
+        dh, dW = ctx.saved_tensors
+        g = g / len(dh)
+        return (dh * g).to(ctx.dtypes[0]), None if dW is None else (dW * g).to(ctx.dtypes[1]), None, None
+
+
 class Transformer(nn.Module):
     """Decoder-only language model.
 
@@ -297,6 +330,7 @@ class Transformer(nn.Module):
         if self.attention == "sparse" and not config.index_topk:
             raise ValueError("attention=sparse: this checkpoint has no indexer (index_topk=0); use attention=dense or train one: train.py --stage=warmup")
         self.recompute = False  # activation checkpointing: keep only the blocks' inputs
+        self.detach = True  # the indexer's inputs, so that the KL teaches indexers alone
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
@@ -324,7 +358,7 @@ class Transformer(nn.Module):
 
         -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token) if targets are given, and with index_loss "kl",
         "kl_uniform" (nats, mean over tokens and over layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
-        return_logits=False gives None for them and takes "lm" in slices of tokens: 32K tokens of a 160K vocabulary are 21 GB of float32 logits.
+        return_logits=False gives None for them, see NextTokenLoss.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached. With `last` (B,S) given, lengths are read
         on the device (CUDA graphs). ValueError: sequence longer than max_position_embeddings."""
         S = idx.shape[1]
@@ -337,7 +371,7 @@ class Transformer(nn.Module):
         angles = (position[:, None].float() * self.rope_frequencies.float())[:, None]  # (S, 1, rope / 2)
         rope = functools.partial(apply_rope, cos=angles.cos() * self.rope_amplitude, sin=angles.sin() * self.rope_amplitude)
         run = SimpleNamespace(ops=operations(self.backend, idx.device), sparse=self.attention == "sparse", index_fp8=self.index_fp8,
-                              index_loss=index_loss, first=first, last=last, position=position, length=length)
+                              index_loss=index_loss, detach=self.detach, first=first, last=last, position=position, length=length)
         h, indices, index_losses = self.model.embed_tokens(idx), None, []
         for i, block in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled() and caches is None:
@@ -349,9 +383,8 @@ class Transformer(nn.Module):
         h = self.model.norm(h)
         logits = self.lm_head(h) if return_logits else None
         if targets is not None:
-            nats = lambda logits, y: F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-            slices = lambda rows: (nats(self.lm_head(h[:, rows]), targets[:, rows]),)
-            losses["lm"] = (nats(logits, targets) if return_logits else indexer.over_rows(slices, S, idx.shape[0] * self.config.vocab_size)[0]).mean()
+            losses["lm"] = (F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) if return_logits else
+                            NextTokenLoss.apply(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled()))
         return logits, losses
 
     def generate(self, idx, n, **kwargs):
@@ -362,11 +395,9 @@ class Transformer(nn.Module):
     def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu", dtype=None, index=None):
         """The model of a checkpoint folder, ours or a published one (see checkpoint.py), in eval mode.
 
-        dtype: None keeps the stored ones. index: a dict of index_n_heads, index_head_dim and index_topk grafts new float32 indexers onto a
-        checkpoint without any; attention is then "dense" unless given. FileNotFoundError or ValueError name what is wrong with which file."""
+        dtype: None keeps the stored ones. index: a dict of index_n_heads, index_head_dim and index_topk grafts new float32 indexers onto the
+        checkpoint, in place of any it has; attention is then "dense" unless given. FileNotFoundError or ValueError name what is wrong with which file."""
         config = checkpoint.read_config(folder, Config)
-        if index and config.index_topk:
-            raise ValueError(f"{folder}: has an indexer already (index_topk={config.index_topk}), a second one cannot be grafted; leave the index options out")
         with torch.device("meta"):
             model = cls(replace(config, **(index or {})), backend, attention or ("dense" if index else None), index_fp8)
         checkpoint.read_weights(folder, model, device, dtype, new_indexers=bool(index))

@@ -11,7 +11,7 @@ import torch
 import indexer
 import sparse_attn
 from generate import sample
-from model import Attention, Config, Transformer, apply_rope, operations, rope_frequencies
+from model import Attention, Config, NextTokenLoss, Transformer, apply_rope, operations, rope_frequencies
 
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=0.707)
 
@@ -97,7 +97,7 @@ def layer_and_run(sparse, T, **changes):
     frequencies, amplitude = rope_frequencies(config)
     angles = (torch.arange(T)[:, None] * frequencies)[:, None]
     rope = lambda x, interleaved: apply_rope(x, interleaved, angles.cos() * amplitude, angles.sin() * amplitude)
-    run = type("Run", (), dict(ops=operations("torch", torch.device("cpu")), sparse=sparse, index_fp8=False, index_loss=False, first=None, last=None))
+    run = type("Run", (), dict(ops=operations("torch", torch.device("cpu")), sparse=sparse, index_fp8=False, index_loss=False, detach=True, first=None, last=None))
     return layer, rope, run
 
 
@@ -374,7 +374,8 @@ def test_no_token_sees_the_future_or_another_document(index_fp8):
 
 
 def test_each_loss_reaches_its_own_parameters_only():
-    """(T14) KL teaches the indexers and nothing else, the language-model loss everything else; after a step on KL the KL is lower."""
+    """(T14) KL teaches the indexers and nothing else, the language-model loss everything else; after a step on KL the KL is lower.
+    Without detaching, KL reaches what lies upstream of the indexers: no o_proj or MLP of the last layer, and never the target's own W^UK."""
     model = tiny()
     x, y, first = packed_batch()
     index = set(model.indexer_parameters())
@@ -386,6 +387,14 @@ def test_each_loss_reaches_its_own_parameters_only():
             for parameter, p in model.named_parameters():
                 touched = p.grad is not None and p.grad.abs().sum() > 0
                 assert touched == ((p in index) == (name == "kl")), (attention, name, parameter)
+        model.detach = False
+        model.zero_grad(set_to_none=True)
+        model(x, y, first, index_loss=True)[1]["kl"].backward()
+        reached = {parameter for parameter, p in model.named_parameters() if p not in index and p.grad is not None and p.grad.abs().sum() > 0}
+        last = f"model.layers.{model.config.num_hidden_layers - 1}."
+        assert {n.removeprefix(last) for n in reached if n.startswith(last)} == {"input_layernorm.weight", "self_attn.q_a_proj.weight", "self_attn.q_a_layernorm.weight"}
+        assert "model.embed_tokens.weight" in reached and "lm_head.weight" not in reached and "model.norm.weight" not in reached
+        model.detach = True
         before = model(x, y, first, index_loss=True)[1]["kl"]
         optimizer = torch.optim.SGD(model.indexer_parameters(), 0.5)
         for _ in range(5):
@@ -422,6 +431,22 @@ def test_losses_are_means_over_tokens():
     each = [model(x[i:i + 1], y[i:i + 1], index_loss=True)[1] for i in (0, 1)]
     for name in ("lm", "kl", "kl_uniform", "recall"):
         assert both[name].item() == pytest.approx(sum(e[name].item() for e in each) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_next_token_loss_in_slices(frozen, monkeypatch):
+    """(T18) value and gradients of cross entropy, times the incoming gradient, slice by slice; a frozen head gets none."""
+    monkeypatch.setattr(NextTokenLoss, "SLICE", 100)  # 2 tokens of 37
+    h, weight, targets = torch.randn(9, 12, requires_grad=True), torch.randn(37, 12, requires_grad=not frozen), torch.randint(0, 37, (9,))
+    exact = [x.detach().double().requires_grad_() for x in (h, weight)]
+    loss, expected = NextTokenLoss.apply(h, weight, targets, True), torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets)
+    close(loss.detach(), expected.detach())
+    (-3 * loss).backward()
+    (-3 * expected).backward()
+    close(h.grad, exact[0].grad)
+    assert weight.grad is None if frozen else close(weight.grad, exact[1].grad) is None
+    with torch.no_grad():
+        assert NextTokenLoss.apply(h, weight, targets, False) == loss
 
 
 def test_index_weights_stay_float32_under_autocast():

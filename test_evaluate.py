@@ -72,13 +72,13 @@ def test_buckets():
 def test_layer_statistics_are_what_a_loop_over_queries_finds(monkeypatch, slices):
     """From the layer's own input, unabsorbed (MHA mode), one query and one head at a time, in float64."""
     model = tiny()
-    (x, _, first), inputs, rows = tokens_and_first(), [], torch.tensor([39, 25, 11, 30])
+    (x, _, first), inputs, rows = tokens_and_first(), [], torch.tensor([39, 28, 27, 11, 15, 14, 3])
     for block in model.model.layers:
         block.self_attn.register_forward_hook(lambda module, args, out: inputs.append((module, *args[:2], out[1])))
     seen = watched(model, x, first)
     monkeypatch.setattr(indexer, "SLICE", slices)
     for (a, h, rope, indices), (index, attention) in zip(inputs, seen):
-        recall, entropies, distances = evaluate.layer_statistics(index, attention, rows, EDGES)
+        recall, entropies, distances, near = evaluate.layer_statistics(index, attention, rows, EDGES)
         with torch.no_grad():
             latent = a.q_a_layernorm(a.q_a_proj(h))
             q = a.q_b_proj(latent).unflatten(-1, (2, 16))
@@ -106,6 +106,11 @@ def test_layer_statistics_are_what_a_loop_over_queries_finds(monkeypatch, slices
                     expected[0, bucket_of(t - s + 1)] += (s in chosen) / len(chosen)
                     expected[1, bucket_of(t - s + 1)] += p[s]
                 assert np.allclose(distances[b, i], expected, atol=1e-5)
+                sets = [set(indices[b, s].tolist()) for s in range(t - 7, t + 1)]
+                expected = [len(sets[-1] & sets[-2]) / K, len(set.union(*sets)) / K]
+                if any(s - first[b, s] < K or first[b, s] != first[b, t] for s in range(t - 7, t + 1)):
+                    expected = [math.nan, math.nan]
+                assert near[b, i].tolist() == pytest.approx(expected, nan_ok=True), (b, t)
 
 
 def test_recall_between_random_and_oracle():
@@ -143,7 +148,7 @@ def test_uniform_attention_has_known_values():
     rows = torch.tensor([30, 39])
     index, (q, *rest) = watched(model, x, first)[0]
     index[2] = torch.zeros_like(index[2])
-    recall, entropies, distances = evaluate.layer_statistics(index, (torch.zeros_like(q), *rest), rows, EDGES)
+    recall, entropies, distances, _ = evaluate.layer_statistics(index, (torch.zeros_like(q), *rest), rows, EDGES)
     sight = (rows - first[:, rows] + 1).float()
     assert torch.allclose(recall, (K / sight)[..., None]) and torch.allclose(distances.sum(-1), torch.ones(()))
     assert torch.allclose(entropies, torch.stack((sight.log(), torch.full_like(sight, math.log(K)), sight.log()), -1))
@@ -195,6 +200,7 @@ def test_measure_text(kinds):
     by_sight, by_layer = results["recall"], results["layers"]
     for name in evaluate.YARDSTICKS:
         assert by_sight[name][-1] == pytest.approx(by_layer[name][-1], rel=1e-4) and by_layer["layer"] == [0, 1, "all"]
+    assert all(0 <= v <= 1 for v in by_layer["overlap"]) and all(1 <= v <= 8 for v in by_layer["union/k"])
     assert all(sum(values) == pytest.approx(1, rel=1e-4) for name, values in results["distances"].items() if name != "back")
 
 
@@ -266,7 +272,7 @@ def test_script(inside, monkeypatch, capsys):
     env = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     run = subprocess.run([sys.executable, str(HERE / "evaluate.py"), "--batches=2", "--copies=4"], env=env, text=True, capture_output=True, timeout=120)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
-    for text in ("2 layers, top-k 8, context 48", "in sight", "last k", "oracle", "H(indexer)", "tokens back", "chance"):
+    for text in ("2 layers, top-k 8, context 48", "in sight", "last k", "oracle", "H(indexer)", "union/k", "tokens back", "chance"):
         assert text in run.stdout
     folder = inside / "out" / "evaluation-sparse"
     assert sorted(p.name for p in folder.iterdir()) == ["copy.png", "distances.png", "evaluation.json", "loss.png", "recall.png"]

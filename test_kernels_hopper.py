@@ -134,6 +134,28 @@ def test_forward_packed(B, S, T, H, K, monkeypatch):
     assert torch.equal(out, again) and torch.equal(lse, lse2)
 
 
+@pytest.mark.parametrize("B,S,T,H,Hk,D", [(1, 300, 300, 16, 16, 192), (2, 130, 517, 17, 1, 64), (1, 1, 900, 33, 33, 128), (3, 128, 128, 16, 16, 192)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_loss_target(B, S, T, H, Hk, D, packed):
+    """p of the warm-up loss: every visible pair; chunks begin in the middle of a batch"""
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k = (torch.randn(B, n, h, D, device="cuda", generator=g).bfloat16() for n, h in ((S, H), (T, Hk)))
+    last = torch.arange(T - S, T, device="cuda", dtype=torch.int32).expand(B, S).contiguous()
+    first = (last // 70 * 70 if packed else 0 * last).contiguous()
+    s = torch.arange(T, device="cuda")
+    seen = (s >= first[..., None]) & (s <= last[..., None])
+    x = torch.einsum("bshd,bthd->bsht", q.float(), k.float().expand(-1, -1, H, -1)) * D ** -0.5
+    lse = x.masked_fill(~seen[:, :, None], float("-inf")).logsumexp(-1)
+    want = torch.where(seen, torch.exp(x - lse[..., None]).mean(2), 0)
+    blocks, TP = -(-S // 128), -(-T // 128) * 128
+    for b in range(B):
+        p = torch.full((blocks * 128, TP), float("nan"), device="cuda")
+        kh.loss_target(q, k, (lse.transpose(1, 2) * kh.LOG2E.value).contiguous(), p, D ** -0.5, first, last, b * blocks, blocks)
+        got = p[:S, :T].masked_fill(~seen[b], 0)
+        whole, worst = errors(got, want[b])
+        assert whole < 1e-4 and worst < 1e-3, (whole, worst)
+
+
 def test_refuses():
     q, latents, _ = inputs(1, 4, 100, 128)
     indices = select(1, 4, 100, 64)

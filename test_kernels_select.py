@@ -169,6 +169,50 @@ def test_select_chunks(monkeypatch):
     assert torch.equal(kernels.select(q, k, w, 8), reference.select(q, k, w, 8))
 
 
+FILTERED = [("causal", 1, 45, 45, 4, 7, "e4m3"), ("packed", 1, 50, 50, 8, 9, "half"), ("cache", 2, 12, 701, 3, 30, "e4m3"), ("holes", 1, 20, 500, 8, 20, "float32"), ("causal", 1, 20, 20, 4, 64, "e4m3"),
+            ("causal", 1, 6, 300, 64, 16, "half")] + ([("causal", 2, 300, 20001, 8, 512, "e4m3"), ("packed", 1, 12000, 12000, 4, 1024, "half"), ("holes", 1, 300, 9000, 64, 2048, "e4m3"),
+            ("causal", 1, 64, 300001, 8, 100, "half")] if CUDA else [])
+
+
+def filtered(monkeypatch, *args):
+    """select by the filter, whatever the shapes; -> selection, how many rows were left over for the path with scores"""
+    left, exact = [0], kernels._select_exact
+    def count(out, *a):
+        left[0] += out.shape[0] * out.shape[1]; exact(out, *a)
+    with monkeypatch.context() as m:
+        m.setattr(kernels, "SELECT_FILTER", (1, 1, 0, 2048)); m.setattr(kernels, "_select_exact", count)
+        return kernels.select(*args), left[0]
+
+
+@pytest.mark.parametrize("ties", ["some", "at zero", "all"])
+@pytest.mark.parametrize("kind,B,S,T,HI,topk,dtype", FILTERED)
+def test_select_filtered(monkeypatch, kind, B, S, T, HI, topk, dtype, ties):
+    first, last = bounds(kind, B, S, T)
+    q, k, w = integers(B, S, HI, 32), integers(B, T, 32, seed=1), integers(B, S, HI, seed=2)
+    if ties == "at zero":  # the K-th value; in two rows of three a few are above it
+        w = -w.abs(); w[:, ::3] = 0; w[:, ::3, 0] = 1; w[:, 1::3, 0] = 300
+        q[:, :, 0] = 0; q[:, :, 0, 0] = 1; k[:, :, 0] = -k[:, :, 0].abs(); k[:, 20::37, 0] = 1
+    if ties == "all": w = w * 0
+    convert = {"e4m3": lambda x: x.to(torch.float8_e4m3fn), "half": lambda x: x.to(HALF), "float32": lambda x: x}[dtype]
+    args = convert(q), convert(k), w, topk, 2.0 ** integers(B, T, low=-2, high=3, seed=3) if dtype == "e4m3" else None, first, last
+    poison((B, S, topk), torch.int32)
+    got, left = filtered(monkeypatch, *args)
+    assert torch.equal(got, reference.select(*args)) and left <= B * S // 100
+    monkeypatch.setattr(kernels, "SELECT_CHUNK", 40 * T // 16)
+    assert torch.equal(got, filtered(monkeypatch, *args)[0])
+
+
+def test_select_filter_fails(monkeypatch):
+    """all sampled keys (every 9th) are better than the rest, or worse than more of it than there is place for: such rows are left over, others are not"""
+    B, S, T, topk = 2, 4, 2500, 20
+    i = torch.arange(T, device=DEVICE)
+    q, k, w = torch.zeros(B, S, 2, 16, device=DEVICE), torch.zeros(B, T, 16, device=DEVICE), torch.ones(B, S, 2, device=DEVICE)
+    q[..., 0] = 1; q[:, 2] = 0
+    k[0, :, 0] = torch.where(i % 9 == 0, 500 + i // 9, i % 50); k[1, :, 0] = torch.where(i % 9 == 0, 0, i % 2000 + 1)
+    got, left = filtered(monkeypatch, q.half(), k.half(), w, topk)
+    assert torch.equal(got, reference.select(q, k, w, topk)) and left == 6
+
+
 def test_bad_input():
     q, k, w = rand(1, 2, 4, 16), rand(1, 8, 16), rand(1, 2, 4)
     for call in (lambda: kernels.select(q, k, w, 0), lambda: kernels.select(q, k.half(), w, 4), lambda: kernels.select(q, k[..., :8], w, 4),

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,101 @@ def test_stage_by_stage_is_all_at_once(place, run):
     assert [x[:4] for x in losses(place / "single")] == [x[:4] for x in losses(run[0])]
 
 
+@pytest.fixture(scope="session")
+def control(place, run):
+    """A copy of the run with a dense control added to it."""
+    shutil.copytree(run[0], place / "with-control")
+    code, _, err = train(place, "with-control", "--stage=control")
+    assert code == 0, err
+    return place / "with-control"
+
+
+def test_control_is_the_sparse_stage_with_dense_attention(place, run, control):
+    """From the same start, over the same batches (with k = context - 1, step 0 is nearly the same), indexers frozen; the run's own log and summary stay."""
+    from safetensors.torch import load_file
+    assert losses(control)[:16] == losses(run[0]) and [(r["stage"], r["step"], r["lr"]) for r in metrics(control)[16:]] == [("control", r["step"], r["lr"]) for r in metrics(run[0])[11:]]
+    assert all(r["index_grad_norm"] == 0 < r["grad_norm"] and "kl" not in r for r in metrics(control)[16:])
+    summary, before = (json.loads((folder / "summary.json").read_text()) for folder in (control, run[0]))
+    assert summary == before | {"val_loss, dense attention, after control": metrics(control)[-1]["val_loss"]}
+    warm, after = (load_file(control / s / "model.safetensors") for s in ("warmup", "control"))
+    assert all((warm[name] != after[name]).any() == (".indexer." not in name) for name in warm)
+    code, _, err = train(place, "nearly-dense", "--stage=sparse", f"--init_from={run[0]}/warmup", "--index_topk=31", f"--compare={control},{run[0]}/metrics.jsonl")
+    assert code == 0, err
+    ours, theirs = metrics(place / "nearly-dense")[0], metrics(control)[16]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4) and abs(ours["loss"] - metrics(control)[11]["loss"]) > 1e-4
+    assert train(place, "with-control", "--stage=control")[0] == 2
+    shutil.copytree(run[0], place / "cut-control")
+    process = start(place, "train.py", "--data=text.txt", "--out_dir=cut-control", "--stage=control", *SIZES, *SHORT)
+    while process.poll() is None and sum(r["stage"] == "control" for r in metrics_so_far(place / "cut-control")) < 2:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=120) and process.returncode == 143
+    code, _, err = call(place, "train.py", "--resume", "--out_dir=cut-control")
+    assert code == 0 and losses(place / "cut-control") == losses(control), err
+
+
+def test_indexers_of_another_size_start_anew(place, run):
+    from safetensors.torch import load_file
+    resized = lambda stage, *args: train(place, "resized", f"--stage={stage}", "--index_n_heads=4", *args)
+    code, out, err = resized("warmup", f"--init_from={run[0]}/dense")
+    assert code == 0 and "indexers start anew: 4 heads of 16 instead of 2 of 16" in out, err
+    before, after = (load_file(folder / "model.safetensors") for folder in (run[0] / "dense", place / "resized" / "warmup"))
+    assert all((before[n] == after[n]).all() for n in before if ".indexer." not in n) and after["model.layers.0.self_attn.indexer.weights_proj.weight"].shape == (4, 32)
+    code, out, err = resized("sparse", "--detach=false")
+    assert code == 0 and "anew" not in out and json.loads((place / "resized" / "run.json").read_text())["options"]["detach"] is False, err
+    code, _, err = resized("sparse", "--overwrite", f"--init_from={run[0]}/warmup")
+    assert code == 2 and "--index_n_heads=4: the checkpoint" in err and "start with --stage=warmup" in err and err.count("\n") == 1
+
+
+def test_runs_are_collected_compared_and_tabulated(place, run, control):
+    code, _, err = call(place, "evaluate.py", f"--checkpoint={control}/sparse", "--batches=2", "--copies=2")
+    assert code == 0, err
+    code, out, err = call(place, "report.py", "kept/a", f"--collect={control}", "--plots")
+    assert code == 0 and sorted(p.name for p in (place / "kept" / "a").iterdir()) == \
+        ["copy.png", "distances.png", "evaluation.json", "loss.png", "metrics.jsonl", "plot.png", "recall.png", "run.json", "summary.json"], err
+    full, kept = metrics(control), metrics(place / "kept" / "a")
+    assert [(r["stage"], r["step"]) for r in kept] == [(r["stage"], r["step"]) for r in full if r["step"] % 5 == 0 or "val_loss" in r]
+    assert kept[0]["loss"] == float(f"{full[0]['loss']:.5g}")
+    shutil.copytree(run[0], place / "kept" / "b10", ignore=shutil.ignore_patterns("dense", "warmup", "sparse"))
+    shutil.copytree(place / "kept" / "b10", place / "kept" / "b9")
+    code, out, err = call(place, "report.py", "kept")
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in out.splitlines()]
+    assert code == 0 and [r[0] for r in cells] == ["run", "---", "a", "b9", "b10"] and len({len(r) for r in cells}) == 1, err
+    summary = json.loads((control / "summary.json").read_text())
+    assert dict(zip(cells[0], cells[2]))["dense control"] == f"{summary['val_loss, dense attention, after control']:.4f}" and cells[3][3] == ""
+    picture = place / "kept" / "b9" / "plot.png"
+    before = picture.read_bytes()
+    code, _, err = call(place, "report.py", "kept/b9", "--compare=kept/a,kept/b10/metrics.jsonl")
+    assert code == 0 and before != picture.read_bytes() and picture.read_bytes()[:4] == b"\x89PNG", err
+
+
+def test_thinned_logs_are_small(place):
+    import report
+    (place / "long" / "evaluation-sparse").mkdir(parents=True)
+    for name in ("run.json", "summary.json", "evaluation-sparse/evaluation.json"):
+        (place / "long" / name).write_text("{}")
+    numbers = dict.fromkeys("loss lm kl kl_uniform recall lr grad_norm index_grad_norm tokens_per_second mfu memory_gb".split(), 123456.78901234567)
+    (place / "long" / "metrics.jsonl").write_text("".join(json.dumps(dict(stage="sparse", step=i, **numbers)) + "\n" for i in range(2000)))
+    report.collect(place / "long", place / "thin", False)
+    assert len(metrics(place / "thin")) == 200 and (place / "thin" / "metrics.jsonl").stat().st_size < 60000
+
+
+def test_compared_runs_lie_stage_over_stage(place, control, monkeypatch):
+    """A run that begins with its sparse stage is drawn over the sparse stage of a longer one, and so is the control."""
+    import matplotlib.pyplot as plt
+    import report
+    (place / "late").mkdir()
+    late = [r for r in metrics(control) if r["stage"] == "sparse"] + [dict(stage="sparse", step=9, loss=1.0, lm=1.0, val_loss=1.0, kl=0.5, recall=0.5)]
+    (place / "late" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in late))
+    axes = []
+    monkeypatch.setattr(plt, "close", lambda figure: axes.extend(figure.axes))
+    report.plot(control / "metrics.jsonl", place / "late" / "plot.png", str(place / "late"))
+    spans = {line.get_label(): [*map(int, (min(line.get_xdata()), max(line.get_xdata())))] for line in axes[0].lines}
+    assert spans["dense control"] == [11 + 3, 11 + 4] and spans["late"][1] == 11 + 9 and spans["training"] == [0, 5]
+    spans = [[*map(int, (min(line.get_xdata()), max(line.get_xdata())))] for line in axes[1].lines if line.get_label() == "late"]
+    assert spans == [[11, 20]] and [line.get_label() for line in axes[2].lines].count("late") == 1
+
+
 def test_options_from_a_file(place):
     (place / "options.cfg").write_text("# a comment\nstage = dense\ndense_steps = 3  # few\ngradient_accumulation_steps = 2\nrecompute = true\n")
     code, out, err = train(place, "from-file", "--config=options.cfg", "--dense_steps=2")
@@ -169,10 +265,19 @@ BAD = [
     ("train.py", "--config=bad.cfg", "line 2: expected `name = value`"),
     ("train.py", "--resume", "there is no run to continue"),
     ("train.py", "--stage=sparse", "run the stage before"),
+    ("train.py", "--stage=control", "--stage=control starts from bad/warmup, which does not exist"),
+    ("train.py", "--compare=out,nowhere", "nowhere: no such file; --compare takes"),
+    ("train.py", "--compare=text.txt", "text.txt: not a metrics.jsonl"),
+    ("train.py", "--compare=foreign/config.json", "config.json: not a metrics.jsonl"),
+    ("train.py", "--detach=maybe", "write true or false"),
     ("train.py", "--init_from=nowhere", "nowhere does not exist"),
     ("train.py", "--init_from=truncated", "truncated"),
     ("train.py", "--init_from=other-shape", "belong to different models"),
     ("train.py", "--out_dir=out", "--resume"),
+    ("report.py", "nowhere", "nowhere: no run here"),
+    ("report.py", "kept-nowhere --collect=out", "evaluation.json"),
+    ("report.py", "out --plots", "--plots keeps the pictures of a run"),
+    ("report.py", "foreign --compare=out", "foreign/metrics.jsonl: no such file"),
     ("sample.py", "--checkpoint=nowhere", "nowhere"),
     ("sample.py", "--checkpoint=foreign", "model_type=gpt2"),
     ("sample.py", "--checkpoint=nojson", "JSON"),

@@ -7,6 +7,7 @@ Stages (DeepSeek-V3.2-Exp, section 2.1.1; each starts from the checkpoint of the
   dense    ordinary language-model training with full attention; stands in for the base model
   warmup   everything frozen but the indexer, which learns to predict where the dense attention looks (KL)
   sparse   every query reads only its top-k tokens; the model learns from the language-model loss, the indexer from its KL alone
+  control  what the sparse stage is measured against: the same start, batches and steps with dense attention, indexers frozen; not part of --stage=all
 
 A run follows from its options: batch n is a function of (seed, n), so an interrupted run continues with --resume as if nothing had
 happened. out_dir holds run.json (options, versions), metrics.jsonl, plot.png, summary.json and a checkpoint folder per stage.
@@ -31,7 +32,8 @@ import data
 import report
 from model import Config, Transformer
 
-STAGES = ("dense", "warmup", "sparse")
+STAGES = ("dense", "warmup", "sparse", "control")
+BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
 
 def option(default, help, *choices):
@@ -56,6 +58,7 @@ class Options:
     compile: bool = option(False, "torch.compile the model")
     recompute: bool = option(False, "activation checkpointing: less memory for a third more compute")
     train: str = option("all", "what the sparse stage trains besides the indexers", "all", "attention", "none")
+    detach: bool = option(True, "keep the KL from teaching the main model, as the paper does (false: an ablation)")
     index_fp8: bool = option(True, "select by FP8 index scores, as the published inference does")
     block_size: int = option(256, "context length in tokens")
     batch_size: int = option(8, "sequences per micro-batch")
@@ -76,6 +79,7 @@ class Options:
     eval_interval: int = option(50, "steps between validation losses")
     eval_steps: int = option(4, "validation batches")
     save_interval: int = option(50, "steps between states to --resume from")
+    compare: str = option("", "runs to draw beside this one in plot.png: folders or metrics.jsonl files, with commas between")
 
 
 # Defaults that differ on a CUDA GPU: a model of 27M parameters at a context of 4096
@@ -85,13 +89,12 @@ GPU = dict(dtype="bfloat16", block_size=4096, dense_steps=1000, warmup_steps=200
            index_n_heads=8, index_head_dim=64, index_topk=512)
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
 MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) and f.name != "vocab_size"]
-FIXED = {f.name for f in MODEL_FIELDS} | {"stage", "init_from", "train", "data", "tokenizer", "seed", "block_size", "batch_size", "gradient_accumulation_steps"}
+FIXED = {f.name for f in MODEL_FIELDS} | {"stage", "init_from", "train", "detach", "data", "tokenizer", "seed", "block_size", "batch_size", "gradient_accumulation_steps"}
 
 
 def start_folder(init_from, out_dir, stage):
     """The checkpoint that a run beginning with `stage` starts from: --init_from, else what the stage before left in out_dir; "" for a fresh model."""
-    before = {"warmup": "dense", "sparse": "warmup"}.get(stage)
-    return init_from or (str(Path(out_dir) / before) if before else "")
+    return init_from or (str(Path(out_dir) / BEFORE[stage]) if stage in BEFORE else "")
 
 
 def resolve(argv):
@@ -102,7 +105,7 @@ def resolve(argv):
     given = cli.parse_fields(parser, (*fields(Options), *MODEL_FIELDS), GPU, argv)
     device = cli.device(given.get("device", "auto"))
     base = GPU if device.type == "cuda" else {}
-    if given.get("init_from") or given.get("stage") in ("warmup", "sparse"):  # sizes come from the checkpoint
+    if given.get("init_from") or given.get("stage") in BEFORE:  # sizes come from the checkpoint
         base = {k: v for k, v in base.items() if k in Options.__dataclass_fields__}
     if given.get("resume"):
         path = Path(given.get("out_dir", Options.out_dir)) / "run.json"
@@ -135,6 +138,7 @@ def resolve(argv):
     for path in (Path(o.out_dir), *Path(o.out_dir).parents):
         if not o.out_dir or path.exists() and not path.is_dir():
             raise ValueError(f"--out_dir={o.out_dir}: {'name a folder' if not o.out_dir else f'{path} is a file; choose another'}")
+    report.read_logs(o.compare)  # raises
     return o, {k: v for k, v in values.items() if k not in Options.__dataclass_fields__}, device
 
 
@@ -149,15 +153,21 @@ def build(o, sizes, device, stages, vocab_size):
     else:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"--stage={stages[0]} starts from {folder}, which does not exist; run the stage before, or give --init_from=DIR")
-        graft = stages != ["dense"] and not checkpoint.read_config(folder, Config).index_topk
-        index = {k: sizes.get(k, v) for k, v in NEW_INDEXER.items()} if graft else None
-        model = Transformer.from_pretrained(folder, device=device, index=index, **kwargs)
+        old = checkpoint.read_config(folder, Config)
+        index = {k: sizes.get(k, getattr(old, k) if old.index_topk else v) for k, v in NEW_INDEXER.items()}
+        resized = any(index[k] != getattr(old, k) for k in ("index_n_heads", "index_head_dim"))
+        anew = "warmup" in stages and resized if old.index_topk else not {"warmup", "sparse"}.isdisjoint(stages)
+        model = Transformer.from_pretrained(folder, device=device, index=index if anew else None, **kwargs)
+        if anew:
+            there = f"instead of {old.index_n_heads} of {old.index_head_dim}" if old.index_topk else "where there were none"
+            print(f"indexers start anew: {index['index_n_heads']} heads of {index['index_head_dim']} {there} in {folder}")
         for name, value in sizes.items():
             if name == "index_topk":  # how many are selected is no property of the weights
                 model.config.index_topk = value
                 model.config.check()
             elif getattr(model.config, name) != value:
-                raise ValueError(f"--{name}={value}: the checkpoint {folder} has {getattr(model.config, name)}; leave the option out")
+                raise ValueError(f"--{name}={value}: the checkpoint {folder} has {getattr(model.config, name)}; leave the option out"
+                                 + (", or start with --stage=warmup, where indexers may start anew" if name in NEW_INDEXER else ""))
         if model.config.vocab_size < vocab_size:
             raise ValueError(f"--tokenizer={o.tokenizer} has {vocab_size} tokens, the checkpoint {folder} only {model.config.vocab_size}; use the tokenizer it was trained with")
     c = model.config
@@ -165,17 +175,15 @@ def build(o, sizes, device, stages, vocab_size):
         raise ValueError(f"--block_size={o.block_size}: longer than the model's max_position_embeddings={c.max_position_embeddings}")
     if "sparse" in stages and o.block_size <= c.index_topk:
         raise ValueError(f"--block_size={o.block_size}: not longer than index_topk={c.index_topk}, so the sparse stage would select everything; lower --index_topk")
-    model.recompute = o.recompute
     return model.train()
 
 
 def trainable(model, stage, train):
     """Freeze what the stage does not train -> (parameters of the model, parameters of the indexers) that it does."""
     index = set(model.indexer_parameters())
-    chosen = {"dense": lambda n: True, "warmup": lambda n: False,
-              "sparse": lambda n: train == "all" or (train == "attention" and ".self_attn." in n)}[stage]
+    chosen = lambda n: stage == "dense" or stage != "warmup" and (train == "all" or train == "attention" and ".self_attn." in n)
     for name, p in model.named_parameters():
-        p.requires_grad_(stage != "dense" if p in index else chosen(name))
+        p.requires_grad_(stage in ("warmup", "sparse") if p in index else chosen(name))
     learn = [p for p in model.parameters() if p.requires_grad]
     return [p for p in learn if p not in index], [p for p in learn if p in index]
 
@@ -243,8 +251,9 @@ def interruptible():
 def main():
     """The run: options, data, model, then the stages one after the other."""
     o, sizes, device = resolve(sys.argv[1:])
-    out, stages = Path(o.out_dir), list(STAGES) if o.stage == "all" else [o.stage]
-    earlier = [p for p in (*states(out), *(out / s for s in stages)) if p.exists()]
+    out, stages = Path(o.out_dir), list(STAGES[:3]) if o.stage == "all" else [o.stage]
+    replaced = STAGES if o.stage == "all" else stages  # a control belongs to the warm-up that it started from
+    earlier = [p for p in (*states(out), *(out / s for s in replaced)) if p.exists()]
     if o.overwrite and o.init_from and Path(o.init_from).resolve() in [p.resolve() for p in earlier]:
         raise ValueError(f"--init_from={o.init_from} is what --overwrite would replace; choose another --out_dir")
     if earlier and not (o.resume or o.overwrite):
@@ -263,14 +272,13 @@ def main():
     torch.manual_seed(o.seed)
     if resumed:
         model = Transformer.from_pretrained(resumed, device=device, backend=cli.backend(o.backend, device), index_fp8=o.index_fp8).train()
-        model.recompute = o.recompute
         saved = torch.load(resumed / "trainer.pt", map_location=device, weights_only=True)
-        stages = stages[stages.index(saved["stage"]):]
+        stages = replaced = stages[stages.index(saved["stage"]):]
         if saved["corpus"] != train_tokens.header["sha256"]:
             raise ValueError(f"--resume: the text of --data={o.data} has changed since the run was interrupted, its batches would be others; start anew with --overwrite")
     else:
         model, saved = build(o, sizes, device, stages, vocab_size), None
-    c = model.config
+    c, model.recompute, model.detach = model.config, o.recompute, o.detach
     forward = torch.compile(model) if o.compile else model
 
     if o.overwrite:  # only now, when nothing can be refused any more
@@ -282,7 +290,7 @@ def main():
     replace_text(out / "run.json", json.dumps(run, indent=2) + "\n")
     log_path = out / "metrics.jsonl"
     if log_path.exists():  # what was logged after the state was saved happens again, and so does a stage that is run anew
-        done = lambda r: (STAGES.index(r["stage"]), r["step"]) < (STAGES.index(saved["stage"]), saved["step"]) if resumed else r["stage"] not in stages
+        done = lambda r: r["stage"] not in replaced or resumed and r["stage"] == saved["stage"] and r["step"] < saved["step"]
         kept = [line for line in log_path.read_text().splitlines() if line.endswith("}") and done(json.loads(line))]
         replace_text(log_path, "".join(line + "\n" for line in kept))
     parameters = sum(p.numel() for p in model.parameters())
@@ -293,11 +301,12 @@ def main():
     rate = report.matmul_rate(device, getattr(torch, o.dtype))
     tokens_per_step = o.batch_size * o.block_size * o.gradient_accumulation_steps
     summary = json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else {}
-    summary = {k: v for k, v in summary.items() if not k.endswith(tuple(f"after {stage}" for stage in stages))}
+    summary = {k: v for k, v in summary.items() if not k.endswith(tuple(f"after {stage}" for stage in replaced))}
 
     with interruptible() as caught, open(log_path, "a") as log:
         for stage in stages:
-            steps, peak_lr = getattr(o, f"{stage}_steps"), getattr(o, f"{stage}_lr")
+            like = "sparse" if stage == "control" else stage  # whose batches, steps and learning rate it has
+            steps, peak_lr, indexing = getattr(o, f"{like}_steps"), getattr(o, f"{like}_lr"), stage in ("warmup", "sparse")
             start = saved["step"] if saved and stage == saved["stage"] else 0
             model.attention = "sparse" if stage == "sparse" else "dense"
             groups = trainable(model, stage, o.train)
@@ -313,10 +322,10 @@ def main():
                     group["lr"] = learning_rate(o, step, steps, peak_lr)
                 means = {}
                 for micro in range(o.gradient_accumulation_steps):
-                    number = (sum(getattr(o, f"{s}_steps") for s in STAGES[:STAGES.index(stage)]) + step) * o.gradient_accumulation_steps + micro
+                    number = (sum(getattr(o, f"{s}_steps") for s in STAGES[:STAGES.index(like)]) + step) * o.gradient_accumulation_steps + micro
                     x, y, first = (t.to(device, non_blocking=True) for t in batches.batch(number))
                     with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
-                        losses = forward(x, None if stage == "warmup" else y, first, index_loss=stage != "dense", return_logits=False)[1]
+                        losses = forward(x, None if stage == "warmup" else y, first, index_loss=indexing, return_logits=False)[1]
                     objective = sum(losses[k] for k in ("lm", "kl") if k in losses)
                     (objective / o.gradient_accumulation_steps).backward()
                     for k, v in losses.items():
@@ -325,7 +334,7 @@ def main():
                 if not all(map(math.isfinite, (*means.values(), *norms))):
                     last = states(out)[-1] if states(out) else o.init_from or "none yet"
                     print(f"train.py: {stage} step {step}, batch {number}: not finite: {means}, gradient norms {norms}; last good checkpoint: {last}. "
-                          f"Lower --{stage}_lr or raise --ramp_steps", file=sys.stderr)
+                          f"Lower --{like}_lr or raise --ramp_steps", file=sys.stderr)
                     return 1
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -346,10 +355,10 @@ def main():
                     return 130 if caught[0] == signal.SIGINT else 143
             bar.close()
             model.save_pretrained(out / stage, o.tokenizer)
-            for attention in ("dense",) if stage == "dense" else ("dense", "sparse"):
+            for attention in ("dense", "sparse") if indexing else ("dense",):
                 summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(model, val_batches, o, device, attention)
             replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-            report.plot(log_path, out / "plot.png")
+            report.plot(log_path, out / "plot.png", o.compare)
     for old in out.glob("state-*"):
         shutil.rmtree(old)
     print("\n".join(f"{k}: {v:.4f}" for k, v in summary.items()))
@@ -358,7 +367,7 @@ def main():
     with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
         text = checkpoint.load_tokenizer(out / stages[-1]).decode(model.generate(prompt, min(256, o.block_size), temperature=0.8, top_k=50)[0, prompt.shape[1]:].tolist())
     print(f"sample after the first {prompt.shape[1]} tokens of the validation text:\n{text}\n\ncheckpoint: {out / stages[-1]}   plot: {out / 'plot.png'}   "
-          f"next: python sample.py --checkpoint={out / stages[-1]}" + (" --attention=dense" if stages[-1] == "dense" else f", python evaluate.py --checkpoint={out / stages[-1]}"))
+          f"next: python sample.py --checkpoint={out / stages[-1]}" + (" --attention=dense" if not indexing else f", python evaluate.py --checkpoint={out / stages[-1]}"))
     return 0
 
 

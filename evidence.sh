@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The experiments of results/h200-16k, in order, on one GPU: bash evidence.sh. Or some of them, each well below 10 minutes on an H200, the
+# seeds first; on two GPUs:
+#   CUDA_VISIBLE_DEVICES=0 bash evidence.sh seed-1337 control-1337 no-warmup & CUDA_VISIBLE_DEVICES=1 bash evidence.sh seed-1338 control-1338
+# EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON, RUNS, RESULTS: interpreter, checkpoints, what is kept.
+set -euo pipefail
+cd "$(dirname "$0")"
+RUNS=${RUNS:-out/h200-16k} RESULTS=${RESULTS:-results/h200-16k} start=$RUNS/seed-1337
+
+train()    { ${PYTHON:-python} train.py --config=configs/h200-16k.conf ${EXTRA:-} --out_dir="$RUNS/$run" "$@"; }
+measure()  { ${PYTHON:-python} evaluate.py --checkpoint="$RUNS/$run/sparse" "$@"; }
+keep()     { ${PYTHON:-python} report.py "$RESULTS/$run" --collect="$RUNS/$run" "$@"; }
+ablation() { train --stage=sparse "$@"; measure --batches=4 --copies=8; keep; }
+
+everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338 no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 table"
+for run in ${@:-$everything}; do
+  echo "=== $run"
+  number=${run##*-}
+  case $run in
+    seed-*)     train --seed=$number ;;
+    control-*)  run=seed-$number; train --stage=control --seed=$number ;;
+    evaluate-*) run=seed-$number; measure; keep --plots ;;
+    no-warmup)  ablation --init_from=$start/dense ;;
+    topk-*)     ablation --init_from=$start/warmup --index_topk=$number ;;
+    no-detach)  ablation --init_from=$start/warmup --detach=false ;;
+    no-fp8)     ablation --init_from=$start/warmup --index_fp8=false ;;
+    heads-*)    train --stage=warmup --init_from=$start/dense --index_n_heads=$number; ablation --index_n_heads=$number ;;
+    table)      ${PYTHON:-python} report.py "$RESULTS" ;;
+    *)          echo "evidence.sh: $run: no such run; choose from $everything" >&2; exit 2 ;;
+  esac
+done
