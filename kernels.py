@@ -13,7 +13,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SELECT_CHUNK = 2**26  # scores that `select` holds at a time: 268 MB
-SELECT_FILTER = 256, 8193, 8, 2048  # `select` filters from so many queries, keys, and keys per topk on, up to so large a topk
+SELECT_FILTER = 256, 32768, 64, 1024  # `select` filters from so many queries, keys, and keys per topk on, up to so large a topk
 LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk of the dense loss holds at a time: 18 bytes each at 64 indexer heads
 G_SCALE = tl.constexpr(64.0)  # gradients with respect to scores are kept times this: float16 would lose those of long rows
 
@@ -116,11 +116,11 @@ def _columns(BQ: tl.constexpr, HP: tl.constexpr):
 
 @triton.jit
 def _score(k, q, w, BQ: tl.constexpr, HP: tl.constexpr, DECODE_E4M3: tl.constexpr):
-    """sum_j w_j relu(k . q_j) of keys k (n, DP) and columns q (BQ*HP, DP), w -> (n, BQ). relu(x) = (x + |x|)/2: an addition has twice a maximum's rate"""
+    """sum_j w_j relu(k . q_j) of keys k (n, DP) and columns q (BQ*HP, DP), w -> (n, BQ)"""
     L: tl.constexpr = max(1, min(4, BQ, 128 // HP))
     if DECODE_E4M3: k = _e4m3_to_fp16(k)
     x = tl.dot(k, tl.trans(q), input_precision="tf32x3")
-    x = (x + tl.abs(x))*(w*0.5)[None, :]
+    x = tl.maximum(x, 0.0)*w[None, :]
     x = tl.permute(tl.reshape(x, [k.shape[0], BQ // L, HP // 2, L, 2]), [0, 1, 3, 2, 4])
     return tl.sum(tl.reshape(x, [k.shape[0], BQ, HP]), 2)
 
@@ -406,7 +406,7 @@ def topk(scores, topk, first=None, last=None):
 
 # select, filtered -------------------------------------------------------------------------------------------------------------------
 # The same set for many queries over long contexts, where above all the scores' way through memory costs. Scores are computed, not kept:
-#   threshold  a row's threshold t from its scores of every STRIDE-th key, so that K..CAP scores exceed it nearly always (about 1.8 K do)
+#   threshold  a row's threshold t from its scores of every STRIDE-th key, so that K..CAP scores exceed it nearly always (about 1.5 K do)
 #   filter     all scores once more, of which two bits remain: > t, >= t
 #   collect    a program per row: positions of the bits > t; if these are K..CAP, their scores again from gathered keys, and the exact K best.
 #              Fewer than K, but K with the ties of t: then t is the K-th value, and the bits are the answer. Neither: BAD, for the path above.
@@ -420,7 +420,7 @@ def _threshold_kernel(X, FIRST, LAST, TH, S, T, LD, row0, ROWS, K, STRIDE, SAMPL
     t = first*0 - 2139095041                                                                            # -inf: all are candidates
     if last - first >= K:
         lo = tl.cdiv(first, STRIDE); n = last // STRIDE - lo + 1
-        mean = n*(K/(last - first + 1)); rank = (mean + 4*tl.sqrt(mean) + 3).to(tl.int32)
+        mean = n*(K/(last - first + 1)); rank = (mean + 3.5*tl.sqrt(mean) + 3).to(tl.int32)
         if rank < n:
             j = tl.arange(0, SAMPLE)
             v = _ordered(tl.load(X + row.to(tl.int64)*LD + lo + j, mask=j < n, other=float("-inf")))
@@ -490,14 +490,14 @@ def _collect_kernel(Q, K, W, KS, FIRST, LAST, BITS, OUT, BAD, SCRATCH, NROW, S, 
 
 def _collect_tiles(q, K):
     """-> CAP, HP, BC, warps, stages, registers"""
-    cap = max(1024, 4*triton.next_power_of_2(K))
-    return cap, max(16, triton.next_power_of_2(q.shape[2])), 128 if q.shape[3]*q.element_size() <= 128 else 64, max(4, min(16, cap // 256)), 3, 64
+    cap = max(1024, 2*triton.next_power_of_2(K))
+    return cap, max(16, triton.next_power_of_2(q.shape[2])), 128 if q.shape[3]*q.element_size() <= 128 else 64, max(4, cap // 512), 3, 128
 
 
 def _select_filtered(out, q, k, w, k_scale, first, last):
     """`select` into out -> (B,S) bool: rows still to do, as their threshold was no good"""
     (B, S, HI, dI), T, K = q.shape, k.shape[1], out.shape[2]
-    stride = max(K // 32, 8, T // 16384) | 1                                                            # odd: no resonance with what is aligned
+    stride = max(K // 64, 8, T // 16384) | 1                                                            # odd: no resonance with what is aligned
     words, samples, has, sms = triton.cdiv(T, 128)*8, triton.cdiv(T, stride*16)*16, (first is not None, last is not None), _select_sms(q.device)
     end = torch.arange(T - S, T, dtype=torch.int32, device=q.device).expand(B, S) if last is None else last.clamp(max=T - 1)
     every = lambda x: None if x is None else x[:, ::stride]
