@@ -283,7 +283,7 @@ def main():
     parts = dict(select=bench_select, sparse=bench_sparse, loss=bench_loss, context=bench_context, train=bench_train, graft=bench_graft,
                  long=lambda table: bench_long(table, o.checkpoint))
     parser.add_argument("--only", default=",".join(parts), help="parts to run, separated by commas (default %(default)s)")
-    parser.add_argument("--checkpoint", help="trained model for the part `long`, such as out/h200-16k/seed-1337/sparse")
+    parser.add_argument("--checkpoint", help="trained model for the part `long`, such as out/16k/seed-1337/sparse")
     parser.add_argument("--out_dir", default="results", help="where bench.json and the PNGs go (default %(default)s)")
     o = parser.parse_args()
     unknown = set(o.only.split(",")) - parts.keys()

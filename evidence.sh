@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# The experiments of results/h200-16k, in order, on one GPU: bash evidence.sh. Or some of them, each well below 10 minutes on an H200, the
-# seeds first; on two GPUs:
+# The experiments of results/16k, in order, on one GPU: bash evidence.sh. Or some of them, each below 5 minutes on an H100, the seeds first; on
+# two GPUs:
 #   CUDA_VISIBLE_DEVICES=0 bash evidence.sh seed-1337 control-1337 no-warmup & CUDA_VISIBLE_DEVICES=1 bash evidence.sh seed-1338 control-1338
 # EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON, RUNS, RESULTS: interpreter, checkpoints, what is kept.
 set -euo pipefail
 cd "$(dirname "$0")"
-RUNS=${RUNS:-out/h200-16k} RESULTS=${RESULTS:-results/h200-16k} start=$RUNS/seed-1337
+RUNS=${RUNS:-out/16k} RESULTS=${RESULTS:-results/16k} start=$RUNS/seed-1337
 
-train()    { ${PYTHON:-python} train.py --config=configs/h200-16k.conf ${EXTRA:-} --out_dir="$RUNS/$run" "$@"; }
+train()    { ${PYTHON:-python} train.py --config=configs/16k.conf ${EXTRA:-} --out_dir="$RUNS/$run" "$@"; }
 measure()  { ${PYTHON:-python} evaluate.py --checkpoint="$RUNS/$run/sparse" "$@"; }
 keep()     { ${PYTHON:-python} report.py "$RESULTS/$run" --collect="$RUNS/$run" "$@"; }
+small()    { ${PYTHON:-python} train.py --config=configs/small.conf ${EXTRA:-} --out_dir="$RUNS/$run" "$@"; }
 ablation() { train --stage=sparse "$@"; measure --batches=4 --copies=8; keep; }
 
-everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338 no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 table"
+everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338 no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 long backends copy table"
 for run in ${@:-$everything}; do
   echo "=== $run"
   number=${run##*-}
@@ -25,6 +26,14 @@ for run in ${@:-$everything}; do
     no-detach)  ablation --init_from=$start/warmup --detach=false ;;
     no-fp8)     ablation --init_from=$start/warmup --index_fp8=false ;;
     heads-*)    train --stage=warmup --init_from=$start/dense --index_n_heads=$number; ablation --index_n_heads=$number ;;
+    long)       ${PYTHON:-python} bench.py --only=long --checkpoint=$start/sparse --out_dir="$RESULTS/long" ;;
+    backends)   for backend in torch triton; do run=$backend; small --backend=$backend; done  # the same run by the reference and by the kernels
+                for backend in torch triton; do  # and the same text
+                  ${PYTHON:-python} sample.py --checkpoint="$RUNS/triton/sparse" --dtype=float32 --temperature=0 --num_tokens=200 --prompt="def main(" --backend=$backend > "$RUNS/$backend.txt"
+                done; cmp "$RUNS/torch.txt" "$RUNS/triton.txt"; ${PYTHON:-python} report.py "$RUNS/triton" --compare="$RUNS/torch" ;;
+    copy)       ${PYTHON:-python} copies.py "$RUNS/copies"  # a model that can copy; 30 minutes on 2 CPU cores
+                copying="--data=$RUNS/copies --block_size=512 --dense_steps=1500 --warmup_steps=150 --sparse_steps=150 --eval_interval=150"
+                small $copying; small $copying --stage=control; measure --batches=4; keep --plots ;;
     table)      ${PYTHON:-python} report.py "$RESULTS" ;;
     *)          echo "evidence.sh: $run: no such run; choose from $everything" >&2; exit 2 ;;
   esac

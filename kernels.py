@@ -562,6 +562,7 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
         for b in range(B):
             r = bad[b].nonzero()[:, 0]
             if len(r) == 0: continue
+            r = F.pad(r, (0, -len(r) % 64), value=int(r[0]))                                            # of few sizes: no kernel is compiled for each
             rest = torch.empty(1, len(r), topk, dtype=torch.int32, device=q.device)
             at, one = (lambda x: None if x is None else x[b:b + 1, r]), (lambda x: None if x is None else x[b:b + 1])
             _select_exact(rest, at(q), one(k), at(w), one(k_scale), at(first), at(last))

@@ -760,7 +760,7 @@ def _programs(work, device):
 
 def sparse_forward(q, latents, indices, scale):
     """q (B,S,H,576) bf16, latents (B,T,576) bf16 or the packed FP8 cache (B,T,656) uint8, indices (B,S,K) int32, -1 empty
-    -> out (B,S,H,512) bf16, lse (B,S,H) float32, natural log.
+    -> out (B,S,H,512) bf16, lse (B,S,H) float32, natural log. An FP8 entry enters as bf16(value x scale): exact for scales that are powers of two.
 
     Softmax over the selected tokens only; a row that selected nothing gives out 0, lse -inf. Deterministic. ValueError on other shapes or dtypes.
     """

@@ -1,8 +1,8 @@
 """Numbers and pictures about training runs: operations per token, what the machine reaches, the plot of the stages, a table of runs.
 
-    python report.py results/h200-16k                       # a Markdown table of the runs below
-    python report.py results/h200-16k/a --collect=out/a     # first keep of a run what is worth keeping: options, summary, evaluation, a thinned log
-    python report.py out --compare=results/h200-16k/a       # draw out/plot.png anew, with that run beside it
+    python report.py results/16k                       # a Markdown table of the runs below
+    python report.py results/16k/a --collect=out/a     # first keep of a run what is worth keeping: options, summary, evaluation, a thinned log
+    python report.py out --compare=results/16k/a       # draw out/plot.png anew, with that run beside it
 """
 import json
 import platform

@@ -110,13 +110,13 @@ def test_backward(B, S, T, H, K, monkeypatch):
 
 
 def pack(B, T, seed=0):
-    """a random packed FP8 cache (512 e4m3 | 4 float32 scales | 64 bf16) and what it stands for"""
+    """a random packed FP8 cache (512 e4m3 | 4 float32 scales | 64 bf16) and the bf16 latents it stands for: as they enter the products"""
     g = torch.Generator("cuda").manual_seed(seed)
     values = torch.randn(B, T, 4, 128, device="cuda", generator=g).mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
     scales = torch.randn(B, T, 4, device="cuda", generator=g).exp() * 1e-2
     rope = torch.randn(B, T, 64, device="cuda", generator=g).bfloat16()
     cache = torch.cat([values.flatten(2).view(torch.uint8), scales.view(torch.uint8), rope.view(torch.uint8)], -1)
-    return cache, torch.cat([(values.float() * scales[..., None]).flatten(2), rope.float()], -1)
+    return cache, torch.cat([(values.float() * scales[..., None]).flatten(2).bfloat16(), rope], -1)
 
 
 @pytest.mark.parametrize("B,S,T,H,K", SHAPES + [(16, 2, 4096, 128, 2048)])
@@ -128,8 +128,8 @@ def test_forward_packed(B, S, T, H, K, monkeypatch):
     poison(monkeypatch)
     out, lse = kh.sparse_forward(q, cache, indices, SCALE)
     whole, worst = errors(out, ref)
-    assert whole < 6e-3 and worst < 2e-2, (whole, worst)
-    assert torch.equal(lse.isinf(), ref_lse.isinf()) and torch.allclose(lse, ref_lse, atol=4e-2, rtol=1e-4)
+    assert whole < 4e-3 and worst < 1e-2, (whole, worst)
+    assert torch.equal(lse.isinf(), ref_lse.isinf()) and torch.allclose(lse, ref_lse, atol=2e-3, rtol=1e-5)
     again, lse2 = kh.sparse_forward(q, cache, indices, SCALE)
     assert torch.equal(out, again) and torch.equal(lse, lse2)
 
