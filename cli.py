@@ -1,10 +1,12 @@
-"""What the scripts share: option parsing with one-line errors, and exit codes (0 done, 2 bad input, 130 Ctrl-C)."""
+"""What the scripts share: option parsing with one-line errors, files that change whole, interruptions, exit codes (0 done, 2 bad input, 130 Ctrl-C)."""
 import argparse
 import difflib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -91,6 +93,29 @@ def commit():
     except OSError:
         return "unknown"
     return "unknown" if head.returncode else head.stdout.strip() + ("+" if dirty.stdout else "")
+
+
+def replace_text(path, text):
+    """Write a file so that it is the old one or the new one, whenever the process dies."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+@contextmanager
+def interruptible():
+    """Yield a list that SIGINT and SIGTERM are appended to instead of ending the process at once; a second Ctrl-C does."""
+    caught = []
+    def handler(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def run(main):

@@ -143,7 +143,7 @@ def test_dense_attention_values_inside_keys():
 DENSE = [  # B, S, T, H, Hk, d, HI, dI, kind
     (2, 37, 37, 3, 3, 24, 4, 32, None), (1, 70, 70, 1, 1, 40, 3, 16, "packed"), (2, 12, 45, 5, 1, 80, 9, 24, None),
     (1, 40, 50, 2, 2, 16, 2, 16, "window"), (1, 1, 1, 1, 1, 16, 1, 16, None)]
-DENSE_BIG = [(2, 1000, 1000, 3, 3, 192, 64, 128, "packed"), (1, 1500, 1500, 16, 16, 192, 64, 128, None), (1, 700, 1300, 12, 1, 160, 16, 64, None),
+DENSE_BIG = [(2, 500, 500, 3, 3, 192, 64, 128, "packed"), (1, 700, 700, 16, 16, 192, 64, 128, None), (1, 700, 1300, 12, 1, 160, 16, 64, None),
              (1, 515, 515, 12, 12, 96, 4, 32, None), (3, 200, 900, 8, 8, 128, 10, 128, "window")]
 
 
@@ -154,7 +154,7 @@ def loss_inputs(B, S, T, HI, dI, dtype, size):
     return quarters(B, S, HI, dI), quarters(B, T, dI), w
 
 
-def check_loss(loss, reference, constants, trained, dtype, trailing=(), factor=1.5):
+def check_loss(loss, reference, constants, trained, dtype, trailing=()):
     """kl, kl_uniform and the gradients for a random incoming gradient and for the constant one (another code path)"""
     doubles, want_inputs = doubled(*[x for x in constants if x.is_floating_point()]), doubled(*trained)
     doubles = doubles + [x for x in constants if not x.is_floating_point()]
@@ -167,7 +167,7 @@ def check_loss(loss, reference, constants, trained, dtype, trailing=(), factor=1
         got = torch.autograd.grad(kl, trained, r.float())
         for name, x, y in zip(("dq_index", "dk_index", "dw"), got, torch.autograd.grad(want, want_inputs, r, retain_graph=True)):
             if want.shape[1] > 1:
-                close(name, x, y, dtype, factor=factor)
+                close(name, x, y, dtype, factor=1.5)
             else:
                 assert (x - y).abs().max() < 1e-6
 
@@ -202,7 +202,7 @@ def test_indexer_loss_dense_equal_scores_and_repeats():
 
 
 SPARSE = [(2, 11, 16, 3, 24, 8, 4, 32), (1, 10, 40, 5, 40, 33, 9, 24), (1, 7, 20, 2, 16, 50, 1, 16), (1, 1, 1, 1, 16, 4, 2, 16)]  # B,S,T,H,D,K,HI,dI
-SPARSE_BIG = [(2, 600, 600, 12, 160, 256, 4, 32), (1, 500, 3000, 128, 576, 2048, 64, 128), (1, 700, 700, 12, 288, 512, 16, 64)]
+SPARSE_BIG = [(2, 600, 600, 12, 160, 256, 4, 32), (1, 130, 3000, 128, 576, 2048, 64, 128), (1, 700, 700, 12, 288, 512, 16, 64)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,7 +19,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -220,32 +219,9 @@ def save_state(model, optimizer, stage, step, corpus, o):
         shutil.rmtree(old)
 
 
-def replace_text(path, text):
-    """Write a file so that it is the old one or the new one, whenever the process dies."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def states(out_dir):
     """The complete states in out_dir, the latest last."""
     return sorted(p for p in Path(out_dir).glob("state-*") if p.suffix not in (".part", ".old"))
-
-
-@contextmanager
-def interruptible():
-    """Yield a list that SIGINT and SIGTERM are appended to instead of ending the process at once; a second Ctrl-C does."""
-    caught = []
-    def handler(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def main():
@@ -287,12 +263,12 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     sizes = {f.name: getattr(c, f.name) for f in MODEL_FIELDS}
     run = dict(options=asdict(o) | dict(resume=False, overwrite=False) | sizes, command=" ".join(sys.argv), commit=cli.commit(), **report.machine(device))
-    replace_text(out / "run.json", json.dumps(run, indent=2) + "\n")
+    cli.replace_text(out / "run.json", json.dumps(run, indent=2) + "\n")
     log_path = out / "metrics.jsonl"
     if log_path.exists():  # what was logged after the state was saved happens again, and so does a stage that is run anew
         done = lambda r: r["stage"] not in replaced or resumed and r["stage"] == saved["stage"] and r["step"] < saved["step"]
         kept = [line for line in log_path.read_text().splitlines() if line.endswith("}") and done(json.loads(line))]
-        replace_text(log_path, "".join(line + "\n" for line in kept))
+        cli.replace_text(log_path, "".join(line + "\n" for line in kept))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{run['device']} | torch {run['torch']} | commit {run['commit']} | backend {o.backend}, {o.dtype}\n"
           f"model: {parameters / 1e6:.1f}M parameters ({sum(p.numel() for p in model.indexer_parameters()) / 1e6:.2f}M in indexers), {c.num_hidden_layers} layers, "
@@ -303,7 +279,7 @@ def main():
     summary = json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else {}
     summary = {k: v for k, v in summary.items() if not k.endswith(tuple(f"after {stage}" for stage in replaced))}
 
-    with interruptible() as caught, open(log_path, "a") as log:
+    with cli.interruptible() as caught, open(log_path, "a") as log:
         for stage in stages:
             like = "sparse" if stage == "control" else stage  # whose batches, steps and learning rate it has
             steps, peak_lr, indexing = getattr(o, f"{like}_steps"), getattr(o, f"{like}_lr"), stage in ("warmup", "sparse")
@@ -357,7 +333,7 @@ def main():
             model.save_pretrained(out / stage, o.tokenizer)
             for attention in ("dense", "sparse") if indexing else ("dense",):
                 summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(model, val_batches, o, device, attention)
-            replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+            cli.replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
             report.plot(log_path, out / "plot.png", o.compare)
     for old in out.glob("state-*"):
         shutil.rmtree(old)
