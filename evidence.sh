@@ -13,7 +13,7 @@ keep()     { ${PYTHON:-python} report.py "$RESULTS/$run" --collect="$RUNS/$run" 
 small()    { ${PYTHON:-python} train.py --config=configs/small.conf ${EXTRA:-} --out_dir="$RUNS/$run" "$@"; }
 ablation() { train --stage=sparse "$@"; measure --batches=4 --copies=8; keep; }
 
-everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338 no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 long backends copy table"
+everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338 no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 long backends table"
 for run in ${@:-$everything}; do
   echo "=== $run"
   number=${run##*-}
@@ -31,9 +31,6 @@ for run in ${@:-$everything}; do
                 for backend in torch triton; do  # and the same text
                   ${PYTHON:-python} sample.py --checkpoint="$RUNS/triton/sparse" --dtype=float32 --temperature=0 --num_tokens=200 --prompt="def main(" --backend=$backend > "$RUNS/$backend.txt"
                 done; cmp "$RUNS/torch.txt" "$RUNS/triton.txt"; ${PYTHON:-python} report.py "$RUNS/triton" --compare="$RUNS/torch" ;;
-    copy)       ${PYTHON:-python} copies.py "$RUNS/copies"  # a model that can copy; 30 minutes on 2 CPU cores
-                copying="--data=$RUNS/copies --block_size=512 --dense_steps=1500 --warmup_steps=150 --sparse_steps=150 --eval_interval=150"
-                small $copying; small $copying --stage=control; measure --batches=4; keep --plots ;;
     table)      ${PYTHON:-python} report.py "$RESULTS" ;;
     *)          echo "evidence.sh: $run: no such run; choose from $everything" >&2; exit 2 ;;
   esac

@@ -1,7 +1,6 @@
 """The scripts as a user runs them: all stages, interruption and resume, sampling, and bad input (one line, exit 2, nothing half-written)."""
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -223,18 +222,6 @@ def test_options_from_a_file(place):
     assert "--dense_steps=2" in out and "--gradient_accumulation_steps=2" in out and len(metrics(place / "from-file")) == 2
 
 
-def test_copies_come_once_more_within_the_distance():
-    from copies import LENGTH, with_copies
-    text = with_copies("".join(f"line {i}\n" for i in range(4000)), random.Random(1), 200)
-    at = {}
-    for match in re.finditer(r"^(?!line )(\S{32})\n", text, re.M):
-        at.setdefault(match[1], []).append(match.start())
-    assert text.count("line ") == 4000 and len(at) > 1500
-    assert all(len(places) <= 2 for places in at.values()) and sum(len(places) == 2 for places in at.values()) > 0.95 * len(at)
-    distances = [b - a for a, b in (p for p in at.values() if len(p) == 2)]
-    assert min(distances) > LENGTH and max(distances) < 200 + 10 * LENGTH  # what is due at one line comes at once
-
-
 def test_not_finite(place):
     code, _, err = train(place, "boom", "--dense_lr=1e30", "--grad_clip=1e30", "--ramp_steps=0", "--save_interval=1", "--dense_steps=20")
     assert code == 1
@@ -255,8 +242,6 @@ def test_sample(place, run, attention):
 
 BAD = [
     ("train.py", "--bach_size=3", "unknown option --bach_size=3; did you mean --batch_size"),
-    ("copies.py", ".", ". exists; name a new folder"),
-    ("copies.py", "new --distance=9", "--distance=9: must be above"),
     ("train.py", "--index_topk=0", "--index_topk=0: a query selects at least 1 token"),
     ("train.py", "--index_topk=-3", "index_topk=-3"),
     ("train.py", "--index_topk=32", "--block_size=32: not longer than index_topk=32"),
