@@ -205,8 +205,7 @@ def bench_train(table):
         model(x, return_logits=False)
     torch.cuda.synchronize()
     table.add("forward, 124M, 1M tokens, sparse", 1000 * (time.perf_counter() - start), torch.cuda.max_memory_allocated() / 1e9, "GB peak")
-    curves = {f"training, {a}": [(T, memory[b, T]) for b, T in memory if b == a] for a in ("dense", "sparse")}
-    return curves
+    return {f"training, {a}": [(T, memory[b, T]) for b, T in memory if b == a] for a in ("dense", "sparse")}
 
 
 def bench_long(table, folder):

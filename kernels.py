@@ -652,7 +652,8 @@ def rows_seeing(FIRST, LAST, b, n0, n1, r0, r1, S, BLOCK: tl.constexpr):
         sees = (first <= last) & (first < n1) & (last >= n0)
         lo = tl.minimum(lo, tl.min(tl.where(sees, i, r1)))
         block_hi = tl.max(tl.where(sees, i + 1, r0))
-        if block_hi > r0:  # later queries that see nothing do not count
+        if block_hi > r0:  # queries that see nothing do not count behind the last that sees, but between others
+            mid = tl.where((hi > r0) & (hi < r), r, mid)
             hi = block_hi
             all_of_them = sees & (first <= n0) & (last >= n1 - 1)
             mid = tl.maximum(mid, tl.max(tl.where(all_of_them | (i >= block_hi), r0, i + 1)))

@@ -127,6 +127,20 @@ def test_dense_attention(shape, dtype):
             close(name, x.grad, y.grad, dtype, factor=1.5)
 
 
+def test_dense_attention_queries_that_see_nothing_between_others():
+    """keys whose queries come in two runs, the second at the start of a block of 1024: the gap gives them no gradient"""
+    S, T = 2100, 40
+    first, last = torch.zeros(1, S, dtype=torch.int32, device=DEVICE), torch.full((1, S), T - 1, dtype=torch.int32, device=DEVICE)
+    last[:, 70:2048] = -1
+    q, k, v = make(1, S, 1, 16, dtype=torch.float32), make(1, T, 1, 16, dtype=torch.float32), make(1, T, 1, 16, dtype=torch.float32)
+    dout = make(1, S, 1, 16, dtype=torch.float32, grad=False)
+    dense_attention(q, k, v, 0.25, first, last)[0].backward(dout)
+    Q, K, V = doubled(q, k, v)
+    attention_reference(Q, K, V, 0.25, first, last)[0].backward(dout.double())
+    for name, x, y in (("dq", q, Q), ("dk", k, K), ("dv", v, V)):
+        close(name, x.grad, y.grad, torch.float32)
+
+
 def test_dense_attention_values_inside_keys():
     """MQA on latents: v is a view of k, loaded once."""
     latents = make(2, 300, 1, 40, dtype=torch.float32)

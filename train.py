@@ -30,8 +30,8 @@ import cli
 import data
 import report
 from model import Config, Transformer
+from report import STAGES
 
-STAGES = ("dense", "warmup", "sparse", "control")
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
 
