@@ -269,8 +269,7 @@ def call(monkeypatch, capsys, *args):
 
 
 def test_script(inside, monkeypatch, capsys):
-    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    run = subprocess.run([sys.executable, str(HERE / "evaluate.py"), "--batches=2", "--copies=4"], env=env, text=True, capture_output=True, timeout=120)
+    run = subprocess.run([sys.executable, str(HERE / "evaluate.py"), "--batches=2", "--copies=4", "--device=cpu"], text=True, capture_output=True, timeout=120)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
     for text in ("2 layers, top-k 8, context 48", "in sight", "last k", "oracle", "H(indexer)", "union/k", "tokens back", "chance"):
         assert text in run.stdout
@@ -281,7 +280,7 @@ def test_script(inside, monkeypatch, capsys):
     assert results["options"]["block_size"] == 48 and results["options"]["index_fp8"] is False and results["loss"]["count"][-1] == 2 * 3 * 48
     assert results["copy"]["distance"] == [16, 32, 37] and results["copy_task"]["length"] == 12 and {"commit", "torch", "device"} <= results.keys()
     (folder / "mine.txt").write_text("kept")
-    code, _, err = call(monkeypatch, capsys, "--batches=2", "--copies=4", "--out_dir=out/evaluation-sparse")  # again, over it: the same numbers
+    code, _, err = call(monkeypatch, capsys, "--batches=2", "--copies=4", "--device=cpu", "--out_dir=out/evaluation-sparse")  # again, over it: the same numbers
     again = json.loads((folder / "evaluation.json").read_text())
     assert code == 0 and {k: again[k] for k in ("loss", "recall", "layers", "distances", "copy")} == {k: results[k] for k in ("loss", "recall", "layers", "distances", "copy")}, err
     assert (folder / "mine.txt").exists() and not list(inside.rglob("*.part"))
