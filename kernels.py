@@ -15,6 +15,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 SELECT_CHUNK = 2**26  # scores that `select` holds at a time: 268 MB
 SELECT_FILTER = 256, 32768, 64, 1024  # `select` filters from so many queries, keys, and keys per topk on, up to so large a topk
 LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk of the dense loss holds at a time: 18 bytes each at 64 indexer heads
+LOSS_ROWS = 64  # rows (query, head) of a block of the sparse loss
 G_SCALE = tl.constexpr(64.0)  # gradients with respect to scores are kept times this: float16 would lose those of long rows
 
 
@@ -224,7 +225,7 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 # S_t = the K highest of I[t, first..last]; ties to the lower position; ascending.
 # Rows of queries go in chunks: scores of a chunk (above), then one program per row finds its K best, exactly, in one reading of the row:
 #   guess   a threshold t from a sample spread over the row, such that K..CAP scores reach it nearly always (else: another guess)
-#   gather  a bit per score: reaches t? Then a scan over the popcounts of 1024 words, and each word writes its positions to its place, in order
+#   gather  a bit per score: reaches t? Then a scan over the popcounts of the words, and each word writes its positions to its place, in order
 #   finish  the exact K-th value among these candidates by counting, then ranks by one scan: the higher ones and the first ties.
 # A row of at most CAP visible scores is its own candidate list. Many ties of t: t is the K-th value, and the row is walked once more.
 # Bytes: 4 per score written and read once; operations ~6 per score, ~15 counts of sample and candidates: these bound it, not the bytes.
@@ -276,18 +277,18 @@ def _kth(v, k, lo, hi, clo, slack):
 
 
 @triton.jit
-def _gather(x, bitmap, scratch, first, last, LD, tf, CAP, TILE: tl.constexpr, MASKED: tl.constexpr):
-    """Positions of x[first..last] >= tf, ascending, to scratch (the first CAP of them) -> how many there are. 32K positions at a time."""
+def _gather(x, bitmap, scratch, first, last, LD, tf, CAP, WORDS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """Positions of x[first..last] >= tf, ascending, to scratch (the first CAP of them) -> how many there are. 32 WORDS positions at a time."""
     bit = tl.arange(0, 32)[None, :]; group = tl.arange(0, TILE//32); total = first*0
-    for start in range(first // TILE*TILE, last + 1, 32768):
-        for s in range(start, tl.minimum(start + 32768, last + 1), TILE):
+    for start in range(first // TILE*TILE, last + 1, 32*WORDS):
+        for s in range(start, tl.minimum(start + 32*WORDS, last + 1), TILE):
             p = tl.multiple_of(s, TILE) + group[:, None]*32 + bit                                       # [TILE/32, 32]
             if MASKED: v = tl.load(x + p, mask=p < LD, other=float("-inf"))
             else: v = tl.load(x + p)
             tl.store(bitmap + (s - start)//32 + group, tl.sum(tl.where(v >= tf, 1, 0) << bit, 1))
         tl.debug_barrier()
-        p = start + tl.arange(0, 1024)*32; ok = p <= last
-        word = tl.load(bitmap + tl.arange(0, 1024), mask=ok, other=0, cache_modifier=".cg")
+        p = start + tl.arange(0, WORDS)*32; ok = p <= last
+        word = tl.load(bitmap + tl.arange(0, WORDS), mask=ok, other=0, cache_modifier=".cg")
         word &= tl.where(p < first, -2 << tl.minimum(tl.maximum(first - p - 1, 0), 31), -1)
         word &= (2 << tl.minimum(tl.maximum(last - p, 0), 31)) - 1
         count = _popcount(word); place = total + tl.cumsum(count, 0) - count; total += tl.sum(count, 0)
@@ -321,10 +322,10 @@ def _finish(out, p, c, ok, tot, K, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, TILE: tl.constexpr,
+def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
                  DIRECT: tl.constexpr, MASKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, WIDE: tl.constexpr):
     kp = tl.arange(0, KP); jc = tl.arange(0, CAP); js = tl.arange(0, SAMPLE)
-    scratch = SCRATCH + tl.program_id(0)*(CAP + 1025); bitmap = scratch + CAP  # odd: one element a thread in every layout, nothing to convert
+    scratch = SCRATCH + tl.program_id(0)*(CAP + WORDS + 1); bitmap = scratch + CAP  # odd: one element a thread in every layout, nothing to convert
     for turn in range(tl.cdiv(NROW - tl.program_id(0), tl.num_programs(0))):
         row = tl.program_id(0) + turn*tl.num_programs(0)
         i = row0 + row % ROWS; at = (row // ROWS).to(tl.int64)*S + i
@@ -347,7 +348,7 @@ def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP
                             v = (lo & hi) + ((lo ^ hi) >> 1)
                         v = tl.minimum(tl.maximum(v, lo), hi)
                         tf = tl.where(v < 0, v ^ 0x7fffffff, v).to(tl.float32, bitcast=True)
-                        tot = _gather(x, bitmap, scratch, first, last, LD, tf, CAP, TILE, MASKED)
+                        tot = _gather(x, bitmap, scratch, first, last, LD, tf, CAP, WORDS, TILE, MASKED)
                         above = tot
                         if tot > CAP:
                             above = n*0
@@ -385,14 +386,15 @@ def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP
 def _topk_into(out, scores, T, first, last, row0, rows, LD):
     """out (B,S,K)[:, row0:row0+rows] = top-k of scores (B,rows,LD >= T)"""
     B, S, K = out.shape
-    direct = T <= 8192
-    cap = triton.next_power_of_2(T) if direct else max(4096, 2*triton.next_power_of_2(K))
-    warps = max(1 if direct else 8, min(32, cap // (1024 if direct else 512)))
-    sample = 2048 if T <= 65536 else 8192
-    programs = min(B*rows, _select_sms(out.device)*(32 // warps))
-    scratch = torch.empty(1 if direct else programs*(cap + 1025), dtype=torch.int32, device=out.device)
+    direct, sample = T <= 2048, 1024 if T <= 16384 else 2048 if T <= 65536 else 8192
+    mean = sample*K/T; rank = mean + 4*mean**0.5 + 3                                                    # as in the kernel, for its longest rows
+    cap = triton.next_power_of_2(T if direct else max(1024, int((rank + 2.5*rank**0.5)*T/sample)))
+    warps = max(1, min(32, cap // 1024)) if direct else 4 if cap <= 2048 else max(8, min(32, cap // 512))
+    programs, words, tile = min(B*rows, _select_sms(out.device)*(32 // warps)), 512 if T <= 16384 else 1024, 2048 if warps == 4 else 4096
+    scratch = torch.empty(1 if direct else programs*(cap + words + 1), dtype=torch.int32, device=out.device)
     _topk_kernel[(programs,)](scores, out if first is None else first, out if last is None else last, out, scratch, B*rows, S, T, LD, row0, rows, K,
-                              triton.next_power_of_2(K), cap, sample, 4096, direct, LD % 4096 != 0, first is not None, last is not None, cap > 32768, num_warps=warps, maxnreg=64)
+                              triton.next_power_of_2(K), cap, sample, words, tile, direct, LD % tile != 0, first is not None, last is not None, cap > 32768,
+                              num_warps=warps, maxnreg=64)
 
 
 def topk(scores, topk, first=None, last=None):
@@ -526,7 +528,7 @@ def _select_filtered(out, q, k, w, k_scale, first, last):
 def _select_exact(out, q, k, w, k_scale, first, last):
     """`select` into out by scores that exist, a chunk at a time"""
     (B, S), T = out.shape[:2], k.shape[1]
-    LD = triton.cdiv(T, 16)*16 if T <= 8192 else triton.cdiv(T, 4096)*4096
+    LD = triton.cdiv(T, 16)*16 if T <= 2048 else triton.cdiv(T, 4096)*4096
     for n, row0, rows, part in _chunks(B, S, LD):
         scores = torch.empty(n, rows, LD, dtype=torch.float32, device=q.device)
         _scores_into(scores, *(part(x) for x in (q, k, w, k_scale, first, last)), row0, rows, LD)
@@ -1342,7 +1344,7 @@ class IndexerLossSparse(torch.autograd.Function):
         wide = half and _device(q)[0] > 200_000
         most = 64 if D1 > 256 or not wide else 128  # rows of p's program
         HP, HIP = triton.next_power_of_2(H), triton.next_power_of_2(HI)
-        QP = min(16, max(1, 64 // max(HP, HIP))) if half and S > 1 else 1
+        QP = min(16, max(1, LOSS_ROWS // max(HP, HIP))) if half and S > 1 else 1
         HB, HBI, BN = max(16 // QP, min(most, HP)), max(16 // QP, HIP), 64 if wide else 32 if half else 16
         lists, bits, length = sparse_union(indices, T, QP)
         planes, blocks, width = triton.cdiv(H, HB), triton.cdiv(S, QP), lists.shape[-1]
@@ -1739,19 +1741,26 @@ def sparse_score_query_kernel(Q, KV, Lists, Bits, Length, DOut, Lse, Delta, P, D
 @triton.jit
 def sparse_latent_grad(Q, DOut, Lists, Bits, P, DS, DKV, start, p_start, batch_row, length, g, ok, column,
                        D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BQ: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-                       STAGES: tl.constexpr, VALUES: tl.constexpr):
+                       STAGES: tl.constexpr, VALUES: tl.constexpr, R: tl.constexpr):
+    """Columns column ... column + C, and with R the last R, too."""
     c, row = column + tl.arange(0, C), tl.arange(0, N)
     q = tl.load(Q + g[:, None] * W + c[None, :], mask=ok[:, None], other=0.)
+    if R:
+        r = D + tl.arange(0, R)
+        qr = tl.load(Q + g[:, None] * W + r[None, :], mask=ok[:, None], other=0.)
     if VALUES:
         do = tl.load(DOut + g[:, None] * D + c[None, :], mask=ok[:, None], other=0.)
     for j in tl.range(0, length, BN, num_stages=STAGES):
         t, bits = sparse_tokens(Lists, Bits, start, j, length, BQ, BN)
         n = j + tl.arange(0, BN)
         at, real = (p_start + n)[:, None] * N + row[None, :], (n < length)[:, None]
-        x = tl.dot(tl.load(DS + at, mask=real, other=0., eviction_policy="evict_first"), q, input_precision="ieee")  # (BN, C)
+        ds, to = tl.load(DS + at, mask=real, other=0., eviction_policy="evict_first"), DKV + (batch_row + t)[:, None] * W
+        x = tl.dot(ds, q, input_precision="ieee")  # (BN, C)
         if VALUES:
             x = tl.dot(tl.load(P + at, mask=real, other=0., eviction_policy="evict_first"), do, x, input_precision="ieee")
-        tl.atomic_add(DKV + (batch_row + t)[:, None] * W + c[None, :], x, mask=(bits != 0)[:, None], sem="relaxed")
+        tl.atomic_add(to + c[None, :], x, mask=(bits != 0)[:, None], sem="relaxed")
+        if R:
+            tl.atomic_add(to + r[None, :], tl.dot(ds, qr, input_precision="ieee"), mask=(bits != 0)[:, None], sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["first_block"])
@@ -1760,15 +1769,17 @@ def sparse_latent_grad_kernel(Q, DOut, Lists, Bits, Length, P, DS, DKV, first_bl
                               N: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
     W: tl.constexpr = D + R
     CHUNKS: tl.constexpr = D // DC
-    local, chunk = tl.program_id(0) // (CHUNKS + 1), tl.program_id(0) % (CHUNKS + 1)
+    PARTS: tl.constexpr = CHUNKS + 1 if CHUNKS > 1 else 1
+    local, chunk = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     block = first_block + local // G
     i, g, ok = sparse_rows(block, local % G, S, H, blocks, HB, BQ, N)
     length, start, p_start = sparse_length(Length, block, width), block.to(tl.int64) * width, local.to(tl.int64) * width
     batch_row = (block // blocks).to(tl.int64) * T
     if chunk < CHUNKS:
-        sparse_latent_grad(Q, DOut, Lists, Bits, P, DS, DKV, start, p_start, batch_row, length, g, ok, chunk * DC, D, W, DC, BQ, N, BN, STAGES, True)
+        sparse_latent_grad(Q, DOut, Lists, Bits, P, DS, DKV, start, p_start, batch_row, length, g, ok, chunk * DC, D, W, DC, BQ, N, BN, STAGES, True,
+                           0 if CHUNKS > 1 else R)
     else:
-        sparse_latent_grad(Q, DOut, Lists, Bits, P, DS, DKV, start, p_start, batch_row, length, g, ok, D, D, W, R, BQ, N, BN, STAGES, False)
+        sparse_latent_grad(Q, DOut, Lists, Bits, P, DS, DKV, start, p_start, batch_row, length, g, ok, D, D, W, R, BQ, N, BN, STAGES, False, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -1980,7 +1991,7 @@ def sparse_backward(q, latents, indices, scale, out, lse, dout, config=None, bud
                 False, False, W, G, HB, BQ, D, R, DC, N, BN, BN, stages, num_warps=warps)
         DC, BN, stages, warps = config["latent"]
         DC = min(DC, D)
-        sparse_latent_grad_kernel[(n * (D // DC + 1),)](q, dout, lists, bits, length, p, ds, dlatents, first, S, T, H, blocks, width,
+        sparse_latent_grad_kernel[(n * (D // DC + 1 if D > DC else 1),)](q, dout, lists, bits, length, p, ds, dlatents, first, S, T, H, blocks, width,
                                                         G, HB, BQ, D, R, DC, N, BN, stages, num_warps=warps)
     return dq, dlatents
 

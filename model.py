@@ -24,15 +24,21 @@ from config import Config
 from moe import MLP, MoE
 
 
+def product_dtype(x):
+    """What a linear layer computes x in: autocast's dtype, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32."""
+    """x / rms(x) * weight over the last dimension, computed in float32; under autocast in its dtype, to which every linear layer behind would round."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(product_dtype(x))
 
 
 def yarn_mscale(factor, mscale):
@@ -175,7 +181,7 @@ class Attention(nn.Module):
             if index_loss:
                 losses = ops.indexer_loss_dense(q.detach(), k.detach(), lse, self.scale, *index, run.first, run.last)
         if index_loss:
-            rows = torch.linspace(0, S - 1, min(S, 64), device=h.device).long()  # recall of a sample of queries: linear cost
+            rows = torch.linspace(0, S - 1, min(S, 16), device=h.device).long()  # recall of a sample of queries: linear cost
             first, last = (torch.zeros_like(rows).expand(B, -1) if run.first is None else run.first[:, rows]).int(), rows.expand(B, -1).int()
             chosen = ops.select(q_index[:, rows], k_index, w[:, rows], topk, k_scale, first, last)
             q_rows = q[:, rows] if mqa else self.absorb(q[:, rows])
@@ -209,15 +215,15 @@ class NextTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, grad):
-        kind = h.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        dtype = product_dtype(h)
         W, rows, nats = weight.to(dtype), max(1, NextTokenLoss.SLICE // len(weight)), 0
         dh, dW = [], torch.zeros_like(weight, dtype=torch.float32) if grad and ctx.needs_input_grad[1] else None
         for part, y in zip(h.to(dtype).split(rows), targets[:, None].split(rows)):
-            log_p = torch.log_softmax((part @ W.T).float(), -1)
+            logits = part @ W.T
+            log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
             nats = nats - log_p.gather(-1, y).sum()
-            if grad:  # d nats / d logits = p - [s = y]
-                d = log_p.exp_().scatter_add_(-1, y, torch.full_like(y, -1, dtype=log_p.dtype)).to(dtype)
+            if grad:  # d nats / d logits = p - [s = y], over the logits
+                d = torch.exp(log_p, out=logits).scatter_(-1, y, log_p.gather(-1, y).expm1().to(dtype))
                 dh.append(d @ W)
                 if dW is not None:
                     dW += d.T @ part
