@@ -49,7 +49,7 @@ def main():
     """Write the corpus, a file per document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="where the documents go")
-    parser.add_argument("--documents", type=int, default=1500, help="how many [1500]")
+    parser.add_argument("--documents", type=int, default=3000, help="how many [3000]")
     parser.add_argument("--length", type=int, default=32768, help="characters of each [32768]")
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args()

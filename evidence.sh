@@ -5,18 +5,17 @@
 # EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON, RUNS, RESULTS: interpreter, checkpoints, what is kept.
 set -euo pipefail
 cd "$(dirname "$0")"
-RUNS=${RUNS:-out/16k} RESULTS=${RESULTS:-results/16k} start=$RUNS/seed-1337
+python=${PYTHON:-python} RUNS=${RUNS:-out/16k} RESULTS=${RESULTS:-results/16k} start=$RUNS/seed-1337
 
-train()    { ${PYTHON:-python} train.py --config=configs/16k.conf ${EXTRA:-} --out_dir="$RUNS/$run" "$@"; }
-measure()  { ${PYTHON:-python} evaluate.py --checkpoint="$RUNS/$run/sparse" "$@"; }
-keep()     { ${PYTHON:-python} report.py "$RESULTS/$run" --collect="$RUNS/$run" "$@"; }
-small()    { ${PYTHON:-python} train.py --config=configs/small.conf ${EXTRA:-} --out_dir="$RUNS/$run" "$@"; }
+train()    { $python train.py --config=configs/${config:-16k}.conf ${EXTRA:-} --out_dir="$RUNS/$run" "$@"; }
+measure()  { $python evaluate.py --checkpoint="$RUNS/$run/sparse" "$@"; }
+keep()     { $python report.py "$RESULTS/$run" --collect="$RUNS/$run" "$@"; }
 ablation() { train --stage=sparse "$@"; measure --batches=4 --copies=8; keep; }
 
-everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338 no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 long backends table"
+everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338 no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 copy long backends table"
 for run in ${@:-$everything}; do
   echo "=== $run"
-  number=${run##*-}
+  number=${run##*-} config=
   case $run in
     seed-*)     train --seed=$number ;;
     control-*)  run=seed-$number; train --stage=control --seed=$number ;;
@@ -26,12 +25,18 @@ for run in ${@:-$everything}; do
     no-detach)  ablation --init_from=$start/warmup --detach=false ;;
     no-fp8)     ablation --init_from=$start/warmup --index_fp8=false ;;
     heads-*)    train --stage=warmup --init_from=$start/dense --index_n_heads=$number; ablation --index_n_heads=$number ;;
-    long)       ${PYTHON:-python} bench.py --only=long --checkpoint=$start/sparse --out_dir="$RESULTS/long" ;;
-    backends)   for backend in torch triton; do run=$backend; small --backend=$backend; done  # the same run by the reference and by the kernels
+    copy)       config=copy copies=$RUNS/copies  # short contexts first, where copying is learnt in many small steps, then the three stages at 16K
+                $python copies.py "$copies"
+                run=copy-short; train --stage=dense --data="$copies" --block_size=1024 --batch_size=32 --dense_steps=1800 --dense_lr=1e-3 --schedule=constant
+                run=copy; train --data="$copies" --init_from="$RUNS/copy-short/dense"; train --stage=control --data="$copies"
+                measure --batches=4 --copies=64; RESULTS=$(dirname "$RESULTS") keep --plots
+                $python evaluate.py --checkpoint="$RUNS/copy/control" --batches=1 --copies=64 --out_dir="$RUNS/copy/evaluation-control" ;;
+    long)       $python bench.py --only=long --checkpoint=$start/sparse --out_dir="$RESULTS/long" ;;
+    backends)   config=small; for backend in torch triton; do run=$backend; train --backend=$backend; done  # the same run by the reference and by the kernels
                 for backend in torch triton; do  # and the same text
-                  ${PYTHON:-python} sample.py --checkpoint="$RUNS/triton/sparse" --dtype=float32 --temperature=0 --num_tokens=200 --prompt="def main(" --backend=$backend > "$RUNS/$backend.txt"
-                done; cmp "$RUNS/torch.txt" "$RUNS/triton.txt"; ${PYTHON:-python} report.py "$RUNS/triton" --compare="$RUNS/torch" ;;
-    table)      ${PYTHON:-python} report.py "$RESULTS" ;;
+                  $python sample.py --checkpoint="$RUNS/triton/sparse" --dtype=float32 --temperature=0 --num_tokens=200 --prompt="def main(" --backend=$backend > "$RUNS/$backend.txt"
+                done; cmp "$RUNS/torch.txt" "$RUNS/triton.txt"; $python report.py "$RUNS/triton" --compare="$RUNS/torch" ;;
+    table)      $python report.py "$RESULTS" ;;
     *)          echo "evidence.sh: $run: no such run; choose from $everything" >&2; exit 2 ;;
   esac
 done
