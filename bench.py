@@ -197,7 +197,10 @@ def bench_train(table):
     for T, gpt in ((4096, 414e3), (16384, 242e3)):  # what a plain 124M GPT with torch.compile reached on an H200
         speed = training(model, ids(T), compile=True)[0]
         table.add(f"dense stage, 124M, context {T}, --compile", T / speed * 1000, speed / gpt, f"x a plain GPT's {gpt / 1000:.0f}K ({speed:,.0f} tokens/s)")
-    model.attention, x = "sparse", torch.randint(0, config.vocab_size, (1, 2**20), device="cuda")
+    model.attention, dense = "sparse", speed
+    speed = training(model, ids(T), compile=True)[0]
+    table.add(f"{name}, context {T}, sparse, --compile", T / speed * 1000, speed / dense, f"x dense, --compile ({speed:,.0f} tokens/s)")
+    x = torch.randint(0, config.vocab_size, (1, 2**20), device="cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()

@@ -162,8 +162,9 @@ class Indexer(nn.Module):
 
     def forward(self, h, q_latent, rope):
         """h (B,S,hidden), q_latent (B,S,q_lora_rank or hidden), rope(x, interleaved) turns x (B,S,heads,rope_dim) -> q (B,S,HI,dI), k (B,S,dI), w (B,S,HI) float32.
-        Computed in the dtype of the indexer's weights, which may be float32 in a bf16 model."""
-        h, q_latent = h.to(self.wk.weight.dtype), q_latent.to(self.wk.weight.dtype)
+        Computed in the dtype of the indexer's weights, which may be float32 in a bf16 model (under autocast: in autocast's)."""
+        if not torch.is_autocast_enabled(h.device.type):
+            h, q_latent = h.to(self.wk.weight.dtype), q_latent.to(self.wk.weight.dtype)
         turn = lambda x: torch.cat((rope(x[..., :self.rope_dim], self.interleaved), x[..., self.rope_dim:]), -1)
         q = turn(self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)))
         k = self.wk(h)

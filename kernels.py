@@ -1,6 +1,7 @@
 """The Triton twins of indexer.py and sparse_attn.py: same names, same signatures, same results; tests walk over the pairs.
 
-Three chapters: the indexer (quantise, index_scores, select), dense attention and the two losses of the indexer, sparse attention. Each
+Three chapters: the indexer (quantise, index_scores, select), dense attention and the two losses of the indexer, sparse attention; and a page on
+the language-model loss. Each
 operation opens with its equation, its tiling and its count of bytes and operations, then the kernel, then the launcher, whose docstring is the
 contract. Portable from Ampere on: tiles follow the device's shared memory, and below sm_89, which has no FP8 products, e4m3 is converted in
 registers. Where plain Triton runs out on a Hopper GPU (many heads), sparse_attention hands over to kernels_hopper.py.
@@ -852,7 +853,7 @@ class FlashAttention(torch.autograd.Function):
     def tiles(x, width, backward):
         """-> rows held, keys streamed (backward: the held and the streamed side of either kernel), stages, warps; less where shared memory is short"""
         if x.dtype == torch.float32:
-            held, streamed, stages, warps = 32, 32, 1, 4
+            held, streamed, stages, warps = (16, 16, 1, 8) if width > 512 else (32, 32, 1, 4)  # wider, ptxas works for minutes and spills
         elif width > 512:
             held, streamed, stages, warps = (32, 32, 1, 8) if backward else (64, 32, 2, 8)
         elif backward:
@@ -2030,7 +2031,7 @@ class SparseAttention(torch.autograd.Function):
         if hopper:
             dq, dlatents = hopper.sparse_backward(q, latents, indices, out, lse, dout, scale)
             return dq, dlatents.to(latents.dtype), None, None, None
-        dout = F.pad(dout, (0, DP - D)).contiguous()
+        dout = F.pad(dout, (0, DP - D)) if DP > D else dout.contiguous()
         dq, dlatents = sparse_backward(sparse_pad(q, D, DP, RP), sparse_pad(latents, D, DP, RP), indices, scale, out, lse, dout)
         R = q.shape[-1] - D
         crop = lambda x: x if DP + RP == D + R else torch.cat((x[..., :D], x[..., DP:DP + R]), -1)
@@ -2063,3 +2064,43 @@ def sparse_attention(q, latents, indices, scale, value_dim):
     if latents.shape[-1] != q.shape[-1] or not 0 < value_dim <= q.shape[-1]:
         raise ValueError(f"q {tuple(q.shape)} and latents {tuple(latents.shape)} need one width, and value_dim {value_dim} within it")
     return SparseAttention.apply(q, latents.to(q.dtype), indices, scale, value_dim)
+
+
+# ===========================================================================================================================================
+# 4  The language-model loss of a slice of logits. Not of the attention path, but as PyTorch operations a tenth of a dense training step.
+# ===========================================================================================================================================
+
+# cross_entropy: nats[t] = log sum_s exp(x[t,s]) - x[t,y_t], then x[t,s] becomes softmax(x[t])_s - [s = y_t].
+# A program per row walks it twice: a maximum and a sum per lane, then the gradient, in the logits' place.
+# Bytes per logit: its size read, read again (half of the rows are still in L2) and written; operations ~3 exponentials: bound by memory.
+
+@triton.jit
+def cross_entropy_kernel(X, Y, NATS, V, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    x_row, j = X + row * V, tl.arange(0, BLOCK)
+    y = tl.load(Y + row)
+    target = tl.load(x_row + y).to(tl.float32)  # before anything is overwritten
+    m = tl.full([BLOCK], -1e30, tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)
+    for v in range(0, V, BLOCK):
+        x = tl.load(x_row + v + j, mask=v + j < V, other=float("-inf")).to(tl.float32)
+        m_new = tl.maximum(m, x)
+        l = l * tl.exp(m - m_new) + tl.exp(x - m_new)
+        m = m_new
+    top = tl.max(m)
+    rest = tl.log(tl.sum(l * tl.exp(m - top)))  # log sum exp, less the maximum: added to it, a probability near 1 would lose its distance from 1
+    tl.store(NATS + row, rest - (target - top))
+    if GRAD:
+        for v in range(0, V, BLOCK):
+            x = tl.load(x_row + v + j, mask=v + j < V, other=float("-inf")).to(tl.float32)
+            p = tl.exp(x - top - rest) - (v + j == y).to(tl.float32)
+            tl.store(x_row + v + j, p.to(X.dtype.element_ty), mask=v + j < V)
+
+
+def cross_entropy(logits, targets, grad):
+    """logits (N,vocab) contiguous, targets (N,) int64 -> (N,) float32, -log softmax(logits)[target], in nats; with grad its gradient
+    softmax(logits) - [s = target] takes the logits' place."""
+    nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    if len(logits):
+        cross_entropy_kernel[len(logits),](logits, targets, nats, logits.shape[1], grad, min(4096, triton.next_power_of_2(logits.shape[1])), num_warps=8)
+    return nats

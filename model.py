@@ -75,15 +75,17 @@ def pick_backend(backend, device):
     return backend or ("triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch")
 
 
+@torch.compiler.disable
 def operations(backend, device):
-    """The functions of the attention path: from indexer.py and sparse_attn.py ("torch"), or their twins in kernels.py ("triton").
+    """The functions of the attention path, and `cross_entropy`: from indexer.py, sparse_attn.py and here ("torch"), or their twins in kernels.py ("triton").
     They compute in the dtype of their inputs, whatever autocast says. backend: see `pick_backend`."""
-    names = ("quantise", "select", "indexer_loss_dense", "indexer_loss_sparse", "dense_attention", "sparse_attention")
+    names = ("quantise", "select", "indexer_loss_dense", "indexer_loss_sparse", "dense_attention", "sparse_attention", "cross_entropy")
     if pick_backend(backend, device) == "triton":
         import kernels
         twins = {name: getattr(kernels, name) for name in names}
     else:
-        twins = {name: getattr(indexer, name, None) or getattr(sparse_attn, name) for name in names}
+        where = vars(indexer) | vars(sparse_attn) | dict(cross_entropy=cross_entropy)
+        twins = {name: where[name] for name in names}
 
     def exact(function):
         @torch.compiler.disable  # nothing to fuse in there; tracing into hand-written kernels only breaks
@@ -124,9 +126,9 @@ class Attention(nn.Module):
         """W^UK (H, nope, rank) and W^UV (H, v_head_dim, rank), the halves of kv_b_proj."""
         return self.kv_b_proj.weight.to(dtype).view(self.heads, -1, self.rank).split([self.nope, self.value], 1)
 
-    def absorb(self, q):
-        """MQA mode: q^T (W^UK c) = (W^UK^T q)^T c; q (B,S,H,nope + rope) -> (B,S,H,rank + rope), a query against latents."""
-        return torch.cat((torch.einsum("bshn,hnr->bshr", q[..., :self.nope], self.kv_b(q.dtype)[0]), q[..., self.nope:]), -1)
+    def absorb(self, q_nope):
+        """MQA mode: q^T (W^UK c) = (W^UK^T q)^T c; q_nope (B,S,H,nope) -> (B,S,H,rank), what meets c^KV itself."""
+        return torch.einsum("bshn,hnr->bshr", q_nope, self.kv_b(q_nope.dtype)[0])
 
     def expand(self, latents):
         """MHA mode: latents (B,T,rank + rope) -> k (B,T,H,nope + rope), v (B,T,H,v_head_dim); the rope key is the same for all heads."""
@@ -141,7 +143,7 @@ class Attention(nn.Module):
         index_loss = run.index_loss and self.indexer is not None
         q_latent = self.q_a_layernorm(self.q_a_proj(h)) if self.config.q_lora_rank else h
         q = (self.q_b_proj(q_latent) if self.config.q_lora_rank else self.q_proj(h)).unflatten(-1, (self.heads, -1))
-        q = torch.cat((q[..., :self.nope], rope(q[..., self.nope:], True)), -1)
+        q_nope, q_rope = q[..., :self.nope], rope(q[..., self.nope:], True)
         c_kv, k_rope = self.kv_a_proj_with_mqa(h).split([self.rank, self.rope], -1)
         latents = torch.cat((self.kv_a_layernorm(c_kv), rope(k_rope[:, :, None], True).squeeze(2)), -1)
 
@@ -166,7 +168,7 @@ class Attention(nn.Module):
         # queries would cost more than attending to it. Training takes the first branch in the sparse stage, the last one before.
         losses, sparse = (), run.sparse and (T > topk or run.index_loss)
         mqa = sparse or (cache is not None and S <= 16)
-        q = self.absorb(q) if mqa else q
+        q = torch.cat((self.absorb(q_nope) if mqa else q_nope, q_rope), -1)
         if sparse:
             if self.indexer:
                 indices = ops.select(q_index, k_index, w, topk, k_scale, run.first, run.last)
@@ -184,7 +186,7 @@ class Attention(nn.Module):
             rows = torch.linspace(0, S - 1, min(S, 16), device=h.device).long()  # recall of a sample of queries: linear cost
             first, last = (torch.zeros_like(rows).expand(B, -1) if run.first is None else run.first[:, rows]).int(), rows.expand(B, -1).int()
             chosen = ops.select(q_index[:, rows], k_index, w[:, rows], topk, k_scale, first, last)
-            q_rows = q[:, rows] if mqa else self.absorb(q[:, rows])
+            q_rows = q[:, rows] if mqa else torch.cat((self.absorb(q_nope[:, rows]), q_rope[:, rows]), -1)
             losses = *losses, sparse_attn.selected_mass(q_rows, latents, chosen, self.scale, first, last)
         if mqa:
             out = torch.einsum("bshr,hvr->bshv", out, self.kv_b(out.dtype)[1])
@@ -207,26 +209,34 @@ class Block(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h)), indices, losses
 
 
+def cross_entropy(logits, targets, grad):
+    """logits (N,vocab), targets (N,) int64 -> (N,) float32, -log softmax(logits)[target]; with grad its gradient softmax(logits) - [s = target]
+    takes the logits' place."""
+    log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
+    nats = -log_p.gather(-1, targets[:, None])
+    if grad:
+        torch.exp(log_p, out=logits).scatter_(-1, targets[:, None], torch.expm1(-nats).to(logits.dtype))
+    return nats[:, 0]
+
+
 class NextTokenLoss(torch.autograd.Function):
-    """h (N,hidden), weight (vocab,hidden), targets (N,) int64 -> mean cross entropy of the logits h weight^T, in nats.
+    """h (N,hidden), weight (vocab,hidden), targets (N,) int64 -> mean cross entropy of the logits h weight^T, in nats; entropy: `cross_entropy` or its twin.
 
     Slice by slice of tokens, each leaving its gradients behind (if `grad`): the logits of 32K tokens over a vocabulary of 160K would be 21 GB."""
     SLICE = 2**28  # logits at a time
 
     @staticmethod
-    def forward(ctx, h, weight, targets, grad):
+    def forward(ctx, h, weight, targets, grad, entropy):
         dtype = product_dtype(h)
         W, rows, nats = weight.to(dtype), max(1, NextTokenLoss.SLICE // len(weight)), 0
         dh, dW = [], torch.zeros_like(weight, dtype=torch.float32) if grad and ctx.needs_input_grad[1] else None
-        for part, y in zip(h.to(dtype).split(rows), targets[:, None].split(rows)):
+        for part, y in zip(h.to(dtype).split(rows), targets.split(rows)):
             logits = part @ W.T
-            log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
-            nats = nats - log_p.gather(-1, y).sum()
-            if grad:  # d nats / d logits = p - [s = y], over the logits
-                d = torch.exp(log_p, out=logits).scatter_(-1, y, log_p.gather(-1, y).expm1().to(dtype))
-                dh.append(d @ W)
+            nats = nats + entropy(logits, y, grad).sum()
+            if grad:  # what were logits is their gradient now
+                dh.append(logits @ W)
                 if dW is not None:
-                    dW += d.T @ part
+                    dW += logits.T @ part
         if grad:
             ctx.save_for_backward(torch.cat(dh), dW)
         ctx.dtypes = h.dtype, weight.dtype
@@ -236,7 +246,7 @@ class NextTokenLoss(torch.autograd.Function):
     def backward(ctx, g):
         dh, dW = ctx.saved_tensors
         g = g / len(dh)
-        return (dh * g).to(ctx.dtypes[0]), None if dW is None else (dW * g).to(ctx.dtypes[1]), None, None
+        return (dh * g).to(ctx.dtypes[0]), None if dW is None else (dW * g).to(ctx.dtypes[1]), None, None, None
 
 
 class Transformer(nn.Module):
@@ -308,7 +318,7 @@ class Transformer(nn.Module):
         logits = self.lm_head(h) if return_logits else None
         if targets is not None:
             losses["lm"] = (F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) if return_logits else
-                            NextTokenLoss.apply(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled()))
+                            NextTokenLoss.apply(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled(), run.ops.cross_entropy))
         return logits, losses
 
     def generate(self, idx, n, **kwargs):

@@ -433,20 +433,24 @@ def test_losses_are_means_over_tokens():
         assert both[name].item() == pytest.approx(sum(e[name].item() for e in each) / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_next_token_loss_in_slices(frozen, monkeypatch):
+def test_next_token_loss_in_slices(frozen, backend, monkeypatch):
     """(T18) value and gradients of cross entropy, times the incoming gradient, slice by slice; a frozen head gets none."""
     monkeypatch.setattr(NextTokenLoss, "SLICE", 100)  # 2 tokens of 37
     h, weight, targets = torch.randn(9, 12, requires_grad=True), torch.randn(37, 12, requires_grad=not frozen), torch.randint(0, 37, (9,))
+    if backend == "triton" and torch.cuda.is_available():
+        h, weight, targets = h.detach().cuda().requires_grad_(), weight.detach().cuda().requires_grad_(not frozen), targets.cuda()
+    entropy = operations(backend, h.device).cross_entropy
     exact = [x.detach().double().requires_grad_() for x in (h, weight)]
-    loss, expected = NextTokenLoss.apply(h, weight, targets, True), torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets)
+    loss, expected = NextTokenLoss.apply(h, weight, targets, True, entropy), torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets)
     close(loss.detach(), expected.detach())
     (-3 * loss).backward()
     (-3 * expected).backward()
     close(h.grad, exact[0].grad)
     assert weight.grad is None if frozen else close(weight.grad, exact[1].grad) is None
     with torch.no_grad():
-        assert NextTokenLoss.apply(h, weight, targets, False) == loss
+        assert NextTokenLoss.apply(h, weight, targets, False, entropy) == loss
 
 
 def test_index_weights_stay_float32_under_autocast():

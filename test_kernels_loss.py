@@ -7,6 +7,8 @@ import torch
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
+import model
+import kernels
 from kernels import dense_attention, indexer_loss_dense, indexer_loss_sparse
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -239,3 +241,26 @@ def test_indexer_loss_sparse(shape, size, dtype, monkeypatch):
     lse = logits.masked_fill((indices < 0)[:, :, None], float("-inf")).logsumexp(-1).float()
     check_loss(lambda q, l, lse, idx, *rest: indexer_loss_sparse(q, l, lse, idx, *rest), loss_sparse_reference, (q, latents, lse, indices),
                loss_inputs(B, S, T, HI, dI, dtype, size), dtype)
+
+
+@pytest.mark.parametrize("cross_entropy", [model.cross_entropy, kernels.cross_entropy], ids=["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 37), (3, 5000), (2, 4096)] + [pytest.param((300, 50304), marks=big)])
+@pytest.mark.parametrize("kind", ["random", "huge", "equal", "sure"])
+def test_cross_entropy(cross_entropy, dtype, shape, kind):
+    logits = torch.randn(*shape, device=DEVICE) * dict(random=1, huge=1000, equal=0, sure=1)[kind]
+    targets = torch.randint(0, shape[1], shape[:1], device=DEVICE)
+    if kind == "sure":  # p = 1 - tiny: the gradient there is the difference
+        logits.scatter_(1, targets[:, None], 14.0)
+    logits = logits.to(dtype)
+    exact = logits.double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    want_grad, = torch.autograd.grad(want.sum(), exact)
+    x = logits.clone()
+    nats = cross_entropy(x, targets, False)
+    assert torch.equal(x, logits) and nats.dtype == torch.float32 and nats.shape == shape[:1]
+    assert ((nats - want).abs() <= 2e-6 * (1 + exact.abs().amax(1))).all(), (nats - want).abs().max()
+    assert torch.equal(cross_entropy(x, targets, True), nats)
+    near_one = 5e-7  # p - 1 in float32: a few places of 1
+    allowed = (2 * torch.finfo(dtype).eps + 4e-7 * (1 + exact.detach().abs().amax(1, keepdim=True))) * want_grad.abs() + torch.finfo(dtype).smallest_normal * 1e-2
+    assert ((x - want_grad).abs() <= allowed + near_one * (want_grad < 0)).all(), ((x - want_grad).abs() / allowed).max()
