@@ -26,7 +26,7 @@ for run in ${@:-$everything}; do
     no-fp8)     ablation --init_from=$start/warmup --index_fp8=false ;;
     heads-*)    train --stage=warmup --init_from=$start/dense --index_n_heads=$number; ablation --index_n_heads=$number ;;
     copy)       config=copy copies=$RUNS/copies  # short contexts first, where copying is learnt in many small steps, then the three stages at 16K
-                $python copies.py "$copies"
+                [ -d "$copies" ] || $python copies.py "$copies"
                 run=copy-short; train --stage=dense --data="$copies" --block_size=1024 --batch_size=32 --dense_steps=1800 --dense_lr=1e-3 --schedule=constant
                 run=copy; train --data="$copies" --init_from="$RUNS/copy-short/dense"; train --stage=control --data="$copies"
                 measure --batches=4 --copies=64; RESULTS=$(dirname "$RESULTS") keep --plots

@@ -1,10 +1,9 @@
 """The Triton twins of indexer.py and sparse_attn.py: same names, same signatures, same results; tests walk over the pairs.
 
-Three chapters: the indexer (quantise, index_scores, select), dense attention and the two losses of the indexer, sparse attention; and a page on
-the language-model loss. Each
-operation opens with its equation, its tiling and its count of bytes and operations, then the kernel, then the launcher, whose docstring is the
-contract. Portable from Ampere on: tiles follow the device's shared memory, and below sm_89, which has no FP8 products, e4m3 is converted in
-registers. Where plain Triton runs out on a Hopper GPU (many heads), sparse_attention hands over to kernels_hopper.py.
+Three chapters: the indexer (quantise, index_scores, select), dense attention and the two losses of the indexer, sparse attention; and a page
+on the language-model loss. Each operation opens with its equation, its tiling and its count of bytes and operations, then the kernel, then the
+launcher, whose docstring is the contract. Portable from Ampere on: tiles follow the device's shared memory, and below sm_89, which has no FP8
+products, e4m3 is converted in registers. Where plain Triton runs out on a Hopper GPU (many heads), sparse_attention hands over to kernels_hopper.py.
 Arguments are as in indexer.py: B batch, S queries, T keys, H and HI heads; `first`, `last` the visible range of every query.
 """
 import torch
@@ -16,7 +15,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 SELECT_CHUNK = 2**26  # scores that `select` holds at a time: 268 MB
 SELECT_FILTER = 256, 32768, 64, 1024  # `select` filters from so many queries, keys, and keys per topk on, up to so large a topk
 LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk of the dense loss holds at a time: 18 bytes each at 64 indexer heads
-LOSS_ROWS = 64  # rows (query, head) of a block of the sparse loss
 G_SCALE = tl.constexpr(64.0)  # gradients with respect to scores are kept times this: float16 would lose those of long rows
 
 
@@ -323,8 +321,9 @@ def _finish(out, p, c, ok, tot, K, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
-                 DIRECT: tl.constexpr, MASKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, WIDE: tl.constexpr):
+def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr,
+                 WORDS: tl.constexpr, TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
+                 WIDE: tl.constexpr):
     kp = tl.arange(0, KP); jc = tl.arange(0, CAP); js = tl.arange(0, SAMPLE)
     scratch = SCRATCH + tl.program_id(0)*(CAP + WORDS + 1); bitmap = scratch + CAP  # odd: one element a thread in every layout, nothing to convert
     for turn in range(tl.cdiv(NROW - tl.program_id(0), tl.num_programs(0))):
@@ -390,7 +389,7 @@ def _topk_into(out, scores, T, first, last, row0, rows, LD):
     direct, sample = T <= 2048, 1024 if T <= 16384 else 2048 if T <= 65536 else 8192
     mean = sample*K/T; rank = mean + 4*mean**0.5 + 3                                                    # as in the kernel, for its longest rows
     cap = triton.next_power_of_2(T if direct else max(1024, int((rank + 2.5*rank**0.5)*T/sample)))
-    warps = max(1, min(32, cap // 1024)) if direct else 4 if cap <= 2048 else max(8, min(32, cap // 512))
+    warps = max(1, cap // 1024) if direct else 4 if cap <= 2048 and B*rows > 2*_select_sms(out.device) else max(8, min(32, cap // 512))
     programs, words, tile = min(B*rows, _select_sms(out.device)*(32 // warps)), 512 if T <= 16384 else 1024, 2048 if warps == 4 else 4096
     scratch = torch.empty(1 if direct else programs*(cap + words + 1), dtype=torch.int32, device=out.device)
     _topk_kernel[(programs,)](scores, out if first is None else first, out if last is None else last, out, scratch, B*rows, S, T, LD, row0, rows, K,
@@ -1345,7 +1344,7 @@ class IndexerLossSparse(torch.autograd.Function):
         wide = half and _device(q)[0] > 200_000
         most = 64 if D1 > 256 or not wide else 128  # rows of p's program
         HP, HIP = triton.next_power_of_2(H), triton.next_power_of_2(HI)
-        QP = min(16, max(1, LOSS_ROWS // max(HP, HIP))) if half and S > 1 else 1
+        QP = min(16, max(1, 64 // max(HP, HIP))) if half and S > 1 else 1
         HB, HBI, BN = max(16 // QP, min(most, HP)), max(16 // QP, HIP), 64 if wide else 32 if half else 16
         lists, bits, length = sparse_union(indices, T, QP)
         planes, blocks, width = triton.cdiv(H, HB), triton.cdiv(S, QP), lists.shape[-1]
@@ -1588,7 +1587,7 @@ def sparse_e4m3(x, dtype: tl.constexpr):
 #            dq = dS k,  dk = dS^T q,  dv = P^T dout,  dlatents = dk with dv added to its first value_dim columns.
 #   score:   program = one tile of BN tokens x N rows; streams columns of q, dout and gathered k like a plain matrix product; writes P, dS
 #   product: program = N rows x DC columns; loops over the list (second gather), dq in registers. Up to 128 numbers: score and product in one
-#   latent:  program = DC columns of a block; loops over the list; a tile [BN, DC] of dlatents leaves as float32 atomics, no gather
+#   latent:  program = DC columns of a block (up to 128: all of them); loops over the list; a tile of dlatents leaves as float32 atomics, no gather
 #   2 S H K (3 (D + R) + 2 D) operations, U (D + R) atomics per block (0.95 T/s on an H200: the bound of few heads); P and dS: 4 N bytes per entry,
 #   in chunks of blocks of at most 1 GB
 # FORWARD: the same score kernel writes P relative to the maximum of its tile, the product kernel rescales tile by tile and multiplies by values.
@@ -1770,7 +1769,7 @@ def sparse_latent_grad_kernel(Q, DOut, Lists, Bits, Length, P, DS, DKV, first_bl
                               N: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
     W: tl.constexpr = D + R
     CHUNKS: tl.constexpr = D // DC
-    PARTS: tl.constexpr = CHUNKS + 1 if CHUNKS > 1 else 1
+    PARTS: tl.constexpr = CHUNKS + 1 if CHUNKS > 1 else 1  # one program takes everything, or one more takes the rope part
     local, chunk = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     block = first_block + local // G
     i, g, ok = sparse_rows(block, local % G, S, H, blocks, HB, BQ, N)

@@ -18,6 +18,7 @@ import pytest
 import tiktoken
 import torch
 
+import copies
 import data
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -532,3 +533,23 @@ def test_speed():
     start = time.perf_counter()
     assert sum(map(len, data.encode(encoding, texts))) == 20 * 90_000 * 12
     assert time.perf_counter() - start < 0.4
+
+
+def test_copies_return_at_every_distance():
+    """Text and strings of two alphabets: the text stays in order, most strings return whole, as often in every octave of distance, and never at a rhythm."""
+    letters, digits = np.array(list("abcdefgh \n")), np.array(list("0123456789ABCDEFGHIJKLMNOP"))
+    text = "".join(np.random.RandomState(0).choice(letters, 40000))
+    make = lambda seed: copies.document(np.random.RandomState(seed), text, digits, 32768)
+    document = make(1)
+    assert len(document) == 32768 and document == make(1) != make(2)
+    assert text.startswith("".join(c for c in document if c in letters))
+    found = list(re.finditer("[0-9A-P]+", document))[:-1]
+    assert all(16 <= len(m[0]) <= 48 for m in found) and 0.4 < sum(len(m[0]) for m in found) / 32768 < 0.6
+    last, back = {}, []
+    for m in found:
+        back += [m.start() - last[m[0]]] if m[0] in last else []
+        last[m[0]] = m.start()
+    octaves = np.bincount(np.log2(back).astype(int), minlength=15)[6:14] / len(back)
+    assert len(back) > 0.6 * len(found) and octaves.min() > 0.04 and octaves.max() < 0.3, octaves
+    assert len(set(back)) > 0.7 * len(back)
+    assert set(copies.characters("ab" * 9999 + "c")) == {"a", "b"}

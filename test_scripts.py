@@ -275,6 +275,8 @@ BAD = [
     ("train.py", "--init_from=other-shape", "belong to different models"),
     ("train.py", "--out_dir=out", "--resume"),
     ("report.py", "nowhere", "nowhere: no run here"),
+    ("copies.py", "out", "out exists; remove it"),
+    ("copies.py", "new --documents=0", "--documents=0: must lie between 1 and"),
     ("report.py", "kept-nowhere --collect=out", "evaluation.json"),
     ("report.py", "out --plots", "--plots keeps the pictures of a run"),
     ("report.py", "foreign --compare=out", "foreign/metrics.jsonl: no such file"),
