@@ -250,7 +250,7 @@ def test_header_and_checksum(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"short", bytes(5000), b"DSATOK1\n" + b"{" * 2000, b"DSATOK1\n{}" + b" " * 2000,
-                                     b"DSATOK1\n" + json.dumps({"dtype": "uint16", "count": None}).encode().ljust(2000)])
+                                     b"DSATOK1\n" + json.dumps({"dtype": "uint16", "count": None}).encode().ljust(2000)], ids=lambda x: ascii(x)[:20])
 def test_foreign_files(tmp_path, content):
     path = tmp_path / "foreign.bin"
     path.write_bytes(content)
@@ -364,7 +364,7 @@ def test_download_truncated_file_is_fetched_again(server, tmp_path):
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("part", [None, b"x" * 10, CONTENT + b"x"])
+@pytest.mark.parametrize("part", [None, b"x" * 10, CONTENT + b"x"], ids=["none", "other", "longer"])
 def test_download_wrong_checksum(server, tmp_path, part):
     server.files["/file"] = CONTENT if part else CONTENT[::-1]
     if part:
