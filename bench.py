@@ -191,14 +191,17 @@ def bench_train(table):
         for model.recompute in (False, True):  # the second where a GPU of 80 GB takes the longest no other way
             torch.cuda.empty_cache()
             try:
+                points = {}
                 for model.attention in ("dense", "sparse"):
-                    speeds[model.attention, T], memory[model.attention, T] = training(model, ids(T))
+                    points[model.attention, T] = training(model, ids(T))
                 break
             except torch.OutOfMemoryError:
                 model.zero_grad()
         else:
             print(f"{name}, context {T}: out of GPU memory, left out, as is what is longer")
             break
+        speeds |= {k: speed for k, (speed, _) in points.items()}
+        memory |= {k: size for k, (_, size) in points.items()}
         ratio, how = speeds["sparse", T] / speeds["dense", T], ", recompute" * model.recompute
         table.add(f"{name}, context {T}, dense{how}", T / speeds["dense", T] * 1000, speeds["dense", T], f"tokens/s ({memory['dense', T]:.0f} GB)")
         table.add(f"{name}, context {T}, sparse{how}", T / speeds["sparse", T] * 1000, ratio, f"x dense ({speeds['sparse', T]:,.0f} tokens/s, {memory['sparse', T]:.0f} GB)")
@@ -296,13 +299,13 @@ def main():
                  long=lambda table: bench_long(table, o.checkpoint))
     parser.add_argument("--only", default=",".join(parts), help="parts to run, separated by commas (default %(default)s)")
     parser.add_argument("--checkpoint", help="trained model for the part `long`, such as out/16k/seed-1337/sparse")
-    parser.add_argument("--out_dir", default="results", help="where bench.json and the PNGs go (default %(default)s)")
+    parser.add_argument("--out_dir", default="results/bench", help="where bench.json and the PNGs go (default %(default)s)")
     o = parser.parse_args()
     unknown = set(o.only.split(",")) - parts.keys()
     if unknown:
         raise ValueError(f"--only={o.only}: no part {sorted(unknown)[0]!r}; choose from {', '.join(parts)}")
     if not torch.cuda.is_available():
-        raise ValueError("bench.py times the Triton kernels and needs a CUDA GPU")
+        raise ValueError("times the Triton kernels, which takes a CUDA GPU")
     torch.manual_seed(0)
     out = Path(o.out_dir)
     out.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
 
 Half of the characters are text, in its order; the rest are strings of 16 to 48 random characters, the kind that evaluate.py asks for. Most have
 been in the document before; how far back is drawn log-uniformly, so that every distance is practised. What stands between is of any length:
-nothing but its own beginning tells that a string returns. The same seed gives the same corpus.
+nothing but its own beginning tells that a string returns. The same seed and Python give the same corpus.
 """
 import math
 import shutil
@@ -54,10 +54,10 @@ def main():
     o = parser.parse_args()
     if o.folder.exists():
         raise ValueError(f"{o.folder} exists; remove it, or name another folder")
-    text = "\n".join(text for _, text in data.documents("python"))
-    for name, low, high in (("documents", 1, 99999), ("length", 64, len(text) - 1), ("seed", 0, 2**32 - 1)):
+    for name, low, high in (("documents", 1, 99999), ("length", 64, 2**20), ("seed", 0, 2**32 - 1)):
         if not low <= getattr(o, name) <= high:
             raise ValueError(f"--{name}={getattr(o, name)}: must lie between {low} and {high}")
+    text = "\n".join(text for _, text in data.documents("python"))
     random, alphabet = np.random.RandomState(o.seed), characters(text)
     part = o.folder.with_name(o.folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The Triton twins of indexer.py and sparse_attn.py: same names, same signatures, same results; tests walk over the pairs.
+"""The Triton twins of indexer.py, sparse_attn.py and model.cross_entropy: same names, same signatures, same results, to which tests hold each pair.
 
 Three chapters: the indexer (quantise, index_scores, select), dense attention and the two losses of the indexer, sparse attention; and a page
 on the language-model loss. Each operation opens with its equation, its tiling and its count of bytes and operations, then the kernel, then the
@@ -13,6 +13,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SELECT_CHUNK = 2**26  # scores that `select` holds at a time: 268 MB
+SELECT_DIRECT = 2048  # keys up to which a row is its own candidate list
 SELECT_FILTER = 256, 32768, 64, 1024  # `select` filters from so many queries, keys, and keys per topk on, up to so large a topk
 LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk of the dense loss holds at a time: 18 bytes each at 64 indexer heads
 G_SCALE = tl.constexpr(64.0)  # gradients with respect to scores are kept times this: float16 would lose those of long rows
@@ -223,7 +224,7 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 # select -----------------------------------------------------------------------------------------------------------------------------
 # S_t = the K highest of I[t, first..last]; ties to the lower position; ascending.
 # Rows of queries go in chunks: scores of a chunk (above), then one program per row finds its K best, exactly, in one reading of the row:
-#   guess   a threshold t from a sample spread over the row, such that K..CAP scores reach it nearly always (else: another guess)
+#   guess   a threshold t from a sample spread over the row, such that K..CAP scores reach it mostly (else: another guess)
 #   gather  a bit per score: reaches t? Then a scan over the popcounts of the words, and each word writes its positions to its place, in order
 #   finish  the exact K-th value among these candidates by counting, then ranks by one scan: the higher ones and the first ties.
 # A row of at most CAP visible scores is its own candidate list. Many ties of t: t is the K-th value, and the row is walked once more.
@@ -371,6 +372,7 @@ def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP
                 _finish(out, p, c, ok, tot, K, WIDE)
             if not DIRECT:
                 if walk != 0:
+                    if v == -1: v = n*0                                                                 # -0.0 as a float, by which it was gathered: 0
                     higher = n*0; equal = n*0; gt = n*0
                     for j in range(0, n, CAP):
                         c = _ordered(tl.load(x + first + j + jc, mask=j + jc < n, other=0.0))
@@ -386,7 +388,7 @@ def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP
 def _topk_into(out, scores, T, first, last, row0, rows, LD):
     """out (B,S,K)[:, row0:row0+rows] = top-k of scores (B,rows,LD >= T)"""
     B, S, K = out.shape
-    direct, sample = T <= 2048, 1024 if T <= 16384 else 2048 if T <= 65536 else 8192
+    direct, sample = T <= SELECT_DIRECT, 1024 if T <= 16384 else 2048 if T <= 65536 else 8192
     mean = sample*K/T; rank = mean + 4*mean**0.5 + 3                                                    # as in the kernel, for its longest rows
     cap = triton.next_power_of_2(T if direct else max(1024, int((rank + 2.5*rank**0.5)*T/sample)))
     warps = max(1, cap // 1024) if direct else 4 if cap <= 2048 and B*rows > 2*_select_sms(out.device) else max(8, min(32, cap // 512))
@@ -528,7 +530,7 @@ def _select_filtered(out, q, k, w, k_scale, first, last):
 def _select_exact(out, q, k, w, k_scale, first, last):
     """`select` into out by scores that exist, a chunk at a time"""
     (B, S), T = out.shape[:2], k.shape[1]
-    LD = triton.cdiv(T, 16)*16 if T <= 2048 else triton.cdiv(T, 4096)*4096
+    LD = triton.cdiv(T, 16)*16 if T <= SELECT_DIRECT else triton.cdiv(T, 4096)*4096
     for n, row0, rows, part in _chunks(B, S, LD):
         scores = torch.empty(n, rows, LD, dtype=torch.float32, device=q.device)
         _scores_into(scores, *(part(x) for x in (q, k, w, k_scale, first, last)), row0, rows, LD)
@@ -1587,7 +1589,7 @@ def sparse_e4m3(x, dtype: tl.constexpr):
 #            dq = dS k,  dk = dS^T q,  dv = P^T dout,  dlatents = dk with dv added to its first value_dim columns.
 #   score:   program = one tile of BN tokens x N rows; streams columns of q, dout and gathered k like a plain matrix product; writes P, dS
 #   product: program = N rows x DC columns; loops over the list (second gather), dq in registers. Up to 128 numbers: score and product in one
-#   latent:  program = DC columns of a block (up to 128: all of them); loops over the list; a tile of dlatents leaves as float32 atomics, no gather
+#   latent:  program = DC columns of a block, or all if they fit; loops over the list; a tile of dlatents leaves as float32 atomics, no gather
 #   2 S H K (3 (D + R) + 2 D) operations, U (D + R) atomics per block (0.95 T/s on an H200: the bound of few heads); P and dS: 4 N bytes per entry,
 #   in chunks of blocks of at most 1 GB
 # FORWARD: the same score kernel writes P relative to the maximum of its tile, the product kernel rescales tile by tile and multiplies by values.
@@ -1769,7 +1771,7 @@ def sparse_latent_grad_kernel(Q, DOut, Lists, Bits, Length, P, DS, DKV, first_bl
                               N: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
     W: tl.constexpr = D + R
     CHUNKS: tl.constexpr = D // DC
-    PARTS: tl.constexpr = CHUNKS + 1 if CHUNKS > 1 else 1  # one program takes everything, or one more takes the rope part
+    PARTS: tl.constexpr = CHUNKS + (CHUNKS > 1)  # one program takes everything, or one more takes the rope part
     local, chunk = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     block = first_block + local // G
     i, g, ok = sparse_rows(block, local % G, S, H, blocks, HB, BQ, N)
@@ -1991,8 +1993,8 @@ def sparse_backward(q, latents, indices, scale, out, lse, dout, config=None, bud
                 False, False, W, G, HB, BQ, D, R, DC, N, BN, BN, stages, num_warps=warps)
         DC, BN, stages, warps = config["latent"]
         DC = min(DC, D)
-        sparse_latent_grad_kernel[(n * (D // DC + 1 if D > DC else 1),)](q, dout, lists, bits, length, p, ds, dlatents, first, S, T, H, blocks, width,
-                                                        G, HB, BQ, D, R, DC, N, BN, stages, num_warps=warps)
+        sparse_latent_grad_kernel[(n * (D // DC + (D > DC)),)](
+            q, dout, lists, bits, length, p, ds, dlatents, first, S, T, H, blocks, width, G, HB, BQ, D, R, DC, N, BN, stages, num_warps=warps)
     return dq, dlatents
 
 
@@ -2030,7 +2032,7 @@ class SparseAttention(torch.autograd.Function):
         if hopper:
             dq, dlatents = hopper.sparse_backward(q, latents, indices, out, lse, dout, scale)
             return dq, dlatents.to(latents.dtype), None, None, None
-        dout = F.pad(dout, (0, DP - D)) if DP > D else dout.contiguous()
+        dout = (F.pad(dout, (0, DP - D)) if DP > D else dout).contiguous()
         dq, dlatents = sparse_backward(sparse_pad(q, D, DP, RP), sparse_pad(latents, D, DP, RP), indices, scale, out, lse, dout)
         R = q.shape[-1] - D
         crop = lambda x: x if DP + RP == D + R else torch.cat((x[..., :D], x[..., DP:DP + R]), -1)
@@ -2079,7 +2081,7 @@ def cross_entropy_kernel(X, Y, NATS, V, GRAD: tl.constexpr, BLOCK: tl.constexpr)
     x_row, j = X + row * V, tl.arange(0, BLOCK)
     y = tl.load(Y + row)
     target = tl.load(x_row + y).to(tl.float32)  # before anything is overwritten
-    m = tl.full([BLOCK], -1e30, tl.float32)
+    m = tl.full([BLOCK], -3.4028235e38, tl.float32)
     l = tl.zeros([BLOCK], tl.float32)
     for v in range(0, V, BLOCK):
         x = tl.load(x_row + v + j, mask=v + j < V, other=float("-inf")).to(tl.float32)
@@ -2097,9 +2099,9 @@ def cross_entropy_kernel(X, Y, NATS, V, GRAD: tl.constexpr, BLOCK: tl.constexpr)
 
 
 def cross_entropy(logits, targets, grad):
-    """logits (N,vocab) contiguous, targets (N,) int64 -> (N,) float32, -log softmax(logits)[target], in nats; with grad its gradient
-    softmax(logits) - [s = target] takes the logits' place."""
+    """logits (N,vocab) contiguous, targets (N,) int64 below vocab -> (N,) float32, -log softmax(logits)[target], in nats; with grad its
+    gradient softmax(logits) - [s = target] takes the logits' place."""
     nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
-        cross_entropy_kernel[len(logits),](logits, targets, nats, logits.shape[1], grad, min(4096, triton.next_power_of_2(logits.shape[1])), num_warps=8)
+        cross_entropy_kernel[len(logits),](logits, targets.contiguous(), nats, logits.shape[1], grad, min(4096, triton.next_power_of_2(logits.shape[1])), num_warps=8)
     return nats

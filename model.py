@@ -31,7 +31,7 @@ def product_dtype(x):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32; under autocast in its dtype, to which every linear layer behind would round."""
+    """x / rms(x) * weight over the last dimension, computed in float32; under autocast rounded to its dtype, once for all that reads it."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -210,8 +210,8 @@ class Block(nn.Module):
 
 
 def cross_entropy(logits, targets, grad):
-    """logits (N,vocab), targets (N,) int64 -> (N,) float32, -log softmax(logits)[target]; with grad its gradient softmax(logits) - [s = target]
-    takes the logits' place."""
+    """logits (N,vocab), targets (N,) int64 below vocab -> (N,) float32, -log softmax(logits)[target], in nats; with grad its gradient
+    softmax(logits) - [s = target] takes the logits' place."""
     log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
     nats = -log_p.gather(-1, targets[:, None])
     if grad:

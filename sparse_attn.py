@@ -59,7 +59,7 @@ def selected_mass(q, latents, indices, scale, first, last):
     Shapes as `sparse_attention`, first and last (B,S) required. Holds (B,S,H,T) logits: for a few sampled queries, as a metric."""
     logits = torch.einsum("bshd,btd->bsht", q.float(), latents.float()) * scale
     seen = visible(q.shape[1], latents.shape[1], first, last, slice(None), q.device)
-    p = torch.softmax(logits.masked_fill_(~seen[:, :, None], float("-inf")), -1).nan_to_num_(0).mean(2)  # NaN: nothing is visible
+    p = torch.softmax(logits.masked_fill_(~seen[:, :, None], float("-inf")), -1).mean(2)  # NaN where nothing is visible, hence nothing selected
     return p.gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, 0).sum(-1)
 
 
