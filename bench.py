@@ -184,35 +184,36 @@ def bench_train(table):
                     qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, index_n_heads=4, index_head_dim=64, index_topk=512, max_position_embeddings=2**20,
                     tie_word_embeddings=True)
     model = Transformer(config).cuda()
-    name, speeds, memory = "training, 124M", {}, {}
+    name, memory = "training, 124M", {"training, dense": [], "training, sparse": []}
     # random ids in runs of RUN: neighbours select much alike, as in a trained model
     ids = lambda T: torch.randint(0, config.vocab_size, (max(1, 65536 // T), T // RUN + 1), device="cuda").repeat_interleave(RUN, 1)[:, :T + 1]
     for T in (4096, 8192, 16384, 32768, 65536, 131072):
         for model.recompute in (False, True):  # the second where a GPU of 80 GB takes the longest no other way
             torch.cuda.empty_cache()
             try:
-                points = {}
+                points = []
                 for model.attention in ("dense", "sparse"):
-                    points[model.attention, T] = training(model, ids(T))
+                    points.append(training(model, ids(T)))
                 break
             except torch.OutOfMemoryError:
                 model.zero_grad()
         else:
             print(f"{name}, context {T}: out of GPU memory, left out, as is what is longer")
             break
-        speeds |= {k: speed for k, (speed, _) in points.items()}
-        memory |= {k: size for k, (_, size) in points.items()}
-        ratio, how = speeds["sparse", T] / speeds["dense", T], ", recompute" * model.recompute
-        table.add(f"{name}, context {T}, dense{how}", T / speeds["dense", T] * 1000, speeds["dense", T], f"tokens/s ({memory['dense', T]:.0f} GB)")
-        table.add(f"{name}, context {T}, sparse{how}", T / speeds["sparse", T] * 1000, ratio, f"x dense ({speeds['sparse', T]:,.0f} tokens/s, {memory['sparse', T]:.0f} GB)")
+        (dense, dense_gb), (sparse, sparse_gb) = points
+        how = ", recompute" * model.recompute
+        table.add(f"{name}, context {T}, dense{how}", T / dense * 1000, dense, f"tokens/s ({dense_gb:.0f} GB)")
+        table.add(f"{name}, context {T}, sparse{how}", T / sparse * 1000, sparse / dense, f"x dense ({sparse:,.0f} tokens/s, {sparse_gb:.0f} GB)")
+        for curve, size in zip(memory.values(), (dense_gb, sparse_gb)):
+            curve.append((T, size))
     model.recompute = False
     model.attention = "dense"
     for T, gpt in ((4096, 414e3), (16384, 242e3)):  # what a plain 124M GPT with torch.compile reached on an H200
-        speed = training(model, ids(T), compile=True)[0]
-        table.add(f"dense stage, 124M, context {T}, --compile", T / speed * 1000, speed / gpt, f"x a plain GPT's {gpt / 1000:.0f}K ({speed:,.0f} tokens/s)")
-    model.attention, dense = "sparse", speed
-    speed = training(model, ids(T), compile=True)[0]
-    table.add(f"{name}, context {T}, sparse, --compile", T / speed * 1000, speed / dense, f"x dense, --compile ({speed:,.0f} tokens/s)")
+        dense = training(model, ids(T), compile=True)[0]
+        table.add(f"dense stage, 124M, context {T}, --compile", T / dense * 1000, dense / gpt, f"x a plain GPT's {gpt / 1000:.0f}K ({dense:,.0f} tokens/s)")
+    model.attention = "sparse"
+    sparse = training(model, ids(T), compile=True)[0]
+    table.add(f"{name}, context {T}, sparse, --compile", T / sparse * 1000, sparse / dense, f"x dense, --compile ({sparse:,.0f} tokens/s)")
     x = torch.randint(0, config.vocab_size, (1, 2**20), device="cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -221,7 +222,7 @@ def bench_train(table):
         model(x, return_logits=False)
     torch.cuda.synchronize()
     table.add("forward, 124M, 1M tokens, sparse", 1000 * (time.perf_counter() - start), torch.cuda.max_memory_allocated() / 1e9, "GB peak")
-    return {f"training, {a}": [(T, memory[b, T]) for b, T in memory if b == a] for a in ("dense", "sparse")}
+    return memory
 
 
 def bench_long(table, folder):
@@ -305,7 +306,7 @@ def main():
     if unknown:
         raise ValueError(f"--only={o.only}: no part {sorted(unknown)[0]!r}; choose from {', '.join(parts)}")
     if not torch.cuda.is_available():
-        raise ValueError("times the Triton kernels, which takes a CUDA GPU")
+        raise ValueError("no CUDA GPU here, and without one there is nothing to time")
     torch.manual_seed(0)
     out = Path(o.out_dir)
     out.mkdir(parents=True, exist_ok=True)

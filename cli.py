@@ -85,6 +85,13 @@ def backend(name, device):
     return None if name == "auto" else name
 
 
+def check_ranges(options, *ranges):
+    """ValueError for the first of the ranges (name, low, high) that its option does not lie in."""
+    for name, low, high in ranges:
+        if not low <= getattr(options, name) <= high:
+            raise ValueError(f"--{name}={getattr(options, name)}: must lie between {low} and {high}")
+
+
 def commit():
     """The commit of this source tree, with "+" if it has changes; "unknown" outside a git checkout."""
     git = lambda *args: subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)

@@ -18,9 +18,8 @@ import data
 
 
 def characters(text):
-    """What makes up at least 1/10000 of the text -> (n,) str, the alphabet of evaluate.copy_task."""
-    values, counts = np.unique(np.frombuffer(text[:2**22].encode("utf-32-le"), np.uint32), return_counts=True)
-    return np.array([chr(v) for v, n in zip(values, counts) if n * 10000 >= counts.sum()])
+    """The frequent characters of the text -> (n,) str, the alphabet of evaluate.copy_task."""
+    return np.array([*map(chr, data.frequent(np.frombuffer(text.encode("utf-32-le"), np.uint32)))])
 
 
 def document(random, text, alphabet, length):
@@ -54,9 +53,7 @@ def main():
     o = parser.parse_args()
     if o.folder.exists():
         raise ValueError(f"{o.folder} exists; remove it, or name another folder")
-    for name, low, high in (("documents", 1, 99999), ("length", 64, 2**20), ("seed", 0, 2**32 - 1)):
-        if not low <= getattr(o, name) <= high:
-            raise ValueError(f"--{name}={getattr(o, name)}: must lie between {low} and {high}")
+    cli.check_ranges(o, ("documents", 1, 99999), ("length", 64, 2**20), ("seed", 0, 2**32 - 1))
     text = "\n".join(text for _, text in data.documents("python"))
     random, alphabet = np.random.RandomState(o.seed), characters(text)
     part = o.folder.with_name(o.folder.name + ".part")

@@ -195,9 +195,7 @@ def copy_task(tokens, eot, T, count, seed):
     A sample: text from `tokens` without its EOTs, hence one document; its last `length` tokens are a string, which begins once more
     `distance` tokens before. Strings: uniform over the alphabet, the tokens that make up at least 1/10000 of the text."""
     random, length = np.random.RandomState(seed % 2**32), min(32, T // 4)
-    counts = np.bincount(tokens[:2**22])
-    counts[eot:eot + 1] = 0
-    alphabet = np.flatnonzero(counts * 10000 >= counts.sum())
+    alphabet = data.frequent(tokens, eot)
     starts = random.randint(max(1, len(tokens) - 2 * T), size=count)
     text = np.stack([np.resize(piece[piece != eot], T + 1) for piece in (np.asarray(tokens[s:s + 2 * T + 2]) for s in starts)]).astype(np.int64)
     text[:, -length:] = strings = random.choice(alphabet, (count, length))
@@ -265,8 +263,7 @@ def plot(columns, names, ylabel, xlabel, path, k=None):
         axis.set_xscale("log", base=2)
         axis.axvline(k, color="gray", linewidth=0.8, label=f"k = {k}")
     axis.set_xticks(x, x, fontsize=8)
-    top = 1.05 * max(max(columns[name][:len(x)]) for name in names)
-    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=None if "loss" in ylabel else (0, top))
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=None if "loss" in ylabel else (0, 1.05 * axis.dataLim.ymax))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()

@@ -391,8 +391,9 @@ def _topk_into(out, scores, T, first, last, row0, rows, LD):
     direct, sample = T <= SELECT_DIRECT, 1024 if T <= 16384 else 2048 if T <= 65536 else 8192
     mean = sample*K/T; rank = mean + 4*mean**0.5 + 3                                                    # as in the kernel, for its longest rows
     cap = triton.next_power_of_2(T if direct else max(1024, int((rank + 2.5*rank**0.5)*T/sample)))
-    warps = max(1, cap // 1024) if direct else 4 if cap <= 2048 and B*rows > 2*_select_sms(out.device) else max(8, min(32, cap // 512))
-    programs, words, tile = min(B*rows, _select_sms(out.device)*(32 // warps)), 512 if T <= 16384 else 1024, 2048 if warps == 4 else 4096
+    sms = _select_sms(out.device); small = cap <= 2048 and B*rows > 2*sms                               # few rows: none of them should take long
+    warps, tile = (max(1, cap // 1024), 4096) if direct else (4, 2048) if small else (max(8, min(32, cap // 512)), 4096)
+    programs, words = min(B*rows, sms*(32 // warps)), 512 if T <= 16384 else 1024
     scratch = torch.empty(1 if direct else programs*(cap + words + 1), dtype=torch.int32, device=out.device)
     _topk_kernel[(programs,)](scores, out if first is None else first, out if last is None else last, out, scratch, B*rows, S, T, LD, row0, rows, K,
                               triton.next_power_of_2(K), cap, sample, words, tile, direct, LD % tile != 0, first is not None, last is not None, cap > 32768,

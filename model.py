@@ -79,13 +79,11 @@ def pick_backend(backend, device):
 def operations(backend, device):
     """The functions of the attention path, and `cross_entropy`: from indexer.py, sparse_attn.py and here ("torch"), or their twins in kernels.py ("triton").
     They compute in the dtype of their inputs, whatever autocast says. backend: see `pick_backend`."""
-    names = ("quantise", "select", "indexer_loss_dense", "indexer_loss_sparse", "dense_attention", "sparse_attention", "cross_entropy")
+    twins = dict(quantise=indexer.quantise, select=indexer.select, indexer_loss_dense=indexer.indexer_loss_dense, indexer_loss_sparse=indexer.indexer_loss_sparse,
+                 dense_attention=sparse_attn.dense_attention, sparse_attention=sparse_attn.sparse_attention, cross_entropy=cross_entropy)
     if pick_backend(backend, device) == "triton":
         import kernels
-        twins = {name: getattr(kernels, name) for name in names}
-    else:
-        where = vars(indexer) | vars(sparse_attn) | dict(cross_entropy=cross_entropy)
-        twins = {name: where[name] for name in names}
+        twins = {name: getattr(kernels, name) for name in twins}
 
     def exact(function):
         @torch.compiler.disable  # nothing to fuse in there; tracing into hand-written kernels only breaks
@@ -126,9 +124,9 @@ class Attention(nn.Module):
         """W^UK (H, nope, rank) and W^UV (H, v_head_dim, rank), the halves of kv_b_proj."""
         return self.kv_b_proj.weight.to(dtype).view(self.heads, -1, self.rank).split([self.nope, self.value], 1)
 
-    def absorb(self, q_nope):
-        """MQA mode: q^T (W^UK c) = (W^UK^T q)^T c; q_nope (B,S,H,nope) -> (B,S,H,rank), what meets c^KV itself."""
-        return torch.einsum("bshn,hnr->bshr", q_nope, self.kv_b(q_nope.dtype)[0])
+    def absorb(self, q_nope, q_rope):
+        """MQA mode: q^T (W^UK c) = (W^UK^T q)^T c; q_nope (B,S,H,nope), q_rope (B,S,H,rope) -> (B,S,H,rank + rope), a query against latents."""
+        return torch.cat((torch.einsum("bshn,hnr->bshr", q_nope, self.kv_b(q_nope.dtype)[0]), q_rope), -1)
 
     def expand(self, latents):
         """MHA mode: latents (B,T,rank + rope) -> k (B,T,H,nope + rope), v (B,T,H,v_head_dim); the rope key is the same for all heads."""
@@ -168,7 +166,7 @@ class Attention(nn.Module):
         # queries would cost more than attending to it. Training takes the first branch in the sparse stage, the last one before.
         losses, sparse = (), run.sparse and (T > topk or run.index_loss)
         mqa = sparse or (cache is not None and S <= 16)
-        q = torch.cat((self.absorb(q_nope) if mqa else q_nope, q_rope), -1)
+        q = self.absorb(q_nope, q_rope) if mqa else torch.cat((q_nope, q_rope), -1)
         if sparse:
             if self.indexer:
                 indices = ops.select(q_index, k_index, w, topk, k_scale, run.first, run.last)
@@ -186,7 +184,7 @@ class Attention(nn.Module):
             rows = torch.linspace(0, S - 1, min(S, 16), device=h.device).long()  # recall of a sample of queries: linear cost
             first, last = (torch.zeros_like(rows).expand(B, -1) if run.first is None else run.first[:, rows]).int(), rows.expand(B, -1).int()
             chosen = ops.select(q_index[:, rows], k_index, w[:, rows], topk, k_scale, first, last)
-            q_rows = q[:, rows] if mqa else torch.cat((self.absorb(q_nope[:, rows]), q_rope[:, rows]), -1)
+            q_rows = q[:, rows] if mqa else self.absorb(q_nope[:, rows], q_rope[:, rows])
             losses = *losses, sparse_attn.selected_mass(q_rows, latents, chosen, self.scale, first, last)
         if mqa:
             out = torch.einsum("bshr,hvr->bshv", out, self.kv_b(out.dtype)[1])

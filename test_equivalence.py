@@ -438,9 +438,8 @@ def test_losses_are_means_over_tokens():
 def test_next_token_loss_in_slices(frozen, backend, monkeypatch):
     """(T18) value and gradients of cross entropy, times the incoming gradient, slice by slice; a frozen head gets none."""
     monkeypatch.setattr(NextTokenLoss, "SLICE", 100)  # 2 tokens of 37
-    h, weight, targets = torch.randn(9, 12, requires_grad=True), torch.randn(37, 12, requires_grad=not frozen), torch.randint(0, 37, (9,))
-    if backend == "triton" and torch.cuda.is_available():
-        h, weight, targets = h.detach().cuda().requires_grad_(), weight.detach().cuda().requires_grad_(not frozen), targets.cuda()
+    on = dict(device="cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+    h, weight, targets = torch.randn(9, 12, requires_grad=True, **on), torch.randn(37, 12, requires_grad=not frozen, **on), torch.randint(0, 37, (9,), **on)
     entropy = operations(backend, h.device).cross_entropy
     exact = [x.detach().double().requires_grad_() for x in (h, weight)]
     loss, expected = NextTokenLoss.apply(h, weight, targets, True, entropy), torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets)

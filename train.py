@@ -130,10 +130,8 @@ def resolve(argv):
     for name in ("dense_steps", "warmup_steps", "sparse_steps", "ramp_steps"):
         if getattr(o, name) < 0:
             raise ValueError(f"--{name}={getattr(o, name)}: cannot be negative")
-    for name, low, high in (("dense_lr", 0, 1e30), ("warmup_lr", 0, 1e30), ("sparse_lr", 0, 1e30), ("min_lr", 0, 1), ("weight_decay", 0, 1e30), ("beta1", 0, 0.9999999),
-                            ("beta2", 0, 0.9999999), ("grad_clip", 1e-12, 1e30), ("seed", 0, 2**63 - 1)):
-        if not low <= getattr(o, name) <= high:
-            raise ValueError(f"--{name}={getattr(o, name)}: must lie between {low} and {high}")
+    cli.check_ranges(o, ("dense_lr", 0, 1e30), ("warmup_lr", 0, 1e30), ("sparse_lr", 0, 1e30), ("min_lr", 0, 1), ("weight_decay", 0, 1e30), ("beta1", 0, 0.9999999),
+                     ("beta2", 0, 0.9999999), ("grad_clip", 1e-12, 1e30), ("seed", 0, 2**63 - 1))
     for path in (Path(o.out_dir), *Path(o.out_dir).parents):
         if not o.out_dir or path.exists() and not path.is_dir():
             raise ValueError(f"--out_dir={o.out_dir}: {'name a folder' if not o.out_dir else f'{path} is a file; choose another'}")
