@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-SELECT_CHUNK = 2**26  # scores that `select` holds at a time: 268 MB
+SELECT_CHUNK = 2**28  # scores that `select` holds at a time: 1 GB; less makes more chunks, each with a tail of idle processors
 SELECT_DIRECT = 2048  # keys up to which a row is its own candidate list
 SELECT_FILTER = 256, 32768, 64, 1024  # `select` filters from so many queries, keys, and keys per topk on, up to so large a topk
 LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk of the dense loss holds at a time: 18 bytes each at 64 indexer heads
@@ -1309,9 +1309,9 @@ def loss_sparse_scores_kernel(Q, KEYS, W, LISTS, BITS, LENGTH, I, sqb, sqs, sqh,
 
 
 @triton.jit
-def loss_sparse_backward_kernel(Q, KEYS, W, LISTS, BITS, LENGTH, G, R, LARGEST, DQ, DK, DW, sqb, sqs, sqh, skb, skt, S, T, K, blocks, width, HI: tl.constexpr,
+def loss_sparse_backward_kernel(Q, KEYS, W, LISTS, BITS, LENGTH, G, R, LARGEST, DQ, DK, DW, sqb, sqs, sqh, skb, skt, S, T, K, blocks, width, rows, HI: tl.constexpr,
                                 D: tl.constexpr, BD: tl.constexpr, QP: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """R: incoming gradients divided by the LARGEST of them, so that r w q keeps its digits in fp16"""
+    """R: incoming gradients divided by the LARGEST of them, so that r w q keeps its digits in fp16; G has `rows` rows per sequence"""
     block = tl.program_id(0)
     b, query, h, ok = loss_rows(block, 0, blocks, S, HI, QP, HB)
     q = load_tile(Q, b * sqb + query.to(tl.int64) * sqs + h * sqh, ok, 0, D, BD)
@@ -1321,7 +1321,7 @@ def loss_sparse_backward_kernel(Q, KEYS, W, LISTS, BITS, LENGTH, G, R, LARGEST, 
     wq = (q.to(tl.float32) * wr[:, None]).to(q.dtype)
     length, start, KEYS = tl.load(LENGTH + block), block.to(tl.int64) * width, KEYS + b * skb
     base, d = tl.zeros([QP], tl.int32), tl.arange(0, BD)
-    G += block.to(tl.int64) * QP * K
+    G += (b * rows + block % blocks * QP) * K
     a = tl.zeros([BD, QP * HB], tl.float32)  # A^T
     for j in tl.range(0, length, BN, num_stages=STAGES):
         t, bits = sparse_tokens(LISTS, BITS, start, j, length, QP, BN)
@@ -1368,21 +1368,22 @@ class IndexerLossSparse(torch.autograd.Function):
             loss_row_kernel[n * QP,](p, score, g[block0 * QP:] if grad else g, torch.zeros_like(last), last, kl, uniform, block0 * QP, K, chunk * QP * K, S, QP,
                                      planes, grad, min(1024, max(128, triton.next_power_of_2(K))), num_warps=4)
         ctx.save_for_backward(indices, q_index, k_index, w, g)
-        ctx.tile = tile
+        ctx.rows, ctx.BN = blocks * QP, BN
         ctx.mark_non_differentiable(uniform)
         return kl, uniform
 
     @staticmethod
     def backward(ctx, r, _):
         indices, q_index, k_index, w, g = ctx.saved_tensors
-        (B, S, HI, dI), T, K, QP = q_index.shape, k_index.shape[1], indices.shape[2], ctx.tile[2]
+        (B, S, HI, dI), T, K, HIP = q_index.shape, k_index.shape[1], indices.shape[2], triton.next_power_of_2(q_index.shape[2])
+        QP = min(16, max(1, 64 // HIP)) if q_index.element_size() == 2 and S > 1 else 1  # more queries to a union than forward: these heads are few
         lists, bits, length = sparse_union(indices, T, QP)
         blocks, largest = triton.cdiv(S, QP), r.abs().max().float().clamp(min=1e-30)
         dq = torch.empty(q_index.shape, dtype=q_index.dtype, device=q_index.device)
         dk, dw = torch.zeros(B, T, dI, device=q_index.device), torch.empty_like(w)
         loss_sparse_backward_kernel[B * blocks,](
             q_index, k_index, w, lists, bits, length, g, (r / largest).float().contiguous(), largest, dq, dk, dw, *q_index.stride()[:3], *k_index.stride()[:2],
-            S, T, K, blocks, lists.shape[-1], HI, *ctx.tile, 2, num_warps=4)
+            S, T, K, blocks, lists.shape[-1], ctx.rows, HI, dI, max(16, triton.next_power_of_2(dI)), QP, max(16 // QP, HIP), ctx.BN, 2, num_warps=4)
         return None, None, None, None, None, dq, dk.to(k_index.dtype), dw, None
 
 
