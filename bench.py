@@ -19,6 +19,7 @@ import data
 import report
 from model import Config, Transformer
 from sparse_attn import pack_latents
+from train import trainable
 
 BF16, HEADS, RANK, ROPE, QK, V, HI, DI, TOPK = torch.bfloat16, 128, 512, 64, 192, 128, 64, 128, 2048
 SCALE, RUN = QK**-0.5, 4
@@ -254,15 +255,10 @@ def bench_graft(table):
     model.rope_frequencies = model.rope_frequencies.float()
     for block in model.model.layers:
         block.self_attn.indexer.float()
-    attention = [p for n, p in model.named_parameters() if ".self_attn." in n]
-    for stage, T, learn, model.recompute in (("warm-up", 8192, "indexers", False), ("warm-up", 32768, "indexers", False), ("warm-up", 32768, "indexers", True),
-                                             ("sparse", 32768, "indexers", True), ("sparse", 32768, "attention", True)):
+    for stage, T, learn, model.recompute in (("warmup", 8192, "none", False), ("warmup", 32768, "none", False), ("warmup", 32768, "none", True),
+                                             ("sparse", 32768, "none", True), ("sparse", 32768, "attention", True)):
         model.attention = "sparse" if stage == "sparse" else "dense"
-        model.requires_grad_(False)
-        parameters = attention if learn == "attention" else model.indexer_parameters()
-        for p in parameters:
-            p.requires_grad_(True)
-        optimizer, x = torch.optim.AdamW(parameters, fused=True), torch.randint(0, config.vocab_size, (1, T + 1), device="cuda")
+        optimizer, x = torch.optim.AdamW(sum(trainable(model, stage, learn), []), fused=True), torch.randint(0, config.vocab_size, (1, T + 1), device="cuda")
         def step():
             with torch.autocast("cuda", BF16):
                 losses = model(x[:, :-1], x[:, 1:] if learn == "attention" else None, index_loss=True, return_logits=False)[1]
@@ -273,7 +269,7 @@ def bench_graft(table):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         ms = milliseconds(step, 1)
-        table.add(f"{stage} step, 15.7B twin, {T} tokens, trains {learn}{', recompute' if model.recompute else ''}", ms, torch.cuda.max_memory_allocated() / 1e9, "GB peak")
+        table.add(f"{stage} step, 15.7B twin, {T} tokens, --train={learn}{' --recompute' * model.recompute}", ms, torch.cuda.max_memory_allocated() / 1e9, "GB peak")
         del optimizer
     torch.cuda.set_per_process_memory_fraction(1.0)
 

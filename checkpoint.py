@@ -299,7 +299,7 @@ class FolderTokenizer:
             self.inner = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"{path}: no tokenizer ({error}); copy it again") from None
-        self.name, self.n_vocab = f"{folder.name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}", self.inner.get_vocab_size()
+        self.name, self.n_vocab = f"folder-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}", self.inner.get_vocab_size()
         settings = read_json(settings) if settings.is_file() else {}
         bos = settings.get("bos_token") if settings.get("add_bos_token") else None
         self.bos = self.inner.token_to_id(bos["content"] if isinstance(bos, dict) else bos) if bos else None
@@ -340,14 +340,16 @@ def save_tokenizer(folder, name):
     """Note in a checkpoint folder which tokenizer it was trained with: "bytes", a name that tiktoken knows, or the checkpoint folder to copy it from.
 
     "bytes" is also written as a tokenizer.json that transformers opens: byte-level BPE without merges, ids 0..255 and <|endoftext|> = 256."""
-    folder = Path(folder)
+    import data
+    folder, eot = Path(folder), data.tokenizer(name).eot_token
+    config = read_json(folder / "config.json")
+    if config.get("eos_token_id") is None:  # or generation elsewhere would stop at a family's default id
+        (folder / "config.json").write_text(json.dumps(config | dict(eos_token_id=eot), indent=2) + "\n")
     if name != "bytes" and os.path.isdir(name):
         for file in TOKENIZER_FILES:
             if (locate(name) / file).is_file():
                 shutil.copyfile(locate(name) / file, folder / file)
         return
-    import data
-    eot = data.tokenizer(name).eot_token
     settings = dict(tiktoken=name, eos_token="<|endoftext|>")
     if name == "bytes":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -361,6 +363,3 @@ def save_tokenizer(folder, name):
                                                    fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocabulary, merges=[]))
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    config = read_json(folder / "config.json")
-    if config.get("eos_token_id") is None:  # or generation elsewhere would stop at a family's default id
-        (folder / "config.json").write_text(json.dumps(config | dict(eos_token_id=eot), indent=2) + "\n")

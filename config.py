@@ -56,7 +56,7 @@ class Config:
                     "qk_nope_head_dim", "v_head_dim", "max_position_embeddings"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        for key, low in (("q_lora_rank", 0), ("initializer_range", 0), ("rope_theta", 1e-9), ("rms_norm_eps", 1e-30)):
+        for key, low in (("q_lora_rank", 0), ("n_shared_experts", 0), ("initializer_range", 0), ("rope_theta", 1e-9), ("rms_norm_eps", 1e-30)):
             if not getattr(self, key) >= low:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least {low}")
         if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:

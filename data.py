@@ -7,7 +7,6 @@ it says for each token where its document begins (`first`): attention and select
 
     python data.py --data=packages --tokenizer=bytes      # prepares and verifies ahead; train.py does the same by itself
 """
-import argparse
 import functools
 import glob
 import gzip
@@ -28,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import cli
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 1115394)  # URL, sha256, bytes
@@ -308,14 +308,16 @@ def prepare(source="python", tokenizer_name="bytes", cache_dir=None):
     """-> (train, validation) TokenFiles of a corpus, found in cache_dir (default: `default_cache`), or built there if missing,
     truncated, or made from other files (names, sizes, times), from other downloads or with another tokenizer.
 
-    Raises what `tokenizer`, `documents` and `build` raise."""
+    Raises what `tokenizer`, `documents` and `build` raise, and ValueError for a tokenizer without an end-of-text token."""
     encoding, cache_dir = tokenizer(tokenizer_name), cache_dir or default_cache()
+    if encoding.eot_token is None:
+        raise ValueError(f"--tokenizer={tokenizer_name}: its config.json names no eos_token_id, which separates documents")
     remote = remote_files(source, cache_dir)
     where = [url for url, *_ in remote] or [os.path.abspath(root) for root, _ in local_roots(source)]
     what = [sha256 for _, _, sha256, _ in remote] or [(name, size, mtime) for name, _, size, mtime in local_files(source)]
     digest = lambda *things: hashlib.sha256(json.dumps(things).encode()).hexdigest()
     header = dict(tokenizer=encoding.name, vocab_size=encoding.n_vocab, eot=encoding.eot_token,
-                  fingerprint=digest(encoding.name, encoding.n_vocab, VALIDATION_SHARE, what))
+                  fingerprint=digest(encoding.name, encoding.n_vocab, encoding.eot_token, VALIDATION_SHARE, what))
     label = re.sub(r"\W+", "-", os.path.basename(os.path.abspath(source)))
     stem = os.path.join(cache_dir, f"{label}-{digest(where)[:8]}-{encoding.name}")
     paths = [f"{stem}-train.bin", f"{stem}-validation.bin"]
@@ -376,23 +378,18 @@ class Batches:
 
 
 def main():
-    """The command line: prepare a corpus, verify it, print its size."""
-    parser = argparse.ArgumentParser(description="Prepare a corpus, verify it and print its statistics.")
-    parser.add_argument("--data", default="python", help="python, packages, shakespeare, web[:N], a text file or folder [python]")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes, or a name that tiktoken knows, such as gpt2 [bytes]")
+    """Prepare a corpus, verify it, print its size."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--data", default="python", help="python, packages, shakespeare, web[:N], a text file or folder (default %(default)s)")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes, or a name that tiktoken knows, such as gpt2 (default %(default)s)")
     parser.add_argument("--cache_dir", help="folder for downloads and token files [$DSA_DATA_DIR, else ~/.cache/dsa-data]")
-    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")
     args = parser.parse_args()
-    try:
-        for split, file in zip(("train", "validation"), prepare(args.data, args.tokenizer, args.cache_dir)):
-            file.verify()
-            print(f"{split:<10} {file.header['documents']:>9,} documents {file.header['count']:>14,} tokens "
-                  f"({file.header['tokenizer']}, {file.header['dtype']})  {file.path}")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    for split, file in zip(("train", "validation"), prepare(args.data, args.tokenizer, args.cache_dir)):
+        file.verify()
+        print(f"{split:<10} {file.header['documents']:>9,} documents {file.header['count']:>14,} tokens "
+              f"({file.header['tokenizer']}, {file.header['dtype']})  {file.path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -311,7 +311,7 @@ def main():
     length, alphabet, samples = copy_task(validation.tokens, eot, o.block_size, o.copies, o.seed)
     results["copy"] = dict(distance=list(samples)) | measure_copies(model, samples, length, o, device)
     results["copy_task"] = dict(length=length, cue=length - length // 2, strings=o.copies, alphabet=alphabet, chance=1 / alphabet)
-    write(results, k, Path(o.out_dir))
+    write(results, k, Path(o.out_dir).resolve())
     print(table("validation loss (nats per token) by tokens in sight", results["loss"]))
     print(table(f"share of the dense attention mass, queries with more than {k} tokens in sight, mean over layers", results["recall"]))
     print(table("the same by layer; entropies (nats) of the indexer, of its selection, and of the attention; overlap of neighbouring selections", results["layers"]))

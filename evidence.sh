@@ -30,7 +30,8 @@ for run in ${@:-$everything}; do
                 run=copy-short; train --stage=dense --data="$copies" --block_size=1024 --batch_size=32 --dense_steps=1800 --dense_lr=1e-3 --schedule=constant
                 run=copy; train --data="$copies" --init_from="$RUNS/copy-short/dense"; train --stage=control --data="$copies"
                 measure --batches=4 --copies=64; RESULTS=$(dirname "$RESULTS") keep --plots
-                $python evaluate.py --checkpoint="$RUNS/copy/control" --batches=1 --copies=64 --out_dir="$RUNS/copy/evaluation-control" ;;
+                $python evaluate.py --checkpoint="$RUNS/copy/control" --batches=1 --copies=64 --out_dir="$RUNS/copy/evaluation-control"
+                cp "$RUNS/copy/evaluation-control/evaluation.json" "$(dirname "$RESULTS")/copy/evaluation-control.json" ;;
     long)       $python bench.py --only=long --checkpoint=$start/sparse --out_dir="$RESULTS/long" ;;
     backends)   config=small; for backend in torch triton; do run=$backend; train --backend=$backend; done  # the same run by the reference and by the kernels
                 for backend in torch triton; do  # and the same text

@@ -2082,7 +2082,7 @@ def cross_entropy_kernel(X, Y, NATS, V, GRAD: tl.constexpr, BLOCK: tl.constexpr)
     row = tl.program_id(0).to(tl.int64)
     x_row, j = X + row * V, tl.arange(0, BLOCK)
     y = tl.load(Y + row)
-    target = tl.load(x_row + y).to(tl.float32)  # before anything is overwritten
+    target = tl.load(x_row + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)  # before anything is overwritten
     m = tl.full([BLOCK], -3.4028235e38, tl.float32)
     l = tl.zeros([BLOCK], tl.float32)
     for v in range(0, V, BLOCK):
@@ -2101,8 +2101,8 @@ def cross_entropy_kernel(X, Y, NATS, V, GRAD: tl.constexpr, BLOCK: tl.constexpr)
 
 
 def cross_entropy(logits, targets, grad):
-    """logits (N,vocab) contiguous, targets (N,) int64 below vocab -> (N,) float32, -log softmax(logits)[target], in nats; with grad its
-    gradient softmax(logits) - [s = target] takes the logits' place."""
+    """logits (N,vocab) contiguous, targets (N,) int64 -> (N,) float32, -log softmax(logits)[target], in nats, NaN for a target that is
+    none of the vocabulary; with grad its gradient softmax(logits) - [s = target] takes the logits' place."""
     nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
         cross_entropy_kernel[len(logits),](logits, targets.contiguous(), nats, logits.shape[1], grad, min(4096, triton.next_power_of_2(logits.shape[1])), num_warps=8)

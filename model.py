@@ -288,7 +288,7 @@ class Transformer(nn.Module):
     def forward(self, idx, targets=None, first=None, index_loss=False, caches=None, position=None, last=None, return_logits=True):
         """idx (B,S) int64, targets (B,S) int64 or None, first (B,S) int32 or None: first visible position (packed documents).
 
-        -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token) if targets are given, and with index_loss "kl",
+        -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target counts) if targets are given, and with index_loss "kl",
         "kl_uniform" (nats, mean over tokens and over layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
         return_logits=False gives None for them, see NextTokenLoss.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached. With `last` (B,S) given, lengths are read
@@ -315,8 +315,7 @@ class Transformer(nn.Module):
         h = self.model.norm(h)
         logits = self.lm_head(h) if return_logits else None
         if targets is not None:
-            losses["lm"] = (F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) if return_logits else
-                            NextTokenLoss.apply(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled(), run.ops.cross_entropy))
+            losses["lm"] = NextTokenLoss.apply(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled(), run.ops.cross_entropy)
         return logits, losses
 
     def generate(self, idx, n, **kwargs):

@@ -83,9 +83,9 @@ DRAWN = ("lm", "val_loss", "kl", "kl_uniform", "recall")
 
 
 def read_logs(names):
-    """Folders of runs or metrics.jsonl files, with commas between -> {name of the folder: records}. FileNotFoundError, ValueError: one line naming the file."""
+    """Folders of runs or metrics.jsonl files, with commas between (str), or one (Path) -> {name of the folder: records}. FileNotFoundError, ValueError: one line naming the file."""
     logs = {}
-    for name in filter(None, names.split(",")):
+    for name in filter(None, names.split(",") if isinstance(names, str) else [str(names)]):
         path = Path(name) / "metrics.jsonl" if Path(name).is_dir() else Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; --compare takes folders of runs, or their metrics.jsonl")
@@ -107,7 +107,7 @@ def plot(log_path, path, compare=""):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    (own,), others = read_logs(str(log_path)).values(), read_logs(compare)
+    (own,), others = read_logs(Path(log_path)).values(), read_logs(compare)
     everything = sum(others.values(), own)
     length = {stage: max((r["step"] + 1 for r in everything if r["stage"] == stage), default=0) for stage in STAGES}
     begins = dict(dense=0, warmup=length["dense"], sparse=length["dense"] + length["warmup"], control=length["dense"] + length["warmup"])
@@ -157,7 +157,7 @@ def rounded(x):
 def collect(run, folder, plots):
     """Keep what is worth keeping of a run: options, summary, the evaluation of its sparse checkpoint, its log thinned to some 200 records (every
     n-th step, n at least 5, and all with a validation loss); and with `plots` the pictures. ValueError, FileNotFoundError: it lacks a file."""
-    (records,), measured = read_logs(str(run / "metrics.jsonl")).values(), run / "evaluation-sparse"
+    (records,), measured = read_logs(run / "metrics.jsonl").values(), run / "evaluation-sparse"
     n = max(5, len(records) // 200)
     kept = [json.dumps(rounded(r)) + "\n" for r in records if r["step"] % n == 0 or "val_loss" in r]
     results = {path.name: rounded(checkpoint.read_json(path)) for path in (run / "run.json", run / "summary.json", measured / "evaluation.json")}
@@ -173,7 +173,7 @@ def row(folder):
     """-> {column: number or None} of a collected run. Losses: summary.json, nats per token. KL: mean over the last tenth of the sparse stage."""
     summary, evaluation = checkpoint.read_json(folder / "summary.json"), folder / "evaluation.json"
     after = lambda attention, stage: summary.get(f"val_loss, {attention} attention, after {stage}")
-    (records,) = read_logs(str(folder / "metrics.jsonl")).values()
+    (records,) = read_logs(folder / "metrics.jsonl").values()
     kl = [(r["step"], r["kl"]) for r in records if r["stage"] == "sparse"]
     kl = [v for step, v in kl if step >= 0.9 * kl[-1][0]]
     columns = {"sparse": after("sparse", "sparse"), "same weights, dense": after("dense", "sparse"), "dense control": after("dense", "control"),

@@ -410,11 +410,13 @@ def test_tokenizers(tmp_path):
     shutil.copy(tmp_path / "m" / "tokenizer.json", tmp_path / "other")
     shutil.copy(tmp_path / "m" / "config.json", tmp_path / "other")
     (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(dict(add_bos_token=True, bos_token="<|endoftext|>")))
+    (tmp_path / "m" / "config.json").write_text((tmp_path / "m" / "config.json").read_text().replace('"eos_token_id": 256', '"eos_token_id": null'))
     checkpoint.save_tokenizer(tmp_path / "m", tmp_path / "other")
     tokenizer = checkpoint.load_tokenizer(tmp_path / "m")
     assert isinstance(tokenizer, checkpoint.FolderTokenizer) and tokenizer.n_vocab == 257 and tokenizer.eot == 256
     assert tokenizer.encode("ab<|endoftext|>") == [256, 97, 98, 256] and tokenizer.decode(tokenizer.encode(text))[13:] == text
     assert tokenizer.encode_ordinary_batch(["a", "<|endoftext|>"]) == [[97], list(b"<|endoftext|>")]
+    assert checkpoint.read_json(tmp_path / "m" / "config.json")["eos_token_id"] == 256
     (tmp_path / "m" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer.json: no such file"):
         checkpoint.load_tokenizer(tmp_path / "m")

@@ -522,7 +522,7 @@ def test_script(tmp_path):
 def test_script_bad_input(tmp_path, arg, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data.py", f"--cache_dir={tmp_path}", arg])
     with pytest.raises(SystemExit) as exit:
-        data.main()
+        data.cli.run(data.main)
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and not out and re.fullmatch(r"data.py: .*\n", err) and not os.listdir(tmp_path)
 

@@ -292,6 +292,9 @@ def test_defaults_without_a_run(inside, monkeypatch, capsys):
     assert evaluate.options(["--checkpoint=published"])[0].data == "python"
     code, out, err = call(monkeypatch, capsys, "--checkpoint=published", "--data=text.txt", "--batches=1", "--copies=2", "--dtype=bfloat16", "--out_dir=new/deep")
     assert code == 0 and (inside / "new" / "deep" / "evaluation.json").exists(), err
+    monkeypatch.chdir(inside / "new")
+    code, out, err = call(monkeypatch, capsys, "--checkpoint=../published", "--data=../text.txt", "--batches=1", "--copies=2", "--out_dir=.")
+    assert code == 0 and (inside / "new" / "evaluation.json").exists(), err
 
 
 BAD = [

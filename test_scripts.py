@@ -10,6 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from model import Config, Transformer
+from train import resolve, trainable
 
 HERE = Path(__file__).parent
 SIZES = ("--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2 --q_lora_rank=16 --kv_lora_rank=16 --qk_nope_head_dim=8 "
@@ -84,7 +88,7 @@ def test_warmup_changes_indexers_only_and_dense_changes_none(run):
 
 @pytest.mark.parametrize("how,when", [(signal.SIGINT, "dense"), (signal.SIGTERM, "warmup"), (signal.SIGKILL, "sparse"), (signal.SIGKILL, "dense")])
 def test_interrupted_and_resumed_is_the_uninterrupted_run(place, run, how, when):
-    name = f"cut-{how.name}-{when}"
+    name = f"cut,{how.name}={when}"  # a comma separates no folders here
     process = start(place, "train.py", "--data=text.txt", f"--out_dir={name}", *SIZES, *SHORT)
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline:
@@ -108,7 +112,7 @@ def metrics_so_far(folder):
 
 def test_stage_by_stage_is_all_at_once(place, run):
     for stage in ("dense", "warmup", "sparse"):
-        code, _, err = train(place, "single", f"--stage={stage}")
+        code, _, err = train(place, "single", f"--stage={stage}", "--max_position_embeddings=32")  # no longer than the context: the sample at the end fits
         assert code == 0, err
     assert [x[:4] for x in losses(place / "single")] == [x[:4] for x in losses(run[0])]
     assert json.loads((place / "single" / "summary.json").read_text()) == json.loads((run[0] / "summary.json").read_text())
@@ -266,6 +270,9 @@ BAD = [
     ("train.py", "--resume", "there is no run to continue"),
     ("train.py", "--stage=sparse", "run the stage before"),
     ("train.py", "--stage=control", "--stage=control starts from bad/warmup, which does not exist"),
+    ("train.py", "--stage=control --train=none", "nothing would be trained"),
+    ("train.py", "--n_routed_experts=4 --n_shared_experts=-1", "n_shared_experts=-1: must be at least 0"),
+    ("train.py", "--tokenizer=no-end", "no-end: its config.json names no eos_token_id"),
     ("train.py", "--compare=out,nowhere", "nowhere: no such file; --compare takes"),
     ("train.py", "--compare=text.txt", "text.txt: not a metrics.jsonl"),
     ("train.py", "--compare=foreign/config.json", "config.json: not a metrics.jsonl"),
@@ -300,12 +307,14 @@ def bad_files(place, run):
     (place / "binary.bin").write_bytes(bytes(range(256)) * 100)
     (place / "short.txt").write_text("too short")
     (place / "bad.cfg").write_text("stage = dense\nwhat is this\n")
-    for name in ("foreign", "nojson", "truncated", "other-shape"):
+    for name in ("foreign", "nojson", "truncated", "other-shape", "no-end"):
         (place / name).mkdir()
         for file in (run[0] / "sparse").iterdir():
             (place / name / file.name).write_bytes(file.read_bytes())
     (place / "foreign" / "config.json").write_text('{"model_type": "gpt2"}')
     (place / "nojson" / "config.json").write_text("{")
+    (place / "no-end" / "config.json").write_text("{}")
+    (place / "no-end" / "tokenizer_config.json").unlink()
     weights = place / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     config = place / "other-shape" / "config.json"
@@ -332,18 +341,18 @@ def test_help(place):
 
 
 def test_graft_onto_a_published_checkpoint(place):
-    """--init_from a DeepSeek-V2 model as transformers saves it, with its own tokenizer: warm-up leaves all but the new indexers as they were."""
+    """--init_from a DeepSeek-V2 model in bf16 as transformers saves it, with its own tokenizer: warm-up leaves all but the new indexers as they were."""
     transformers = pytest.importorskip("transformers")
     from safetensors.torch import load_file
     from tokenizers import Tokenizer, models, pre_tokenizers
     config = transformers.DeepseekV2Config(vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
                                            q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
                                            n_shared_experts=1, first_k_dense_replace=1, topk_method="greedy", max_position_embeddings=128, eos_token_id=1)
-    transformers.DeepseekV2ForCausalLM(config).save_pretrained(place / "v2")
+    transformers.DeepseekV2ForCausalLM(config).bfloat16().save_pretrained(place / "v2")
     tokenizer = Tokenizer(models.WordLevel({"?": 0, "<eos>": 1, **{c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz0123456789:", 2)}}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(place / "v2" / "tokenizer.json"))
-    graft = lambda *args: call(place, "train.py", "--data=text.txt", *SHORT, "--out_dir=grafted", *args)
+    graft = lambda *args: call(place, "train.py", "--data=text.txt", *SHORT, "--dtype=bfloat16", "--out_dir=grafted", *args)
     code, _, err = graft("--init_from=v2", "--stage=warmup", "--index_topk=8", "--index_n_heads=2", "--index_head_dim=16")
     assert code == 0, err
     before, after = load_file(place / "v2" / "model.safetensors"), load_file(place / "grafted" / "warmup" / "model.safetensors")
@@ -351,10 +360,33 @@ def test_graft_onto_a_published_checkpoint(place):
     assert all("loss" in r and r["grad_norm"] == 0 for r in metrics(place / "grafted"))
     code, _, err = graft("--stage=sparse", "--train=attention")
     assert code == 0, err
-    changed = {name for name, x in load_file(place / "grafted" / "sparse" / "model.safetensors").items() if (x != after[name]).any()}
+    sparse = load_file(place / "grafted" / "sparse" / "model.safetensors")
+    assert all((x.dtype == torch.float32) == (".indexer." in name) for name, x in sparse.items())
+    changed = {name for name, x in sparse.items() if (x != after[name]).any()}
     assert changed and all(".self_attn." in name for name in changed)
     code, out, err = call(place, "sample.py", "--checkpoint=grafted/sparse", "--prompt=line", "--num_tokens=12")
     assert code == 0 and "sparse attention, top-k 8" in err, err
+
+
+def test_bfloat16_weights_train_in_float32():
+    """Steps of a small learning rate, less than half a bf16 digit of most weights, add up."""
+    model = Transformer(Config(num_hidden_layers=1)).bfloat16()
+    main, index = trainable(model, "sparse", "attention")
+    assert {p.dtype for p in main + index} == {torch.float32} and {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    before, optimizer = [p.detach().clone() for p in main], torch.optim.AdamW(main, lr=1e-6)
+    for p in main:
+        p.grad = torch.ones_like(p)
+    for _ in range(3):
+        optimizer.step()
+    assert all((p != old).all() for p, old in zip(main, before))
+
+
+def test_resumes_without_what_it_started_from(place, run):
+    (place / "moved").mkdir()
+    stored = json.loads((run[0] / "run.json").read_text())
+    stored["options"]["init_from"] = "gone"
+    (place / "moved" / "run.json").write_text(json.dumps(stored))
+    assert resolve(["--resume", f"--out_dir={place / 'moved'}"])[0].init_from == "gone"
 
 
 def test_readme_points_at_what_it_names():

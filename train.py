@@ -119,7 +119,7 @@ def resolve(argv):
             if given[name] != base.get(name):
                 raise ValueError(f"--{name}={given[name]}: the run being resumed has {base.get(name)}; leave the option out, or start another run")
     values = base | given
-    if values.get("init_from") and not Path(values["init_from"]).is_dir():
+    if values.get("init_from") and not values.get("resume") and not Path(values["init_from"]).is_dir():
         raise FileNotFoundError(f"--init_from={values['init_from']} does not exist; give the folder of a checkpoint")
     source = start_folder(values.get("init_from"), values.get("out_dir", Options.out_dir), values.get("stage"))
     values["tokenizer"] = values.get("tokenizer") or (checkpoint.tokenizer_name(source) if source and Path(source).is_dir() else "bytes")
@@ -135,26 +135,40 @@ def resolve(argv):
     for path in (Path(o.out_dir), *Path(o.out_dir).parents):
         if not o.out_dir or path.exists() and not path.is_dir():
             raise ValueError(f"--out_dir={o.out_dir}: {'name a folder' if not o.out_dir else f'{path} is a file; choose another'}")
-    report.read_logs(o.compare)  # raises
-    return o, {k: v for k, v in values.items() if k not in Options.__dataclass_fields__}, device
+    report.read_logs(o.compare)  # raises, as does the next line
+    cli.backend(o.backend, device)
+    if o.stage == "control" and o.train == "none":
+        raise ValueError("--stage=control --train=none: nothing would be trained; use --train=all or attention")
+    if not o.resume and o.stage in BEFORE and not Path(source).is_dir():
+        raise FileNotFoundError(f"--stage={o.stage} starts from {source}, which does not exist; run the stage before, or give --init_from=DIR")
+    sizes = {k: v for k, v in values.items() if k not in Options.__dataclass_fields__}
+    if sizes.get("index_topk", 1) < 1:
+        raise ValueError(f"--index_topk={sizes['index_topk']}: a query selects at least 1 token")
+    if not source and not o.resume:
+        check_context(Config(**sizes).check(), o)
+    return o, sizes, device
+
+
+def check_context(c, o):
+    """ValueError: a context that is too long for the model of this Config, or too short for its k."""
+    if o.block_size > c.max_position_embeddings:
+        raise ValueError(f"--block_size={o.block_size}: longer than the model's max_position_embeddings={c.max_position_embeddings}")
+    if o.stage in ("all", "sparse") and o.block_size <= c.index_topk:
+        raise ValueError(f"--block_size={o.block_size}: not longer than index_topk={c.index_topk}, so the sparse stage would select everything; lower --index_topk")
 
 
 def build(o, sizes, device, stages, vocab_size):
     """-> the model to start `stages` with: fresh, or from --init_from, or from what the stage before left in out_dir."""
-    if sizes.get("index_topk", 1) < 1:
-        raise ValueError(f"--index_topk={sizes['index_topk']}: a query selects at least 1 token")
     kwargs = dict(backend=cli.backend(o.backend, device), index_fp8=o.index_fp8)
     folder = start_folder(o.init_from, o.out_dir, stages[0])
     if not folder:
         model = Transformer(Config(vocab_size=vocab_size, **sizes), **kwargs).to(device)
     else:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--stage={stages[0]} starts from {folder}, which does not exist; run the stage before, or give --init_from=DIR")
         old = checkpoint.read_config(folder, Config)
         index = {k: sizes.get(k, getattr(old, k) if old.index_topk else v) for k, v in NEW_INDEXER.items()}
         resized = any(index[k] != getattr(old, k) for k in ("index_n_heads", "index_head_dim"))
         anew = "warmup" in stages and resized if old.index_topk else not {"warmup", "sparse"}.isdisjoint(stages)
-        model = Transformer.from_pretrained(folder, device=device, index=index if anew else None, **kwargs)
+        model = Transformer.from_pretrained(folder, device=device, index=index if anew else None, dtype=torch.float32 if o.dtype == "float32" else None, **kwargs)
         if anew:
             there = f"instead of {old.index_n_heads} of {old.index_head_dim}" if old.index_topk else "where there were none"
             print(f"indexers start anew: {index['index_n_heads']} heads of {index['index_head_dim']} {there} in {folder}")
@@ -167,11 +181,7 @@ def build(o, sizes, device, stages, vocab_size):
                                  + (", or start with --stage=warmup, where indexers may start anew" if name in NEW_INDEXER else ""))
         if model.config.vocab_size < vocab_size:
             raise ValueError(f"--tokenizer={o.tokenizer} has {vocab_size} tokens, the checkpoint {folder} only {model.config.vocab_size}; use the tokenizer it was trained with")
-    c = model.config
-    if o.block_size > c.max_position_embeddings:
-        raise ValueError(f"--block_size={o.block_size}: longer than the model's max_position_embeddings={c.max_position_embeddings}")
-    if "sparse" in stages and o.block_size <= c.index_topk:
-        raise ValueError(f"--block_size={o.block_size}: not longer than index_topk={c.index_topk}, so the sparse stage would select everything; lower --index_topk")
+    check_context(model.config, o)
     return model.train()
 
 
@@ -181,6 +191,8 @@ def trainable(model, stage, train):
     chosen = lambda n: stage == "dense" or stage != "warmup" and (train == "all" or train == "attention" and ".self_attn." in n)
     for name, p in model.named_parameters():
         p.requires_grad_(stage in ("warmup", "sparse") if p in index else chosen(name))
+        if p.requires_grad:
+            p.data = p.data.float()  # of a bf16 checkpoint: most steps of a small learning rate are below half a bf16 digit, they would be lost
     learn = [p for p in model.parameters() if p.requires_grad]
     return [p for p in learn if p not in index], [p for p in learn if p in index]
 
@@ -201,7 +213,7 @@ def evaluate(model, batches, o, device, attention):
     for n in range(o.eval_steps):
         x, y, first = (t.to(device) for t in batches.batch(n))
         with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
-            losses.append(model(x, y, first)[1]["lm"].item())
+            losses.append(model(x, y, first, return_logits=False)[1]["lm"].item())
     model.attention = trained_with
     return sum(losses) / len(losses)
 
@@ -239,8 +251,6 @@ def main():
 
     train_tokens, val_tokens = data.prepare(o.data, o.tokenizer)
     eot, vocab_size = train_tokens.header["eot"], train_tokens.header["vocab_size"]
-    if eot is None:
-        raise ValueError(f"--tokenizer={o.tokenizer}: its config.json names no eos_token_id, which separates documents")
     batches = data.Batches(train_tokens.tokens, o.block_size, o.batch_size, eot, o.seed)
     val_batches = data.Batches(val_tokens.tokens, o.block_size, o.batch_size, eot, 0)
     torch.manual_seed(o.seed)
@@ -328,6 +338,8 @@ def main():
                     print(f"\nstopped after {stage} step {step + 1}; continue with: python train.py --resume --out_dir={o.out_dir}", file=sys.stderr)
                     return 130 if caught[0] == signal.SIGINT else 143
             bar.close()
+            for p in groups[0]:  # the main model is saved in one dtype: that of a bf16 checkpoint of which only the attention was trained
+                p.data = p.data.to(model.lm_head.weight.dtype)
             model.save_pretrained(out / stage, o.tokenizer)
             for attention in ("dense", "sparse") if indexing else ("dense",):
                 summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(model, val_batches, o, device, attention)
@@ -339,7 +351,7 @@ def main():
     prompt = torch.from_numpy(val_tokens.tokens[:o.block_size // 2].astype("int64"))[None].to(device)
     model.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
-        text = checkpoint.load_tokenizer(out / stages[-1]).decode(model.generate(prompt, min(256, o.block_size), temperature=0.8, top_k=50)[0, prompt.shape[1]:].tolist())
+        text = checkpoint.load_tokenizer(out / stages[-1]).decode(model.generate(prompt, min(256, o.block_size - prompt.shape[1]), temperature=0.8, top_k=50)[0, prompt.shape[1]:].tolist())
     print(f"sample after the first {prompt.shape[1]} tokens of the validation text:\n{text}\n\ncheckpoint: {out / stages[-1]}   plot: {out / 'plot.png'}   "
           f"next: python sample.py --checkpoint={out / stages[-1]}" + (" --attention=dense" if not indexing else f", python evaluate.py --checkpoint={out / stages[-1]}"))
     return 0
