@@ -223,7 +223,7 @@ def test_select_rounding(monkeypatch, path):
     chosen = lambda x: torch.zeros(B, S, T, dtype=torch.bool, device=DEVICE).scatter_(-1, x.long(), True)
     scores, differs = reference.index_scores(q, k, w, k_scale), chosen(got) != chosen(want)
     kth = scores.topk(topk).values[..., -1:]
-    assert (chosen(got).sum(-1) == topk).all() and differs.any(-1).float().mean() < 0.02
+    assert (chosen(got).sum(-1) == topk).all() and differs.any(-1).float().mean() < 0.1
     assert ((scores - kth).abs() < 1e-4 * scores.amax(-1, keepdim=True))[differs].all()
 
 
