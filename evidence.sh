@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments of results/16k, in order, on one GPU: bash evidence.sh. Or some of them, each below 5 minutes on an H100, the seeds first; on
+# The experiments of results/16k, in order, on one GPU: bash evidence.sh. Or some of them, each below 6 minutes on an H200, the seeds first; on
 # two GPUs:
 #   CUDA_VISIBLE_DEVICES=0 bash evidence.sh seed-1337 control-1337 no-warmup & CUDA_VISIBLE_DEVICES=1 bash evidence.sh seed-1338 control-1338
 # EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON, RUNS, RESULTS: interpreter, checkpoints, what is kept.
