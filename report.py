@@ -121,16 +121,16 @@ def plot(log_path, path, compare=""):
                 label = None
 
     control, own = ([r for r in own if (r["stage"] == "control") == chosen] for chosen in (True, False))
+    for n, (name, records) in enumerate([("dense control", control), *others.items()]):
+        color = ("C4", "0.3", "C5", "C6", "C8", "C9")[n % 6]
+        draw(axes[0], records, "lm", None, color=color, linewidth=0.6, alpha=0.4)
+        for axis, key, style in zip(axes, ("val_loss", "kl", "recall"), ("s--", "-", "-")):
+            draw(axis, records, key, name, style, color=color, linewidth=0.8, markersize=6, markerfacecolor="none")
     draw(axes[0], own, "lm", "training", color="C0", linewidth=0.8, alpha=0.6)
     draw(axes[0], own, "val_loss", "validation (same attention as the stage)", "o-", color="C1", markersize=3)
     draw(axes[1], own, "kl", "indexer", color="C2")
     draw(axes[1], own, "kl_uniform", "an indexer that knows nothing", "--", color="gray")
     draw(axes[2], own, "recall", "selected share of the dense attention mass", color="C3")
-    for n, (name, records) in enumerate([("dense control", control), *others.items()]):
-        color = ("C4", "0.3", "C5", "C6", "C8", "C9")[n % 6]
-        draw(axes[0], records, "lm", None, color=color, linewidth=0.6, alpha=0.4)
-        for axis, key, style in zip(axes, ("val_loss", "kl", "recall"), ("s--", "-", "-")):
-            draw(axis, records, key, name, style, color=color, linewidth=0.8, markersize=2)
     for axis, label in zip(axes, ("loss (nats per token)", "KL to attention (nats)", "recall")):
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
@@ -156,10 +156,13 @@ def rounded(x):
 
 def collect(run, folder, plots):
     """Keep what is worth keeping of a run: options, summary, the evaluation of its sparse checkpoint, its log thinned to some 200 records (every
-    n-th step, n at least 5, and all with a validation loss); and with `plots` the pictures. ValueError, FileNotFoundError: it lacks a file."""
+    n-th step, n at least 5, all with a validation loss, and the last tenth of the sparse stage); and with `plots` the pictures. ValueError,
+    FileNotFoundError: it lacks a file."""
     (records,), measured = read_logs(run / "metrics.jsonl").values(), run / "evaluation-sparse"
-    n = max(5, len(records) // 200)
-    kept = [json.dumps(rounded(r)) + "\n" for r in records if r["step"] % n == 0 or "val_loss" in r]
+    if not measured.is_dir():
+        raise FileNotFoundError(f"{measured}: no such folder; evaluate the run first: python evaluate.py --checkpoint={run / 'sparse'}")
+    n, end = max(5, len(records) // 200), 0.9 * max((r["step"] for r in records if r["stage"] == "sparse"), default=0)
+    kept = [json.dumps(rounded(r)) + "\n" for r in records if r["step"] % n == 0 or "val_loss" in r or r["stage"] == "sparse" and r["step"] >= end]
     results = {path.name: rounded(checkpoint.read_json(path)) for path in (run / "run.json", run / "summary.json", measured / "evaluation.json")}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(kept))

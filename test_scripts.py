@@ -128,7 +128,7 @@ def test_stage_by_stage_is_all_at_once(place, run):
 def control(place, run):
     """A copy of the run with a dense control added to it."""
     shutil.copytree(run[0], place / "with-control")
-    code, _, err = train(place, "with-control", "--stage=control")
+    code, _, err = call(place, "train.py", "--out_dir=with-control", "--stage=control")  # with the run's options
     assert code == 0, err
     return place / "with-control"
 
@@ -198,7 +198,7 @@ def test_thinned_logs_are_small(place):
     for name in ("run.json", "summary.json", "evaluation-sparse/evaluation.json"):
         (place / "long" / name).write_text("{}")
     numbers = dict.fromkeys("loss lm kl kl_uniform recall lr grad_norm index_grad_norm tokens_per_second mfu memory_gb".split(), 123456.78901234567)
-    (place / "long" / "metrics.jsonl").write_text("".join(json.dumps(dict(stage="sparse", step=i, **numbers)) + "\n" for i in range(2000)))
+    (place / "long" / "metrics.jsonl").write_text("".join(json.dumps(dict(stage="dense", step=i, **numbers)) + "\n" for i in range(2000)))
     report.collect(place / "long", place / "thin", False)
     assert len(metrics(place / "thin")) == 200 and (place / "thin" / "metrics.jsonl").stat().st_size < 60000
 
@@ -239,6 +239,7 @@ def test_sample(place, run, attention):
     code, out, err = ask("--prompt_file=prompt.txt", "--temperature=0", "--chunk=17")
     assert code == 0, err
     assert out.startswith("line 12: the square") and re.search(rf"{attention} attention, top-k 8: prompt 99 tokens in .* tokens/s; cache \d+ bytes per token", err)
+    assert "these are 119 tokens, and the model was trained on contexts of 32" in err
     assert ask("-", "--temperature=0", stdin=(place / "prompt.txt").read_text())[1] == out
     code, out, err = ask("--count=2", "--top_k=5", "--top_p=0.9", "--cache=fp8", "--seed=3")
     assert code == 0 and out.count("-" * 20) == 2, err
@@ -284,7 +285,7 @@ BAD = [
     ("report.py", "nowhere", "nowhere: no run here"),
     ("copies.py", "out", "out exists; remove it"),
     ("copies.py", "new --documents=0", "--documents=0: must lie between 1 and"),
-    ("report.py", "kept-nowhere --collect=out", "evaluation.json"),
+    ("report.py", "kept-nowhere --collect=out", "evaluate the run first: python evaluate.py --checkpoint=out/sparse"),
     ("report.py", "out --plots", "--plots keeps the pictures of a run"),
     ("report.py", "foreign --compare=out", "foreign/metrics.jsonl: no such file"),
     ("sample.py", "--checkpoint=nowhere", "nowhere"),

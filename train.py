@@ -7,7 +7,8 @@ Stages (DeepSeek-V3.2-Exp, section 2.1.1; each starts from the checkpoint of the
   dense    ordinary language-model training with full attention; stands in for the base model
   warmup   everything frozen but the indexer, which learns to predict where the dense attention looks (KL)
   sparse   every query reads only its top-k tokens; the model learns from the language-model loss, the indexer from its KL alone
-  control  what the sparse stage is measured against: the same start, batches and steps with dense attention, indexers frozen; not part of --stage=all
+  control  what the sparse stage is measured against: the same start, batches and steps with dense attention, indexers frozen; not part of --stage=all,
+           and unlike other stages it takes its options from the run in out_dir
 
 A run follows from its options: batch n is a function of (seed, n), so an interrupted run continues with --resume as if nothing had
 happened. out_dir holds run.json (options, versions), metrics.jsonl, plot.png, summary.json and a checkpoint folder per stage.
@@ -118,6 +119,11 @@ def resolve(argv):
         for name in sorted(FIXED & given.keys()):
             if given[name] != base.get(name):
                 raise ValueError(f"--{name}={given[name]}: the run being resumed has {base.get(name)}; leave the option out, or start another run")
+    elif given.get("stage") == "control":  # of the run in out_dir, with its options
+        path = Path(given.get("out_dir", Options.out_dir)) / "run.json"
+        run = checkpoint.read_json(path).get("options", {}) if path.is_file() else {}
+        same = Options.__dataclass_fields__.keys() - {"stage", "out_dir", "device"} - (set() if run.get("stage") in ("sparse", "control") else {"init_from"})
+        base |= {k: v for k, v in run.items() if k in same | {"index_topk"}}
     values = base | given
     if values.get("init_from") and not values.get("resume") and not Path(values["init_from"]).is_dir():
         raise FileNotFoundError(f"--init_from={values['init_from']} does not exist; give the folder of a checkpoint")
