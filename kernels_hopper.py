@@ -210,7 +210,7 @@ def fwd_scores(lse, scale_log2, sL, sR, sP, sIdx, qL, qR, qP, sA, sF, fK, fR, fQ
             alpha = gl.exp2(m - mn)
             p = gl.exp2(x * scale_log2 - gl.expand_dims(mn, 1))
             m = mn
-            sP.index(k).store(p.to(gl.bfloat16))
+            sP.index(k).store(p.to(gl.bfloat16))               # over the rope part: Triton puts the group's barrier between its last read and this
             sA.index(k).store(alpha)
             fence_async_shared()
             mbarrier.arrive(fS.index(k))                       # contains the warpgroup's own barrier
