@@ -53,6 +53,12 @@ def read_json(path):
     return values
 
 
+def run_options(folder):
+    """The options in the run.json of a run's folder, by name; {} where there is none."""
+    path = Path(folder) / "run.json"
+    return read_json(path).get("options", {}) if path.is_file() else {}
+
+
 def read_config(folder, Config):
     """The Config of a checkpoint folder, in the hub's form (rope_theta, rope_scaling) or that of transformers 5 (rope_parameters).
 

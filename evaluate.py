@@ -62,11 +62,10 @@ def options(argv):
     parser.add_argument("--backend", choices=["auto", "torch", "triton"], default="auto", help="attention path (auto: triton on a CUDA GPU)")
     o = parser.parse_args(argv)
     folder = checkpoint.locate(o.checkpoint)
-    config, run = checkpoint.read_config(folder, Config), folder.parent / "run.json"
+    config = checkpoint.read_config(folder, Config)
     if not config.index_topk:
         raise ValueError(f"--checkpoint={o.checkpoint}: has no indexer (index_topk=0); train one: train.py --stage=warmup --init_from={o.checkpoint}")
-    run = checkpoint.read_json(run).get("options", {}) if run.is_file() else {}
-    run = dict(data="python", block_size=min(4 * config.index_topk, config.max_position_embeddings), batch_size=8, index_fp8=True) | run
+    run = dict(data="python", block_size=min(4 * config.index_topk, config.max_position_embeddings), batch_size=8, index_fp8=True) | checkpoint.run_options(folder.parent)
     o.tokenizer = o.tokenizer or run.get("tokenizer") or checkpoint.tokenizer_name(folder)
     o.out_dir = o.out_dir or str(folder.parent / f"evaluation-{folder.name}")
     for name in ("data", "block_size", "batch_size", "index_fp8"):
@@ -273,6 +272,7 @@ def plot(columns, names, ylabel, xlabel, path, k=None):
 
 def write(results, k, out):
     """evaluation.json and the plots, complete in a folder of their own before the first one appears in `out`."""
+    out = out.resolve()  # "." has no name
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -311,7 +311,7 @@ def main():
     length, alphabet, samples = copy_task(validation.tokens, eot, o.block_size, o.copies, o.seed)
     results["copy"] = dict(distance=list(samples)) | measure_copies(model, samples, length, o, device)
     results["copy_task"] = dict(length=length, cue=length - length // 2, strings=o.copies, alphabet=alphabet, chance=1 / alphabet)
-    write(results, k, Path(o.out_dir).resolve())
+    write(results, k, Path(o.out_dir))
     print(table("validation loss (nats per token) by tokens in sight", results["loss"]))
     print(table(f"share of the dense attention mass, queries with more than {k} tokens in sight, mean over layers", results["recall"]))
     print(table("the same by layer; entropies (nats) of the indexer, of its selection, and of the attention; overlap of neighbouring selections", results["layers"]))

@@ -82,23 +82,34 @@ STAGES = ("dense", "warmup", "sparse", "control")
 DRAWN = ("lm", "val_loss", "kl", "kl_uniform", "recall")
 
 
+def read_log(path):
+    """The records of a metrics.jsonl. FileNotFoundError, ValueError: one line naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; --compare takes folders of runs, or their metrics.jsonl")
+    try:
+        records = [json.loads(text) for text in path.read_text().splitlines()]
+        good = all(r["stage"] in STAGES and isinstance(r["step"], int) and all(isinstance(r.get(k, 0), (int, float)) for k in DRAWN) for r in records)
+    except (ValueError, TypeError, KeyError):
+        good = False
+    if not good:
+        raise ValueError(f"{path}: not a metrics.jsonl of train.py; --compare takes folders of runs, or their metrics.jsonl")
+    return records
+
+
 def read_logs(names):
-    """Folders of runs or metrics.jsonl files, with commas between (str), or one (Path) -> {name of the folder: records}. FileNotFoundError, ValueError: one line naming the file."""
+    """Folders of runs or metrics.jsonl files, with commas between -> {name of the folder: records}. Raises what `read_log` raises."""
     logs = {}
-    for name in filter(None, names.split(",") if isinstance(names, str) else [str(names)]):
+    for name in filter(None, names.split(",")):
         path = Path(name) / "metrics.jsonl" if Path(name).is_dir() else Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; --compare takes folders of runs, or their metrics.jsonl")
-        try:
-            records = [json.loads(text) for text in path.read_text().splitlines()]
-            good = all(r["stage"] in STAGES and isinstance(r["step"], int) and all(isinstance(r.get(k, 0), (int, float)) for k in DRAWN) for r in records)
-        except (ValueError, TypeError, KeyError):
-            good = False
-        if not good:
-            raise ValueError(f"{path}: not a metrics.jsonl of train.py; --compare takes folders of runs, or their metrics.jsonl")
         label = path.resolve().parent.name
-        logs[name if label in logs else label] = records
+        logs[name if label in logs else label] = read_log(path)
     return logs
+
+
+def last_tenth(records):
+    """Those of the last tenth of the sparse stage, over which the table's KL is a mean."""
+    sparse = [r for r in records if r["stage"] == "sparse"]
+    return [r for r in sparse if r["step"] >= 0.9 * sparse[-1]["step"]]
 
 
 def plot(log_path, path, compare=""):
@@ -107,7 +118,7 @@ def plot(log_path, path, compare=""):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    (own,), others = read_logs(Path(log_path)).values(), read_logs(compare)
+    own, others = read_log(log_path), read_logs(compare)
     everything = sum(others.values(), own)
     length = {stage: max((r["step"] + 1 for r in everything if r["stage"] == stage), default=0) for stage in STAGES}
     begins = dict(dense=0, warmup=length["dense"], sparse=length["dense"] + length["warmup"], control=length["dense"] + length["warmup"])
@@ -158,11 +169,11 @@ def collect(run, folder, plots):
     """Keep what is worth keeping of a run: options, summary, the evaluation of its sparse checkpoint, its log thinned to some 200 records (every
     n-th step, n at least 5, all with a validation loss, and the last tenth of the sparse stage); and with `plots` the pictures. ValueError,
     FileNotFoundError: it lacks a file."""
-    (records,), measured = read_logs(run / "metrics.jsonl").values(), run / "evaluation-sparse"
+    records, measured = read_log(run / "metrics.jsonl"), run / "evaluation-sparse"
     if not measured.is_dir():
         raise FileNotFoundError(f"{measured}: no such folder; evaluate the run first: python evaluate.py --checkpoint={run / 'sparse'}")
-    n, end = max(5, len(records) // 200), 0.9 * max((r["step"] for r in records if r["stage"] == "sparse"), default=0)
-    kept = [json.dumps(rounded(r)) + "\n" for r in records if r["step"] % n == 0 or "val_loss" in r or r["stage"] == "sparse" and r["step"] >= end]
+    n, end = max(5, len(records) // 200), last_tenth(records)
+    kept = [json.dumps(rounded(r)) + "\n" for r in records if r["step"] % n == 0 or "val_loss" in r or r in end]
     results = {path.name: rounded(checkpoint.read_json(path)) for path in (run / "run.json", run / "summary.json", measured / "evaluation.json")}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(kept))
@@ -176,9 +187,7 @@ def row(folder):
     """-> {column: number or None} of a collected run. Losses: summary.json, nats per token. KL: mean over the last tenth of the sparse stage."""
     summary, evaluation = checkpoint.read_json(folder / "summary.json"), folder / "evaluation.json"
     after = lambda attention, stage: summary.get(f"val_loss, {attention} attention, after {stage}")
-    (records,) = read_logs(folder / "metrics.jsonl").values()
-    kl = [(r["step"], r["kl"]) for r in records if r["stage"] == "sparse"]
-    kl = [v for step, v in kl if step >= 0.9 * kl[-1][0]]
+    kl = [r["kl"] for r in last_tenth(read_log(folder / "metrics.jsonl"))]
     columns = {"sparse": after("sparse", "sparse"), "same weights, dense": after("dense", "sparse"), "dense control": after("dense", "control"),
                "KL": sum(kl) / len(kl) if kl else None}
     if evaluation.is_file():

@@ -87,8 +87,7 @@ def main():
     decode = f"{o.count * (len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else "one token"
     print(f"[{model.attention} attention, top-k {model.config.index_topk}: prompt {len(ids)} tokens in {times[0] - began:.2f} s, then {decode}; "
           f"cache {model.cache_bytes_per_token:,} bytes per token over {model.config.num_hidden_layers} layers]", file=sys.stderr)
-    run = checkpoint.locate(o.checkpoint).parent / "run.json"
-    trained = checkpoint.read_json(run).get("options", {}).get("block_size") if run.is_file() else None
+    trained = checkpoint.run_options(checkpoint.locate(o.checkpoint).parent).get("block_size")
     if trained and len(ids) + len(times) > trained:
         print(f"[these are {len(ids) + len(times)} tokens, and the model was trained on contexts of {trained}: beyond them it may talk nonsense]", file=sys.stderr)
     return 0

@@ -120,10 +120,9 @@ def resolve(argv):
             if given[name] != base.get(name):
                 raise ValueError(f"--{name}={given[name]}: the run being resumed has {base.get(name)}; leave the option out, or start another run")
     elif given.get("stage") == "control":  # of the run in out_dir, with its options
-        path = Path(given.get("out_dir", Options.out_dir)) / "run.json"
-        run = checkpoint.read_json(path).get("options", {}) if path.is_file() else {}
-        same = Options.__dataclass_fields__.keys() - {"stage", "out_dir", "device"} - (set() if run.get("stage") in ("sparse", "control") else {"init_from"})
-        base |= {k: v for k, v in run.items() if k in same | {"index_topk"}}
+        run = checkpoint.run_options(given.get("out_dir", Options.out_dir))
+        own = {"stage", "out_dir", "device"} | ({"init_from"} if run.get("stage") not in ("sparse", "control") else set())  # a sparse stage started there, too
+        base |= {k: v for k, v in run.items() if k in Options.__dataclass_fields__.keys() - own or k == "index_topk"}
     values = base | given
     if values.get("init_from") and not values.get("resume") and not Path(values["init_from"]).is_dir():
         raise FileNotFoundError(f"--init_from={values['init_from']} does not exist; give the folder of a checkpoint")
