@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments of results/16k, in order, on one GPU: bash evidence.sh. Or some of them, each below 6 minutes on an H200, the seeds first; on
+# The experiments of results/16k, in order, on one GPU: bash evidence.sh. Or some of them, each below 8 minutes on an H200, the seeds first; on
 # two GPUs:
 #   CUDA_VISIBLE_DEVICES=0 bash evidence.sh seed-1337 control-1337 no-warmup & CUDA_VISIBLE_DEVICES=1 bash evidence.sh seed-1338 control-1338
 # EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON, RUNS, RESULTS: interpreter, checkpoints, what is kept.
@@ -27,16 +27,20 @@ for run in ${@:-$everything}; do
     heads-*)    train --stage=warmup --init_from=$start/dense --index_n_heads=$number; ablation --index_n_heads=$number ;;
     copy)       config=copy copies=$RUNS/copies  # short contexts first, where copying is learnt in many small steps, then the three stages at 16K
                 [ -d "$copies" ] || $python copies.py "$copies"
-                run=copy-short; train --stage=dense --data="$copies" --block_size=1024 --batch_size=32 --dense_steps=1800 --dense_lr=1e-3 --schedule=constant
+                short="--stage=dense --data=$copies --block_size=1024 --batch_size=32 --schedule=constant"
+                run=copy-plain; train $short --dense_steps=2350 --dense_lr=2e-3 --initializer_range=0.02  # in vain
+                run=copy-short; train $short --dense_steps=1800 --dense_lr=1e-3
                 run=copy; train --data="$copies" --init_from="$RUNS/copy-short/dense"; train --stage=control --data="$copies"
                 measure --batches=4 --copies=64; RESULTS=$(dirname "$RESULTS") keep --plots
                 $python evaluate.py --checkpoint="$RUNS/copy/control" --batches=1 --copies=64 --out_dir="$RUNS/copy/evaluation-control"
-                cp "$RUNS/copy/evaluation-control/evaluation.json" "$(dirname "$RESULTS")/copy/evaluation-control.json" ;;
+                cp "$RUNS/copy/evaluation-control/evaluation.json" "$(dirname "$RESULTS")/copy/evaluation-control.json"
+                for run in copy-plain copy-short; do RESULTS=$(dirname "$RESULTS") keep; done ;;
     long)       $python bench.py --only=long --checkpoint=$start/sparse --out_dir="$RESULTS/long" ;;
     backends)   config=small; for backend in torch triton; do run=$backend; train --backend=$backend; done  # the same run by the reference and by the kernels
                 for backend in torch triton; do  # and the same text
                   $python sample.py --checkpoint="$RUNS/triton/sparse" --dtype=float32 --temperature=0 --num_tokens=200 --prompt="def main(" --backend=$backend > "$RUNS/$backend.txt"
-                done; cmp "$RUNS/torch.txt" "$RUNS/triton.txt"; $python report.py "$RUNS/triton" --compare="$RUNS/torch" ;;
+                done; cmp "$RUNS/torch.txt" "$RUNS/triton.txt"
+                kept=$(dirname "$RESULTS")/backends; for run in torch triton; do RESULTS=$kept keep; done; $python report.py "$kept/triton" --compare="$kept/torch" ;;
     table)      $python report.py "$RESULTS" ;;
     *)          echo "evidence.sh: $run: no such run; choose from $everything" >&2; exit 2 ;;
   esac

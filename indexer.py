@@ -167,8 +167,8 @@ class Indexer(nn.Module):
             h, q_latent = h.to(self.wk.weight.dtype), q_latent.to(self.wk.weight.dtype)
         turn = lambda x: torch.cat((rope(x[..., :self.rope_dim], self.interleaved), x[..., self.rope_dim:]), -1)
         q = turn(self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)))
-        k = self.wk(h)
-        k = F.layer_norm(k.float(), (self.dim,), self.k_norm.weight.float(), self.k_norm.bias.float(), self.k_norm.eps).to(k.dtype)
+        k = self.wk(h)  # its norm's weight and bias apart: over so few numbers the fused backward of all three takes several times as long
+        k = (F.layer_norm(k.float(), (self.dim,), eps=self.k_norm.eps) * self.k_norm.weight.float() + self.k_norm.bias.float()).to(k.dtype)
         k = turn(k[:, :, None]).squeeze(2)
         with torch.autocast(h.device.type, enabled=False):  # w stays float32: rounding it to bf16 makes ties
             w = F.linear(h.float(), self.weights_proj.weight.float()) * (self.heads**-0.5 * self.dim**-0.5)

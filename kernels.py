@@ -6,6 +6,9 @@ launcher, whose docstring is the contract. Portable from Ampere on: tiles follow
 products, e4m3 is converted in registers. Where plain Triton runs out on a Hopper GPU (many heads), sparse_attention hands over to kernels_hopper.py.
 Arguments are as in indexer.py: B batch, S queries, T keys, H and HI heads; `first`, `last` the visible range of every query.
 """
+import functools
+import logging
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -19,13 +22,33 @@ LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk of the dense loss holds at
 G_SCALE = tl.constexpr(64.0)  # gradients with respect to scores are kept times this: float16 would lose those of long rows
 
 
+def limits(device):
+    """-> bytes of shared memory that a program may use, number of multiprocessors (of the interpreter: few)."""
+    if device.type != "cuda":
+        return 2**20, 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin, properties.multi_processor_count
+
+
+@functools.cache
+def has_fp8(device):
+    """Does this GPU multiply e4m3 (sm_89 and newer)? If not, that is said in a log line, once."""
+    has = torch.cuda.get_device_capability(device) >= (8, 9)
+    if not has:
+        logging.getLogger(__name__).warning("%s has no FP8 tensor cores (they come with sm_89): e4m3 is multiplied as 16-bit floats", torch.cuda.get_device_name(device))
+    return has
+
+
+def fit(**tensors):
+    """name=(tensor, shape): ValueError naming the first tensor that has another shape."""
+    for name, (x, shape) in tensors.items():
+        if x.shape != shape:
+            raise ValueError(f"{name} is {tuple(x.shape)} and should be {tuple(shape)} to fit the other arguments")
+
+
 # ===========================================================================================================================================
 # 1  The lightning indexer: quantise, index_scores, select
 # ===========================================================================================================================================
-
-def _select_sms(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
 
 # quantise ---------------------------------------------------------------------------------------------------------------------------
 # y = H x (optional; H the orthonormal Walsh-Hadamard matrix), scale = max(amax |y|, 1e-4) / 448 [rounded up to 2^n], value = e4m3(y / scale)
@@ -65,7 +88,7 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
 
     amax clamped at 1e-4, scale = amax * float32(1/448), ue8m0: rounded up to a power of two (act_quant of the V3.2-Exp inference code).
     rotate: the orthonormal Walsh-Hadamard transform of the last dimension first, rounded to x's dtype. Bit-equal to indexer.quantise.
-    ValueError: rotate with a d that is no power of two."""
+    ValueError: rotate with a d that is no power of two; a smaller block that is none."""
     d = x.shape[-1]
     if rotate and d & (d - 1):
         raise ValueError(f"index_head_dim={d} is no power of two, which the Hadamard rotation needs; choose 32, 64 or 128")
@@ -77,7 +100,7 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
     D = pad*triton.next_power_of_2(nb)
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((*x.shape[:-1], nb), dtype=torch.float32, device=x.device)
-    rows = max(1, min(4096 // D, triton.next_power_of_2(max(1, R // (4*_select_sms(x.device))))))
+    rows = max(1, min(4096 // D, triton.next_power_of_2(max(1, R // (4*limits(x.device)[1])))))
     if R:
         _quantise_kernel[(triton.cdiv(R, rows),)](x, values.view(torch.uint8), scales, R, d, d**-0.5, rows, D, pad, nb, D.bit_length() - 1,
                                                   rotate, ue8m0, num_warps=4 if rows*D >= 2048 else 1)
@@ -171,13 +194,12 @@ def _scores_tiles(q, rows):
     """-> BQ, HP, DP, BK, emulate e4m3, warps, stages"""
     HI, dI = q.shape[2:]
     fp8 = q.dtype == torch.float8_e4m3fn
-    emulate = fp8 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9)
+    emulate = fp8 and q.is_cuda and not has_fp8(q.device)
     size = 2 if emulate else q.element_size()
     HP = max(2, triton.next_power_of_2(HI)); DP = max(32 if size == 1 else 16, triton.next_power_of_2(dI))
     columns = max(HP, 256 if size*DP <= 128 else 256 // size)
     BQ = max(16 // HP, 1, min(columns // HP, triton.next_power_of_2(rows)))
-    small = q.is_cuda and torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin < 140*1024
-    BK = 32 if size == 4 and small else 64                                                              # float32 tiles of 64 keys need 135 KB
+    BK = 32 if size == 4 and limits(q.device)[0] < 140*1024 else 64                                                              # float32 tiles of 64 keys need 135 KB
     return BQ, HP, DP, BK, emulate, 8 if BQ*HP == 256 else 4, 4 if size == 1 else 3
 
 
@@ -188,7 +210,7 @@ def _scores_into(out, q, k, w, k_scale, first, last, row0, rows, LD, fill=False,
     BQ, HP, DP, BK, emulate, warps, stages = _scores_tiles(q, rows)
     if emulate: q, k = q.view(torch.uint8), k.view(torch.uint8)
     tiles = triton.cdiv(rows, BQ)
-    span = triton.cdiv(B*tiles*T, 16*_select_sms(q.device))
+    span = triton.cdiv(B*tiles*T, 16*limits(q.device)[1])
     span = min(max(triton.cdiv(span, BK)*BK, 256), 8192)
     _scores_kernel[(tiles, triton.cdiv(T, span), B)](
         q, k, w, *(w if x is None else x for x in (k_scale, threshold, first, last)), out, S, T, LD, row0, rows, span, HI, dI, *k.stride()[:2],
@@ -204,8 +226,7 @@ def _select_inputs(q, k, w, k_scale, first, last):
     if (q.dtype == torch.float8_e4m3fn) != (k_scale is not None):
         raise ValueError(f"k is {k.dtype} and k_scale is {'given' if k_scale is not None else 'None'}: e4m3 keys need their scales, float keys have none")
     (B, S, HI, dI), T = q.shape, k.shape[1]
-    if k.shape != (B, T, dI) or w.shape != (B, S, HI):
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, w {tuple(w.shape)} do not fit (B,S,HI,dI), (B,T,dI), (B,S,HI)")
+    fit(k=(k, (B, T, dI)), w=(w, (B, S, HI)), k_scale=(k[..., 0] if k_scale is None else k_scale, (B, T)))
     bounds = [None if x is None else x.expand(B, S).int().contiguous() for x in (first, last)]
     return q.contiguous(), k if k.stride(2) == 1 else k.contiguous(), w.float().contiguous(), k_scale, *bounds
 
@@ -389,9 +410,9 @@ def _topk_into(out, scores, T, first, last, row0, rows, LD):
     """out (B,S,K)[:, row0:row0+rows] = top-k of scores (B,rows,LD >= T)"""
     B, S, K = out.shape
     direct, sample = T <= SELECT_DIRECT, 1024 if T <= 16384 else 2048 if T <= 65536 else 8192
-    mean = sample*K/T; rank = mean + 4*mean**0.5 + 3                                                    # as in the kernel, for its longest rows
+    mean = sample*min(K, T)/T; rank = mean + 4*mean**0.5 + 3                                                    # as in the kernel, for its longest rows
     cap = triton.next_power_of_2(T if direct else max(1024, int((rank + 2.5*rank**0.5)*T/sample)))
-    sms = _select_sms(out.device); small = cap <= 2048 and B*rows > 2*sms                               # few rows: none of them should take long
+    sms = limits(out.device)[1]; small = cap <= 2048 and B*rows > 2*sms                               # few rows: none of them should take long
     warps, tile = (max(1, cap // 1024), 4096) if direct else (4, 2048) if small else (max(8, min(32, cap // 512)), 4096)
     programs, words = min(B*rows, sms*(32 // warps)), 512 if T <= 16384 else 1024
     scratch = torch.empty(1 if direct else programs*(cap + words + 1), dtype=torch.int32, device=out.device)
@@ -401,7 +422,9 @@ def _topk_into(out, scores, T, first, last, row0, rows, LD):
 
 
 def topk(scores, topk, first=None, last=None):
-    """Selection from scores that exist: scores (B,S,T) float32 -> (B,S,topk) int32, as `select`."""
+    """Selection from scores that exist: scores (B,S,T) float32 -> (B,S,topk) int32, as `select`. ValueError: topk < 1."""
+    if topk < 1:
+        raise ValueError(f"topk={topk}: select at least one token")
     B, S, T = scores.shape
     first, last = [None if x is None else x.expand(B, S).int().contiguous() for x in (first, last)]
     out = torch.empty(B, S, topk, dtype=torch.int32, device=scores.device)
@@ -503,7 +526,7 @@ def _select_filtered(out, q, k, w, k_scale, first, last):
     """`select` into out -> (B,S) bool: rows still to do, as their threshold was no good"""
     (B, S, HI, dI), T, K = q.shape, k.shape[1], out.shape[2]
     stride = max(K // 64, 8, T // 16384) | 1                                                            # odd: no resonance with what is aligned
-    words, samples, has, sms = triton.cdiv(T, 128)*8, triton.cdiv(T, stride*16)*16, (first is not None, last is not None), _select_sms(q.device)
+    words, samples, has, sms = triton.cdiv(T, 128)*8, triton.cdiv(T, stride*16)*16, (first is not None, last is not None), limits(q.device)[1]
     end = torch.arange(T - S, T, dtype=torch.int32, device=q.device).expand(B, S) if last is None else last.clamp(max=T - 1)
     every = lambda x: None if x is None else x[:, ::stride]
     some = None if first is None else (first.clamp(min=0) + stride - 1) // stride, (end // stride).contiguous()  # the bounds among the sampled keys
@@ -581,23 +604,15 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
 # ===========================================================================================================================================
 
 def _bounds(first, last, B, S, T, device):
-    """first, last as contiguous (B,S) int32; None -> causal with the queries at the end."""
-    first = torch.zeros(B, S, dtype=torch.int32, device=device) if first is None else first.int().expand(B, S).contiguous()
-    last = torch.arange(T - S, T, dtype=torch.int32, device=device).expand(B, S) if last is None else last.int().expand(B, S)
+    """first, last as contiguous (B,S) int32, within 0..T-1 where they are given; None -> causal with the queries at the end."""
+    first = torch.zeros(B, S, dtype=torch.int32, device=device) if first is None else first.int().clamp(min=0).expand(B, S).contiguous()
+    last = torch.arange(T - S, T, dtype=torch.int32, device=device).expand(B, S) if last is None else last.int().clamp(max=T - 1).expand(B, S)
     return first, last.contiguous()
 
 
 def _unit(*tensors):
-    """Tensors whose last dimension has stride 1."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def _device(x):
-    """-> bytes of shared memory that a program may use, number of multiprocessors (of the interpreter: few)."""
-    if x.device.type != "cuda":
-        return 2**20, 4
-    properties = torch.cuda.get_device_properties(x.device)
-    return properties.shared_memory_per_block_optin, properties.multi_processor_count
+    """Tensors whose last dimension has stride 1 and whose heads, if they have some, are near enough for 32 bits; others are copied."""
+    return [x if x.stride(-1) == 1 and (x.dim() < 4 or x.shape[2] * x.stride(2) < 2**31) else x.contiguous() for x in tensors]
 
 
 def hopper_kernels(x):
@@ -862,7 +877,7 @@ class FlashAttention(torch.autograd.Function):
             held, streamed, stages, warps = (64, 128, 2, 4) if width <= 192 else (128, 64, 2, 8)
         else:
             held, streamed, stages, warps = 128, 64, 3, 8
-        while streamed > 16 and 2 * (held + stages * streamed) * width > _device(x)[0]:
+        while streamed > 16 and 2 * (held + stages * streamed) * width > limits(x.device)[0]:
             held, stages, streamed = max(16, held // 2), max(1, stages - 1), streamed // 2 if stages == 1 else streamed
         return held, streamed, stages, warps
 
@@ -873,7 +888,7 @@ class FlashAttention(torch.autograd.Function):
         BM, BN, stages, warps = FlashAttention.tiles(q, D1 + D2 + BV, False)
         BM = min(BM, max(16, triton.next_power_of_2(S * G)))
         blocks = triton.cdiv(S * G, BM) * B * Hk
-        splits = max(1, min(2 * _device(q)[1] // blocks, T // 256, 128))
+        splits = max(1, min(2 * limits(q.device)[1] // blocks, T // 256, 128))
         out = torch.empty(B, S, H, DV, dtype=v.dtype, device=q.device)
         lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
         part = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=q.device)
@@ -910,10 +925,13 @@ class FlashAttention(torch.autograd.Function):
 def dense_attention(q, k, v, scale, first=None, last=None):
     """Softmax attention over everything visible. q (B,S,H,d), k (B,T,Hk,d), v (B,T,Hk,dv), Hk divides H: H (MHA), 1 (MQA on latents)
     -> out (B,S,H,dv) in v's dtype, lse (B,S,H) float32, natural logarithm of sum exp(scale q.k). Differentiable in q, k, v, not through lse.
-    A row that sees nothing: out 0, lse -inf. ValueError: Hk does not divide H."""
+    A row that sees nothing: out 0, lse -inf. ValueError: Hk does not divide H, other shapes do not fit."""
     (B, S, H, d), (T, Hk, dv) = q.shape, v.shape[1:]
     if H % Hk:
         raise ValueError(f"dense_attention: {H} query heads over {Hk} key heads; the key heads must divide the query heads")
+    if B * Hk >= 2**16:
+        raise ValueError(f"dense_attention: {B} sequences x {Hk} key heads; a launch takes less than 65536, so split the batch")
+    fit(k=(k, (B, T, Hk, d)), v=(v, (B, T, Hk, dv)))
     plain = first is None and last is None and S == T > 1 and Hk == H and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     if plain and d % 8 == dv % 8 == 0 and torch.version.cuda and (max(d, dv) <= 128 or torch.cuda.get_device_capability(q.device) >= (9, 0)
                                                                    and (d, dv) == (192, 128)):
@@ -1136,7 +1154,7 @@ def _loss_tiles(x):
     """-> rows of a block, keys of a tile, stages, warps"""
     if x.dtype == torch.float32:
         return 32, 32, 1, 4
-    return (128, 128, 3, 8) if _device(x)[0] > 200_000 else (128, 64, 2, 8)
+    return (128, 128, 3, 8) if limits(x.device)[0] > 200_000 else (128, 64, 2, 8)
 
 
 def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
@@ -1157,7 +1175,7 @@ def loss_query_grad(q_index, k_index, wt, g, bits, dq, dw, first, last, block0, 
     (B, S, HI, dI), T, (_, rows, TP) = q_index.shape, k_index.shape[1], bits.shape
     PAD, BN, stages, warps = _loss_tiles(q_index)
     BM = PAD
-    while BM > 16 and triton.cdiv(HI, 2) * blocks * (PAD // BM) < 2 * _device(q_index)[1]:  # few heads: smaller tiles to fill the device
+    while BM > 16 and triton.cdiv(HI, 2) * blocks * (PAD // BM) < 2 * limits(q_index.device)[1]:  # few heads: smaller tiles to fill the device
         BM, warps = BM // 2, 4
     loss_dq_kernel[triton.cdiv(HI, 2), blocks * (PAD // BM)](
         q_index, k_index, wt, g, bits, dq, dw, first, last, *q_index.stride()[:3], *k_index.stride()[:2], S, T, TP, rows * TP, block0, HI, dI,
@@ -1236,8 +1254,9 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
     """Warm-up loss, KL(p_t || softmax(I_t)) over all visible tokens (paper eq. 3), p the mean over heads of exp(scale q.k - lse).
 
     q (B,S,H,d), k (B,T,H or 1,d), lse (B,S,H) natural logarithm, of the frozen attention: no gradient. q_index (B,S,HI,dI), k_index (B,T,dI),
-    w (B,S,HI) float32 receive one -> kl (B,S), kl_uniform (B,S) float32; 0 for a row that sees nothing. Deterministic."""
-    (B, S), T = q.shape[:2], k.shape[1]
+    w (B,S,HI) float32 receive one -> kl (B,S), kl_uniform (B,S) float32; 0 for a row that sees nothing. Deterministic. ValueError: shapes that don't fit."""
+    (B, S, H, d), T, (HI, dI) = q.shape, k.shape[1], q_index.shape[2:]
+    fit(k=(k, (B, T, k.shape[2] if k.shape[2] == 1 else H, d)), lse=(lse, (B, S, H)), q_index=(q_index, (B, S, HI, dI)), k_index=(k_index, (B, T, dI)), w=(w, (B, S, HI)))
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_index, k_index, w))
     q, k, q_index, k_index = _unit(q.detach(), k.detach(), q_index, k_index)
     return IndexerLossDense.apply(q, k, lse.detach(), scale, q_index, k_index, w, *_bounds(first, last, B, S, T, q.device), grad)
@@ -1337,6 +1356,11 @@ def loss_sparse_backward_kernel(Q, KEYS, W, LISTS, BITS, LENGTH, G, R, LARGEST, 
     tl.store(DQ + row[None, :] * D + d[:, None], (a * wr[None, :]).to(DQ.dtype.element_ty), mask=ok[None, :] & (d < D)[:, None])
 
 
+def _sharing(heads, S, dtype):
+    """-> how many queries share a list: as many as make 64 rows (query, head), at most 16; one where products are float32 (or there is only one)"""
+    return min(16, max(1, 64 // triton.next_power_of_2(heads))) if dtype.itemsize == 2 and S > 1 else 1
+
+
 class IndexerLossSparse(torch.autograd.Function):
     """indexer_loss_sparse with its backward; dk_index is summed by float32 atomics."""
 
@@ -1344,11 +1368,10 @@ class IndexerLossSparse(torch.autograd.Function):
     def forward(ctx, q, latents, lse, indices, scale, q_index, k_index, w, grad):
         (B, S, H, D), T, K, (HI, dI) = q.shape, latents.shape[1], indices.shape[2], q_index.shape[2:]
         (D1, D2), half = _split(D), q.element_size() == 2
-        wide = half and _device(q)[0] > 200_000
+        wide = half and limits(q.device)[0] > 200_000
         most = 64 if D1 > 256 or not wide else 128  # rows of p's program
-        HP, HIP = triton.next_power_of_2(H), triton.next_power_of_2(HI)
-        QP = min(16, max(1, 64 // max(HP, HIP))) if half and S > 1 else 1
-        HB, HBI, BN = max(16 // QP, min(most, HP)), max(16 // QP, HIP), 64 if wide else 32 if half else 16
+        QP = _sharing(max(H, HI), S, q.dtype)
+        HB, HBI, BN = max(16 // QP, min(most, triton.next_power_of_2(H))), max(16 // QP, triton.next_power_of_2(HI)), 64 if wide else 32 if half else 16
         lists, bits, length = sparse_union(indices, T, QP)
         planes, blocks, width = triton.cdiv(H, HB), triton.cdiv(S, QP), lists.shape[-1]
         last = (indices >= 0).sum(-1, dtype=torch.int32) - 1  # the last used place, as `last` of a row of K keys
@@ -1375,24 +1398,29 @@ class IndexerLossSparse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, r, _):
         indices, q_index, k_index, w, g = ctx.saved_tensors
-        (B, S, HI, dI), T, K, HIP = q_index.shape, k_index.shape[1], indices.shape[2], triton.next_power_of_2(q_index.shape[2])
-        QP = min(16, max(1, 64 // HIP)) if q_index.element_size() == 2 and S > 1 else 1  # more queries to a union than forward: these heads are few
+        (B, S, HI, dI), T, K = q_index.shape, k_index.shape[1], indices.shape[2]
+        QP = _sharing(HI, S, q_index.dtype)  # more than forward, where the main heads are many
         lists, bits, length = sparse_union(indices, T, QP)
         blocks, largest = triton.cdiv(S, QP), r.abs().max().float().clamp(min=1e-30)
         dq = torch.empty(q_index.shape, dtype=q_index.dtype, device=q_index.device)
         dk, dw = torch.zeros(B, T, dI, device=q_index.device), torch.empty_like(w)
         loss_sparse_backward_kernel[B * blocks,](
             q_index, k_index, w, lists, bits, length, g, (r / largest).float().contiguous(), largest, dq, dk, dw, *q_index.stride()[:3], *k_index.stride()[:2],
-            S, T, K, blocks, lists.shape[-1], ctx.rows, HI, dI, max(16, triton.next_power_of_2(dI)), QP, max(16 // QP, HIP), ctx.BN, 2, num_warps=4)
+            S, T, K, blocks, lists.shape[-1], ctx.rows, HI, dI, max(16, triton.next_power_of_2(dI)), QP, max(16 // QP, triton.next_power_of_2(HI)), ctx.BN, 2, num_warps=4)
         return None, None, None, None, None, dq, dk.to(k_index.dtype), dw, None
 
 
 def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
     """Sparse-stage loss, KL(p_{t,S_t} || softmax(I_{t,S_t})) over the selection only (paper eq. 4), p the mean over heads of exp(scale q.latent - lse).
 
-    q (B,S,H,D) absorbed, latents (B,T,D), lse (B,S,H) natural logarithm over the selection, indices (B,S,K) int32, -1 from the first empty place on.
+    q (B,S,H,D) absorbed, latents (B,T,D), lse (B,S,H) natural logarithm over the selection, indices (B,S,K) int32 ascending, then -1, as from `select`.
     Gradients to q_index (B,S,HI,dI), k_index (B,T,dI) (float32 atomics: sums in no fixed order), w (B,S,HI) float32
-    -> kl (B,S), kl_uniform (B,S) float32; 0 for a row with nothing selected."""
+    -> kl (B,S), kl_uniform (B,S) float32; 0 for a row with nothing selected. ValueError: shapes or types that don't fit."""
+    (B, S, H, D), T, (HI, dI) = q.shape, latents.shape[1], q_index.shape[2:]
+    fit(latents=(latents, (B, T, D)), lse=(lse, (B, S, H)), indices=(indices, (B, S, indices.shape[-1])), q_index=(q_index, (B, S, HI, dI)),
+        k_index=(k_index, (B, T, dI)), w=(w, (B, S, HI)))
+    if indices.dtype != torch.int32:
+        raise ValueError(f"indices are int32, not {indices.dtype}: pass indices.int()")
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_index, k_index, w))
     q, latents, q_index, k_index = _unit(q.detach(), latents.detach(), q_index, k_index)
     return IndexerLossSparse.apply(q, latents, lse.detach().contiguous(), indices.contiguous(), scale, q_index, k_index, w.contiguous(), grad)
@@ -1876,13 +1904,12 @@ def sparse_forward_fp8_kernel(Q, KV8, Scales, Rope, Index, Out, Lse, scale_log2,
 def sparse_config(H, D, dtype, device):
     """Tiles by shape. BQ: queries that share a list, rows: N of the two-product path and of the backward, two: rows in all (B S H) from which
     the forward takes two products, registers: cap per thread. Tuples: (columns DC,) tokens BN, stages, warps; flash has N in front."""
-    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 18
     if dtype == torch.float32:
         product = (32, 16, 1, 4)
         return dict(BQ=1, rows=16, two=None, registers=None, flash=(16, 16, 1, 4), fp8=(16, 1, 4), fused=None,
                     score=product, product=product, latent=product)
     config = dict(BQ=max(1, min(64 // H, 31)), two=4096 if D > 256 else None, registers=None, fused=None)
-    if memory > 160_000:  # data-centre GPUs: A100, H100, B200
+    if limits(device)[0] > 160_000:  # data-centre GPUs: A100, H100, B200
         many = H > 64
         config.update(rows=128 if many else 64, flash=(64, 64, 3, 4) if D <= 256 else (64, 32, 3, 8), fp8=(32, 3, 8),
                       score=(32, 128, 4, 8 if many else 4), product=(128, 64, 3, 4), latent=(128, 64, 3, 4))
@@ -1896,8 +1923,7 @@ def sparse_config(H, D, dtype, device):
 
 def sparse_splits(programs, tiles, device):
     """Pieces per list so that few queries still fill the GPU; at least two tiles a piece."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(tiles // 2, processors // programs))
+    return max(1, min(tiles // 2, limits(device)[1] // programs))
 
 
 def sparse_blocks(H, S, BQ, N):
@@ -1911,8 +1937,7 @@ def sparse_forward(q, latents, indices, scale, D, config=None, budget=1 << 30):
     """Latents in q's dtype, D and rope powers of two, or packed FP8 -> out, lse. Wide latents and many rows: two products; else one flash pass."""
     (B, S, H, W), T, K, fp8 = q.shape, latents.shape[1], indices.shape[2], latents.dtype == torch.uint8
     config = config or sparse_config(H, D, q.dtype, q.device)
-    native = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 9)
-    values = torch.float8_e4m3fn if native else torch.uint8
+    values = torch.float8_e4m3fn if q.is_cuda and has_fp8(q.device) else torch.uint8
     views = [latents.view(x) for x in (values, torch.float32, torch.bfloat16)] if fp8 else [latents, latents, latents]
     out, lse = torch.empty(B, S, H, D, device=q.device, dtype=q.dtype), torch.empty(B, S, H, device=q.device)
     even = D % 128 == 0 and W - D >= 16 and (W - D) & (W - D - 1) == 0  # always, but for an odd FP8 cache
@@ -2061,7 +2086,7 @@ def sparse_attention(q, latents, indices, scale, value_dim):
             raise ValueError(f"packed latents of {value_dim} + {q.shape[-1] - value_dim} numbers have {size} bytes, not {latents.shape[-1]}; "
                              "value_dim is a multiple of 4, at most 512, and bytes are a multiple of 4")
         hopper = sparse_hopper(q, latents, indices, value_dim)
-        if hopper and q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], 64) >= _device(q)[1] // 2:  # fewer: only lists in pieces fill the GPU
+        if hopper and q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], 64) >= limits(q.device)[1] // 2:  # fewer: only lists in pieces fill the GPU
             return hopper.sparse_forward(q, latents, indices, scale)
         return sparse_forward(q, latents, indices, scale, value_dim)
     if latents.shape[-1] != q.shape[-1] or not 0 < value_dim <= q.shape[-1]:

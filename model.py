@@ -183,7 +183,7 @@ class Attention(nn.Module):
         if index_loss:
             rows = torch.linspace(0, S - 1, min(S, 16), device=h.device).long()  # recall of a sample of queries: linear cost
             first, last = (torch.zeros_like(rows).expand(B, -1) if run.first is None else run.first[:, rows]).int(), rows.expand(B, -1).int()
-            chosen = ops.select(q_index[:, rows], k_index, w[:, rows], topk, k_scale, first, last)
+            chosen = indices[:, rows] if sparse else ops.select(q_index[:, rows], k_index, w[:, rows], topk, k_scale, first, last)
             q_rows = q[:, rows] if mqa else self.absorb(q_nope[:, rows], q_rope[:, rows])
             losses = *losses, sparse_attn.selected_mass(q_rows, latents, chosen, self.scale, first, last)
         if mqa:

@@ -159,22 +159,20 @@ def plot(log_path, path, compare=""):
 
 
 def rounded(x):
-    """A JSON value with its floats rounded to 5 digits."""
+    """A JSON value with its floats rounded to 8 digits, as many as float32 has."""
     if isinstance(x, (dict, list)):
         return {k: rounded(v) for k, v in x.items()} if isinstance(x, dict) else [*map(rounded, x)]
-    return float(f"{x:.5g}") if isinstance(x, float) else x
+    return float(f"{x:.8g}") if isinstance(x, float) else x
 
 
 def collect(run, folder, plots):
-    """Keep what is worth keeping of a run: options, summary, the evaluation of its sparse checkpoint, its log thinned to some 200 records (every
-    n-th step, n at least 5, all with a validation loss, and the last tenth of the sparse stage); and with `plots` the pictures. ValueError,
-    FileNotFoundError: it lacks a file."""
+    """Keep what is worth keeping of a run: options, summary, the evaluation of its sparse checkpoint if there is one, its log thinned to some 200
+    records (every n-th step, n at least 5, all with a validation loss, and the last tenth of the sparse stage); and with `plots` the pictures.
+    ValueError, FileNotFoundError: it lacks a file."""
     records, measured = read_log(run / "metrics.jsonl"), run / "evaluation-sparse"
-    if not measured.is_dir():
-        raise FileNotFoundError(f"{measured}: no such folder; evaluate the run first: python evaluate.py --checkpoint={run / 'sparse'}")
     n, end = max(5, len(records) // 200), last_tenth(records)
     kept = [json.dumps(rounded(r)) + "\n" for r in records if r["step"] % n == 0 or "val_loss" in r or r in end]
-    results = {path.name: rounded(checkpoint.read_json(path)) for path in (run / "run.json", run / "summary.json", measured / "evaluation.json")}
+    results = {path.name: rounded(checkpoint.read_json(path)) for path in (run / "run.json", run / "summary.json", *measured.glob("evaluation.json"))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(kept))
     for name, result in results.items():
@@ -203,7 +201,7 @@ def main():
     """Collect and draw if asked to, then print the table."""
     parser = cli.Parser(__doc__)
     parser.add_argument("folder", type=Path, help="of a run, or of several")
-    parser.add_argument("--collect", type=Path, metavar="RUN", help="out_dir of an evaluated run to keep in FOLDER: JSON, and the log thinned")
+    parser.add_argument("--collect", type=Path, metavar="RUN", help="out_dir of a run to keep in FOLDER: JSON, and the log thinned")
     parser.add_argument("--plots", action="store_true", help="with --collect: keep its pictures too")
     parser.add_argument("--compare", default="", help="draw plot.png in FOLDER anew, with these runs in it: folders or metrics.jsonl files, with commas between")
     o = parser.parse_args()

@@ -527,12 +527,11 @@ def test_script_bad_input(tmp_path, arg, monkeypatch, capsys):
     assert exit.value.code == 2 and not out and re.fullmatch(r"data.py: .*\n", err) and not os.listdir(tmp_path)
 
 
-def test_speed():
-    """Bytes are tokenized at hundreds of MB/s, not at the 15 to 45 MB/s of tiktoken's own loop."""
-    texts, encoding = ["x = 1  # é\n" * 90_000] * 20, data.tokenizer("bytes")
-    start = time.perf_counter()
-    assert sum(map(len, data.encode(encoding, texts))) == 20 * 90_000 * 12
-    assert time.perf_counter() - start < 0.4
+def test_bytes_pass_no_loop(monkeypatch):
+    """Bytes are views of the text, not the ids of tiktoken's own loop, which makes some 30 MB a second."""
+    encoding = data.tokenizer("bytes")
+    monkeypatch.setattr(encoding, "encode_ordinary_batch", None)
+    assert [x.tolist() for x in data.encode(encoding, ["é", ""])] == [[0xC3, 0xA9], []]
 
 
 def test_copies_return_at_every_distance():

@@ -243,6 +243,45 @@ def test_indexer_loss_sparse(shape, size, dtype, monkeypatch):
                loss_inputs(B, S, T, HI, dI, dtype, size), dtype)
 
 
+def test_bounds_beyond_the_keys():
+    """first below 0 and last beyond T - 1 (40 is no multiple of a tile) mean the first and the last key, as in the reference."""
+    q, k = make(1, 4, 2, 32, dtype=torch.float32, grad=False), make(1, 40, 2, 32, dtype=torch.float32, grad=False)
+    index, last = loss_inputs(1, 4, 40, 3, 32, torch.float32, 1.0), torch.tensor([[39, 45, 200, 38]], device=DEVICE, dtype=torch.int32)
+    results = []
+    for bounds in ((last - 240, last), (torch.zeros_like(last), last.clamp(max=39))):
+        out, lse = dense_attention(q, k, k, 0.2, *bounds)
+        kl = indexer_loss_dense(q, k, lse, 0.2, *index, *bounds)[0]
+        results.append((out, lse, kl, *torch.autograd.grad(kl.sum(), index)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+Q, K, LSE, LATENTS, QI, KI, W = (torch.zeros(shape, device=DEVICE) for shape in ((1, 3, 2, 16), (1, 5, 2, 16), (1, 3, 2), (1, 5, 16), (1, 3, 4, 16), (1, 5, 16), (1, 3, 4)))
+CHOSEN = torch.zeros(1, 3, 2, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("call,message", [
+    (lambda: dense_attention(Q, K[..., :8], K, 1.0), r"k is \(1, 5, 2, 8\) and should be \(1, 5, 2, 16\)"),
+    (lambda: dense_attention(Q, K, K[:, :4], 1.0), r"k is \(1, 5, 2, 16\)"),
+    (lambda: dense_attention(Q, K[:, :, :1].expand(-1, -1, 3, -1), K[:, :, :1].expand(-1, -1, 3, -1), 1.0), "2 query heads over 3 key heads"),
+    (lambda: dense_attention(Q.expand(40000, -1, -1, -1), K.expand(40000, -1, -1, -1), K.expand(40000, -1, -1, -1), 1.0), "split the batch"),
+    (lambda: indexer_loss_dense(Q, K, LSE.mT, 1.0, QI, KI, W), r"lse is \(1, 2, 3\)"),
+    (lambda: indexer_loss_dense(Q, K, LSE, 1.0, QI, KI[:, 1:], W), "k_index is"),
+    (lambda: indexer_loss_sparse(Q, LATENTS, LSE.mT, CHOSEN, 1.0, QI, KI, W), "lse is"),
+    (lambda: indexer_loss_sparse(Q, LATENTS, LSE, CHOSEN, 1.0, QI, KI[:, 1:], W), "k_index is"),
+    (lambda: indexer_loss_sparse(Q, LATENTS, LSE, CHOSEN[:, 1:], 1.0, QI, KI, W), "indices is"),
+    (lambda: indexer_loss_sparse(Q, LATENTS, LSE, CHOSEN.long(), 1.0, QI, KI, W), "indices are int32, not torch.int64")])
+def test_shapes_that_do_not_fit_are_refused(call, message):
+    """One line, instead of what lies behind a tensor in memory."""
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_heads_that_lie_far_apart_are_copied():
+    """The kernels count heads in 32 bits: (B,H,S,d) read as (B,S,H,d) is fine until it has 2^31 elements."""
+    near, far = (torch.empty_strided((1, 2, 18, 16), (18 * s, 16, s, 1), device="meta") for s in (2**20, 2**27))
+    assert [x.stride() for x in kernels._unit(near, far)] == [near.stride(), (576, 288, 16, 1)]
+
+
 @pytest.mark.parametrize("cross_entropy", [model.cross_entropy, kernels.cross_entropy], ids=["torch", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 37), (3, 5000), (2, 4096)] + [pytest.param((300, 50304), marks=big)])

@@ -240,9 +240,11 @@ def test_select_filter_fails(monkeypatch):
 
 
 def test_bad_input():
-    q, k, w = rand(1, 2, 4, 16), rand(1, 8, 16), rand(1, 2, 4)
+    q, k, w, scale = rand(1, 2, 4, 16), rand(1, 8, 16), rand(1, 2, 4), rand(1, 8)
+    q8, k8 = (x.to(torch.float8_e4m3fn) for x in (q, k))
     for call in (lambda: kernels.select(q, k, w, 0), lambda: kernels.select(q, k.half(), w, 4), lambda: kernels.select(q, k[..., :8], w, 4),
-                 lambda: kernels.select(q, k, w, 4, k_scale=rand(1, 8))):
+                 lambda: kernels.select(q, k, w, 4, k_scale=rand(1, 8)), lambda: kernels.topk(q[..., 0], 0), lambda: kernels.select(q8, k8, w, 4, scale[:, :4]),
+                 lambda: kernels.select(q8, k8, w, 4, scale[..., None])):
         with pytest.raises(ValueError): call()
 
 
@@ -259,6 +261,15 @@ def test_cuda_graph_decode(B, S, T, topk):
     for length in (10, 3000, T):
         last.fill_(length - 1); graph.replay()
         assert torch.equal(got, reference.select(q, k, w, topk, k_scale, None, last))
+
+
+def test_a_gpu_without_fp8_is_named_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A10")
+    kernels.has_fp8.cache_clear()
+    assert [kernels.has_fp8(torch.device("cuda")) for _ in range(2)] == [False, False]
+    assert [r.getMessage() for r in caplog.records] == ["NVIDIA A10 has no FP8 tensor cores (they come with sm_89): e4m3 is multiplied as 16-bit floats"]
+    kernels.has_fp8.cache_clear()
 
 
 @pytest.mark.skipif(not CUDA, reason="64-bit offsets need memory")

@@ -178,7 +178,7 @@ def test_runs_are_collected_compared_and_tabulated(place, run, control):
         ["copy.png", "distances.png", "evaluation.json", "loss.png", "metrics.jsonl", "plot.png", "recall.png", "run.json", "summary.json"], err
     full, kept = metrics(control), metrics(place / "kept" / "a")
     assert [(r["stage"], r["step"]) for r in kept] == [(r["stage"], r["step"]) for r in full if r["step"] % 5 == 0 or "val_loss" in r]
-    assert kept[0]["loss"] == float(f"{full[0]['loss']:.5g}")
+    assert kept[0]["loss"] == float(f"{full[0]['loss']:.8g}")
     shutil.copytree(run[0], place / "kept" / "b10", ignore=shutil.ignore_patterns("dense", "warmup", "sparse"))
     shutil.copytree(place / "kept" / "b10", place / "kept" / "b9")
     code, out, err = call(place, "report.py", "kept")
@@ -194,13 +194,13 @@ def test_runs_are_collected_compared_and_tabulated(place, run, control):
 
 def test_thinned_logs_are_small(place):
     import report
-    (place / "long" / "evaluation-sparse").mkdir(parents=True)
-    for name in ("run.json", "summary.json", "evaluation-sparse/evaluation.json"):
+    (place / "long").mkdir()
+    for name in ("run.json", "summary.json"):
         (place / "long" / name).write_text("{}")
     numbers = dict.fromkeys("loss lm kl kl_uniform recall lr grad_norm index_grad_norm tokens_per_second mfu memory_gb".split(), 123456.78901234567)
     (place / "long" / "metrics.jsonl").write_text("".join(json.dumps(dict(stage="dense", step=i, **numbers)) + "\n" for i in range(2000)))
     report.collect(place / "long", place / "thin", False)
-    assert len(metrics(place / "thin")) == 200 and (place / "thin" / "metrics.jsonl").stat().st_size < 60000
+    assert len(metrics(place / "thin")) == 200 and (place / "thin" / "metrics.jsonl").stat().st_size < 70000
 
 
 def test_compared_runs_lie_stage_over_stage(place, control, monkeypatch):
@@ -285,7 +285,7 @@ BAD = [
     ("report.py", "nowhere", "nowhere: no run here"),
     ("copies.py", "out", "out exists; remove it"),
     ("copies.py", "new --documents=0", "--documents=0: must lie between 1 and"),
-    ("report.py", "kept-nowhere --collect=out", "evaluate the run first: python evaluate.py --checkpoint=out/sparse"),
+    ("report.py", "kept-nowhere --collect=out/warmup", "out/warmup/metrics.jsonl: no such file"),
     ("report.py", "out --plots", "--plots keeps the pictures of a run"),
     ("report.py", "foreign --compare=out", "foreign/metrics.jsonl: no such file"),
     ("sample.py", "--checkpoint=nowhere", "nowhere"),
