@@ -388,6 +388,8 @@ def test_killed_while_saving(tmp_path):
             time.sleep(delay)
             process.kill()
         Transformer.from_pretrained(tmp_path / "m")
+    model = Transformer.from_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m")  # also tidies up: m.old can be left beside m, or in its place
     (tmp_path / "m").rename(tmp_path / "m.old")  # the moment between the two renames
     model = Transformer.from_pretrained(tmp_path / "m")
     model.save_pretrained(tmp_path / "m")
