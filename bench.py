@@ -9,6 +9,7 @@ kernel with a cold L2; the forward of 1M tokens runs once. Operations are counte
 import json
 import statistics
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -240,6 +241,17 @@ def bench_long(table, folder):
             table.add(f"training, {folder}, context {T}, {model.attention}", T / speed * 1000, speed, f"tokens/s ({memory:.0f} GB)")
 
 
+@contextmanager
+def at_most(size):
+    """No more than `size` bytes of GPU memory, as on a smaller GPU."""
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / torch.cuda.get_device_properties(0).total_memory))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@at_most(80e9)
 def bench_graft(table):
     """A random-weight twin of DeepSeek-V2-Lite (15.7B, bf16) with indexers grafted: warm-up and sparse steps of one sequence within 80 GB."""
     config = Config(model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, intermediate_size=10944, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=0,
@@ -247,12 +259,12 @@ def bench_graft(table):
                     n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, moe_intermediate_size=1408, topk_method="greedy", norm_topk_prob=False,
                     max_position_embeddings=163840, rope_scaling=dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1,
                                                                       mscale=0.707, mscale_all_dim=0.707))
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 80e9 / total))
     torch.set_default_dtype(BF16)
-    with torch.device("cuda"):
-        model = Transformer(config)
-    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cuda"):
+            model = Transformer(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
     model.rope_frequencies = model.rope_frequencies.float()
     for block in model.model.layers:
         block.self_attn.indexer.float()
@@ -314,8 +326,6 @@ def main():
             curves[name] = parts[name](table)
         except torch.OutOfMemoryError as error:
             print(f"{name}: out of GPU memory, the rest of this part is left out ({str(error).splitlines()[0]})")
-        torch.cuda.set_per_process_memory_fraction(1.0)  # the part `graft` lowers it, and sets the dtype
-        torch.set_default_dtype(torch.float32)
         torch.cuda.empty_cache()
         (out / "bench.json").write_text(json.dumps(dict(machine=machine, yardsticks=dict(bf16=table.bf16, fp8=table.fp8), rows=table.rows, curves=curves), indent=1) + "\n")
     for name, label, file in (("context", "microseconds per token, one layer's attention", "time.png"), ("train", "peak memory of a training step (GB)", "memory.png")):

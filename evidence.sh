@@ -5,7 +5,7 @@
 # EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON, RUNS, RESULTS: interpreter, checkpoints, what is kept.
 set -euo pipefail
 cd "$(dirname "$0")"
-python=${PYTHON:-python} RUNS=${RUNS:-out/16k} RESULTS=${RESULTS:-results/16k} start=$RUNS/seed-1337
+python=${PYTHON:-python} RUNS=${RUNS:-out/16k} RESULTS=${RESULTS:-results/16k} start=$RUNS/seed-1337 above=$(dirname "$RESULTS")
 
 train()    { $python train.py --config=configs/${config:-16k}.conf ${EXTRA:-} --out_dir="$RUNS/$run" "$@"; }
 measure()  { $python evaluate.py --checkpoint="$RUNS/$run/sparse" "$@"; }
@@ -31,16 +31,16 @@ for run in ${@:-$everything}; do
                 run=copy-plain; train $short --dense_steps=2350 --dense_lr=2e-3 --initializer_range=0.02  # in vain
                 run=copy-short; train $short --dense_steps=1800 --dense_lr=1e-3
                 run=copy; train --data="$copies" --init_from="$RUNS/copy-short/dense"; train --stage=control --data="$copies"
-                measure --batches=4 --copies=64; RESULTS=$(dirname "$RESULTS") keep --plots
+                measure --batches=4 --copies=64; RESULTS=$above keep --plots
                 $python evaluate.py --checkpoint="$RUNS/copy/control" --batches=1 --copies=64 --out_dir="$RUNS/copy/evaluation-control"
-                cp "$RUNS/copy/evaluation-control/evaluation.json" "$(dirname "$RESULTS")/copy/evaluation-control.json"
-                for run in copy-plain copy-short; do RESULTS=$(dirname "$RESULTS") keep; done ;;
+                cp "$RUNS/copy/evaluation-control/evaluation.json" "$above/copy/evaluation-control.json"
+                for run in copy-plain copy-short; do RESULTS=$above keep; done ;;
     long)       $python bench.py --only=long --checkpoint=$start/sparse --out_dir="$RESULTS/long" ;;
     backends)   config=small; for backend in torch triton; do run=$backend; train --backend=$backend; done  # the same run by the reference and by the kernels
                 for backend in torch triton; do  # and the same text
                   $python sample.py --checkpoint="$RUNS/triton/sparse" --dtype=float32 --temperature=0 --num_tokens=200 --prompt="def main(" --backend=$backend > "$RUNS/$backend.txt"
                 done; cmp "$RUNS/torch.txt" "$RUNS/triton.txt"
-                kept=$(dirname "$RESULTS")/backends; for run in torch triton; do RESULTS=$kept keep; done; $python report.py "$kept/triton" --compare="$kept/torch" ;;
+                for run in torch triton; do RESULTS=$above/backends keep; done; $python report.py "$above/backends/triton" --compare="$above/backends/torch" ;;
     table)      $python report.py "$RESULTS" ;;
     *)          echo "evidence.sh: $run: no such run; choose from $everything" >&2; exit 2 ;;
   esac

@@ -1,6 +1,5 @@
 """The kernels on what a trained model feeds them, not only on random numbers: attention that is peaked, indexers that tie, outliers."""
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"
 import errors
 from model import Config, Transformer
 
+CUDA = torch.cuda.is_available()
 DEVICE, DTYPES = ("cuda", [None, torch.bfloat16]) if CUDA else ("cpu", [None])  # of autocast; None: float32
 ROUNDED = dict(out=(6e-3, 2.5e-2), lse=(1e-6, 1e-6), kl=(2e-5, 2e-5), kl_uniform=(2e-5, 2e-5))  # gradients less: they nearly cancel where attention is peaked
 T, TEXT = 96, torch.tensor(list(Path(argparse.__file__).read_bytes()))

@@ -1,16 +1,12 @@
 """Dense attention and the two indexer losses (kernels.py) against float64 references and their autograd."""
-import os
-
 import pytest
 import torch
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"
-import model
 import kernels
+import model
 from kernels import dense_attention, indexer_loss_dense, indexer_loss_sparse
 
+CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA  # the interpreter multiplies bf16 wrongly
 TOLERANCE = {torch.float32: (1e-5, 5e-5), torch.float16: (2e-3, 1e-2), torch.bfloat16: (6e-3, 2.5e-2)}  # whole tensor, worst row

@@ -1,11 +1,10 @@
 """quantise, index_scores and select against indexer.py: bits, errors, and positions. On a CPU through Triton's interpreter, with small shapes."""
-import os
 import pytest, torch
-CUDA = torch.cuda.is_available()
-if not CUDA: os.environ["TRITON_INTERPRET"] = "1"
+
 import indexer as reference
 import kernels
 
+CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter multiplies bf16 wrongly
 torch.set_num_threads(1 if not CUDA else torch.get_num_threads())

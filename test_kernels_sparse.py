@@ -1,18 +1,13 @@
 """Sparse attention kernels against float64 autograd: outputs, lse, gradients, awkward shapes; the packed FP8 cache; splits; repeats.
 
 Runs on the GPU (bf16, real shapes too) or through Triton's interpreter (fp16 and fp32, small shapes)."""
-import os
-
-import torch
-
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"
 import pytest
+import torch
 
 import kernels
 from kernels import sparse_attention
 
+CUDA = torch.cuda.is_available()
 DEVICE, HALF = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 product is broken
 
 
