@@ -27,10 +27,10 @@ BF16, HEADS, RANK, ROPE, QK, V, HI, DI, TOPK = torch.bfloat16, 128, 512, 64, 192
 SCALE, RUN = QK**-0.5, 4
 
 
-def milliseconds(function, rep=60):
-    """Median time of function() in ms, L2 flushed before each call."""
+def milliseconds(function):
+    """Median time of function() in ms, L2 flushed before each call, once the clock has settled: a card at its power limit follows the load for 0.1 s."""
     from triton.testing import do_bench
-    return do_bench(function, warmup=15, rep=rep, return_mode="median")
+    return do_bench(function, warmup=200, rep=200, return_mode="median")
 
 
 def randn(*shape, dtype=BF16):
@@ -62,17 +62,17 @@ class Table:
     def __init__(self):
         self.rows = []
         a, b = randn(8192, 8192), randn(8192, 8192)
-        self.bf16 = 2 * 8192**3 / milliseconds(lambda: a @ b, 100) / 1e9
+        self.bf16 = 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9
         a, b, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t(), torch.ones((), device="cuda")
-        self.fp8 = 2 * 8192**3 / milliseconds(lambda: torch._scaled_mm(a, b, one, one, out_dtype=BF16), 100) / 1e9
+        self.fp8 = 2 * 8192**3 / milliseconds(lambda: torch._scaled_mm(a, b, one, one, out_dtype=BF16)) / 1e9
         print(f"yardsticks: bf16 matmul 8192^3 {self.bf16:.0f} TFLOP/s, FP8 scaled_mm 8192^3 {self.fp8:.0f} TFLOP/s\n")
 
     def add(self, what, ms, figure, unit):
         self.rows.append(dict(what=what, ms=ms, figure=figure, unit=unit))
         print(f"{what:<72} {ms:>9.3f} ms   {figure:>9,.2f} {unit}", flush=True)
 
-    def rate(self, what, function, operations, yardstick="bf16", rep=60):
-        ms = milliseconds(function, rep)
+    def rate(self, what, function, operations, yardstick="bf16"):
+        ms = milliseconds(function)
         self.add(what, ms, operations / ms / 1e9 / getattr(self, yardstick), f"x {yardstick} matmul ({operations / ms / 1e9:.0f} TFLOP/s)")
 
 
@@ -81,13 +81,13 @@ def bench_select(table):
     import kernels
     for S, T in ((4096, 32768), (4096, 131072)):
         q, k, w, k_scale = index_inputs(S, T)
-        some = lambda: [kernels.index_scores(q[:, i:i + 512], k, w[:, i:i + 512], k_scale, None, torch.arange(T - S + i, T - S + i + 512, device="cuda", dtype=torch.int32)[None])
-                        for i in range(0, S, 512)]
         pairs = S * (T - S) + S * (S + 1) / 2
-        table.rate(f"index scores, S {S}, T {T}", some, 2 * pairs * HI * DI, "fp8", 100)
+        table.rate(f"index scores, S {S}, T {T}", lambda: kernels.index_scores(q, k, w, k_scale), 2 * pairs * HI * DI, "fp8")
         if T == 131072:
-            ours = milliseconds(lambda: kernels.select(q, k, w, TOPK, k_scale), 100)
-            theirs = milliseconds(lambda: [x.topk(TOPK, -1) for x in some()], 100)
+            last = torch.arange(T - S, T, device="cuda", dtype=torch.int32)[None]
+            chunks = [(q[:, i:i + 512], k, w[:, i:i + 512], k_scale, None, last[:, i:i + 512]) for i in range(0, S, 512)]
+            ours = milliseconds(lambda: kernels.select(q, k, w, TOPK, k_scale))
+            theirs = milliseconds(lambda: [kernels.index_scores(*chunk).topk(TOPK, -1) for chunk in chunks])
             table.add(f"select whole, S {S}, T {T}", ours, theirs / ours, "x faster than scores + torch.topk")
     for S, T in ((4096, 32768), (1024, 131072)):
         x = torch.randn(1, S, T, device="cuda")
@@ -109,7 +109,7 @@ def bench_sparse(table):
         g = randn(1, S, heads, RANK)
         step = lambda: torch.autograd.grad(kernels.sparse_attention(q, latents, indices, SCALE, RANK)[0], (q, latents), g)
         chosen = (indices >= 0).sum().item()
-        table.rate(f"sparse forward + backward, S {S}, {heads} heads", step, 2 * heads * chosen * (2 * RANK + ROPE + 3 * (RANK + ROPE) + 2 * RANK), rep=150)
+        table.rate(f"sparse forward + backward, S {S}, {heads} heads", step, 2 * heads * chosen * (2 * RANK + ROPE + 3 * (RANK + ROPE) + 2 * RANK))
     B, T = 128, 16384
     packed = torch.cat([pack_latents(randn(1, T, RANK + ROPE), RANK) for _ in range(B)])
     for n in (1, 2):
@@ -124,8 +124,8 @@ def bench_loss(table):
         q, k, v = randn(1, S, HEADS, QK), randn(1, S, HEADS, QK), randn(1, S, HEADS, V)
         index = randn(1, S, HI, DI).requires_grad_(), randn(1, S, DI).requires_grad_(), (randn(1, S, HI, dtype=torch.float32) * (HI * DI) ** -0.5).requires_grad_()
         lse = kernels.dense_attention(q, k, v, SCALE)[1]
-        ours = milliseconds(lambda: torch.autograd.grad(kernels.indexer_loss_dense(q, k, lse, SCALE, *index)[0].mean(), index), 100)
-        dense = milliseconds(lambda: kernels.dense_attention(q, k, v, SCALE), 100)
+        ours = milliseconds(lambda: torch.autograd.grad(kernels.indexer_loss_dense(q, k, lse, SCALE, *index)[0].mean(), index))
+        dense = milliseconds(lambda: kernels.dense_attention(q, k, v, SCALE))
         table.add(f"indexer loss, dense, S {S}, forward + backward", ours, ours / dense, "x the time of the cuDNN dense forward")
 
 
@@ -140,16 +140,16 @@ def bench_context(table):
         index, q, latents = index_inputs(S, T), randn(1, S, HEADS, RANK + ROPE), randn(1, T, RANK + ROPE)
         def dsa():
             return kernels.sparse_attention(q, latents, kernels.select(*index[:3], TOPK, index[3]), SCALE, RANK)
-        point("prefill, DSA", T, milliseconds(dsa, 30), S)
+        point("prefill, DSA", T, milliseconds(dsa), S)
         q, k, v = randn(1, HEADS, S, QK), randn(1, HEADS, T, QK), randn(1, HEADS, T, V)  # one chunk behind T - S cached tokens: hardly any pair masked
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            point("prefill, dense MHA (cuDNN)", T, milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=T == S), 30), S)
+            point("prefill, dense MHA (cuDNN)", T, milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=T == S)), S)
         del q, k, v, latents
         B = 64  # decoding from the FP8 caches; dense is the same attention kernel with every token selected
         index, q, latents = index_inputs(1, T, B), randn(B, 1, HEADS, RANK + ROPE), torch.stack([pack_latents(randn(T, RANK + ROPE), RANK) for _ in range(B)])
         everything = torch.arange(T, dtype=torch.int32, device="cuda").expand(B, 1, T).contiguous()
-        point("decode, DSA", T, milliseconds(dsa, 30), B)
-        point("decode, dense MLA", T, milliseconds(lambda: kernels.sparse_attention(q, latents, everything, SCALE, RANK), 30), B)
+        point("decode, DSA", T, milliseconds(dsa), B)
+        point("decode, dense MLA", T, milliseconds(lambda: kernels.sparse_attention(q, latents, everything, SCALE, RANK)), B)
         del latents
     for kind, ours, dense in (("prefill", "prefill, DSA", "prefill, dense MHA (cuDNN)"), ("decode", "decode, DSA", "decode, dense MLA")):
         (T, a), (_, b) = curves[ours][-1], curves[dense][-1]
@@ -281,7 +281,7 @@ def bench_graft(table):
         step()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        ms = milliseconds(step, 1)
+        ms = milliseconds(step)
         table.add(f"{stage} step, 15.7B twin, {T} tokens, --train={learn}{' --recompute' * model.recompute}", ms, torch.cuda.max_memory_allocated() / 1e9, "GB peak")
         del optimizer
 

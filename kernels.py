@@ -40,9 +40,9 @@ def has_fp8(device):
 
 
 def fit(**tensors):
-    """name=(tensor, shape): ValueError naming the first tensor that has another shape."""
+    """name=(tensor or None, shape): ValueError naming the first tensor that has another shape."""
     for name, (x, shape) in tensors.items():
-        if x.shape != shape:
+        if x is not None and x.shape != shape:
             raise ValueError(f"{name} is {tuple(x.shape)} and should be {tuple(shape)} to fit the other arguments")
 
 
@@ -112,6 +112,7 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
 # A program keeps BQ queries x HP heads (up to 256 columns) and streams SPAN keys in tiles of BK: tl.dot(keys, queries^T) has the keys as rows,
 # and the columns are dealt so that relu, weight and the sum over heads stay inside a thread. Tiles that none of its queries sees are skipped
 # (-inf with FILL; without it, what a query does not see is left undefined). BITS: two bits per pair instead of a score, for `select`.
+# WHOLE: no tile reaches beyond k, and nothing is masked. On Hopper instructions are the limit, and the power they take: masks count.
 # Operations: 2 HI dI per pair on the tensor cores and 2 HI (max, fma) beside them; bytes: 4 (BITS: 1/4) per pair, keys once per BQ queries (L2).
 
 @triton.jit
@@ -152,7 +153,7 @@ def _score(k, q, w, BQ: tl.constexpr, HP: tl.constexpr, DECODE_E4M3: tl.constexp
 @triton.jit
 def _scores_kernel(Q, K, W, KS, TH, FIRST, LAST, OUT, S, T, LD, row0, ROWS, SPAN, HI, dI, skb, skt, ssb, sst, BQ: tl.constexpr, HP: tl.constexpr,
                    DP: tl.constexpr, BK: tl.constexpr, HAS_KS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-                   DECODE_E4M3: tl.constexpr, FILL: tl.constexpr, BITS: tl.constexpr):
+                   DECODE_E4M3: tl.constexpr, FILL: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr):
     b = tl.program_id(2).to(tl.int64); tile = tl.program_id(0)*BQ; end = tl.minimum(row0 + ROWS, S)
     i, h = _columns(BQ, HP); i += row0 + tile; d = tl.arange(0, DP)
     okc = (i < end) & (h < HI); at = (b*S + i)*HI + h
@@ -175,12 +176,16 @@ def _scores_kernel(Q, K, W, KS, TH, FIRST, LAST, OUT, S, T, LD, row0, ROWS, SPAN
             tl.store(out[None, :] + (s0 + s_)[:, None], none, mask=ok[None, :] & (s0 + s_ < stop)[:, None])
         for s0 in range(tl.maximum(begin, lo + tl.cdiv(tl.maximum(hi - lo, 0), BK)*BK), stop, BK):
             tl.store(out[None, :] + (s0 + s_)[:, None], none, mask=ok[None, :] & (s0 + s_ < stop)[:, None])
+    if HAS_KS: scale = tl.load(KS + b*ssb + (lo + s_).to(tl.int64)*sst, mask=lo + s_ < T, other=0.0)
     for s0 in tl.range(lo, hi, BK):
-        s = s0 + s_; oks = s < T
-        k = tl.load(K + b*skb + s.to(tl.int64)[:, None]*skt + d[None, :], mask=oks[:, None] & (d < dI)[None, :], other=0.0)
-        if HAS_KS: scale = tl.load(KS + b*ssb + s.to(tl.int64)*sst, mask=oks, other=0.0)                  # under way while the tensor cores work
+        s = s0 + s_; oks = s < T; p = K + b*skb + s.to(tl.int64)[:, None]*skt + d[None, :]
+        if WHOLE: k = tl.load(p)
+        else: k = tl.load(p, mask=oks[:, None] & (d < dI)[None, :], other=0.0)
+        if HAS_KS: ahead = tl.load(KS + b*ssb + (s + BK).to(tl.int64)*sst, mask=s + BK < T, other=0.0)    # of the next tile: no one waits for it
         score = _score(k, q, w, BQ, HP, DECODE_E4M3)                                                      # [BK, BQ]
-        if HAS_KS: score = score*scale[:, None]
+        if HAS_KS:
+            score = score*scale[:, None]
+            scale = ahead
         if BITS:
             bit = (1 << (s_ % 16))[:, None]
             bits = tl.where(score > limit[None, :], bit | (bit << 16), tl.where(score >= limit[None, :], bit, 0))
@@ -199,7 +204,7 @@ def _scores_tiles(q, rows):
     HP = max(2, triton.next_power_of_2(HI)); DP = max(32 if size == 1 else 16, triton.next_power_of_2(dI))
     columns = max(HP, 256 if size*DP <= 128 else 256 // size)
     BQ = max(16 // HP, 1, min(columns // HP, triton.next_power_of_2(rows)))
-    BK = 32 if size == 4 and limits(q.device)[0] < 140*1024 else 64                                                              # float32 tiles of 64 keys need 135 KB
+    BK = 32 if size == 4 and limits(q.device)[0] < 140*1024 else 64                                            # float32 tiles of 64 keys need 135 KB
     return BQ, HP, DP, BK, emulate, 8 if BQ*HP == 256 else 4, 4 if size == 1 else 3
 
 
@@ -215,7 +220,7 @@ def _scores_into(out, q, k, w, k_scale, first, last, row0, rows, LD, fill=False,
     _scores_kernel[(tiles, triton.cdiv(T, span), B)](
         q, k, w, *(w if x is None else x for x in (k_scale, threshold, first, last)), out, S, T, LD, row0, rows, span, HI, dI, *k.stride()[:2],
         *((0, 0) if k_scale is None else k_scale.stride()), BQ, HP, DP, BK, k_scale is not None, first is not None, last is not None, emulate, fill,
-        threshold is not None, num_warps=warps, num_stages=stages)
+        threshold is not None, T % BK == 0 and dI == DP, num_warps=warps, num_stages=stages)
     return BQ, BK
 
 
@@ -226,7 +231,7 @@ def _select_inputs(q, k, w, k_scale, first, last):
     if (q.dtype == torch.float8_e4m3fn) != (k_scale is not None):
         raise ValueError(f"k is {k.dtype} and k_scale is {'given' if k_scale is not None else 'None'}: e4m3 keys need their scales, float keys have none")
     (B, S, HI, dI), T = q.shape, k.shape[1]
-    fit(k=(k, (B, T, dI)), w=(w, (B, S, HI)), k_scale=(k[..., 0] if k_scale is None else k_scale, (B, T)))
+    fit(k=(k, (B, T, dI)), w=(w, (B, S, HI)), k_scale=(k_scale, (B, T)))
     bounds = [None if x is None else x.expand(B, S).int().contiguous() for x in (first, last)]
     return q.contiguous(), k if k.stride(2) == 1 else k.contiguous(), w.float().contiguous(), k_scale, *bounds
 
@@ -410,9 +415,9 @@ def _topk_into(out, scores, T, first, last, row0, rows, LD):
     """out (B,S,K)[:, row0:row0+rows] = top-k of scores (B,rows,LD >= T)"""
     B, S, K = out.shape
     direct, sample = T <= SELECT_DIRECT, 1024 if T <= 16384 else 2048 if T <= 65536 else 8192
-    mean = sample*min(K, T)/T; rank = mean + 4*mean**0.5 + 3                                                    # as in the kernel, for its longest rows
+    mean = sample*min(K, T)/T; rank = mean + 4*mean**0.5 + 3                                            # as in the kernel, for its longest rows
     cap = triton.next_power_of_2(T if direct else max(1024, int((rank + 2.5*rank**0.5)*T/sample)))
-    sms = limits(out.device)[1]; small = cap <= 2048 and B*rows > 2*sms                               # few rows: none of them should take long
+    sms = limits(out.device)[1]; small = cap <= 2048 and B*rows > 2*sms                                 # few rows: none of them should take long
     warps, tile = (max(1, cap // 1024), 4096) if direct else (4, 2048) if small else (max(8, min(32, cap // 512)), 4096)
     programs, words = min(B*rows, sms*(32 // warps)), 512 if T <= 16384 else 1024
     scratch = torch.empty(1 if direct else programs*(cap + words + 1), dtype=torch.int32, device=out.device)
@@ -2074,23 +2079,21 @@ def sparse_attention(q, latents, indices, scale, value_dim):
     A row with nothing selected: out 0, lse -inf, gradient 0. Differentiable in q and latents; dlatents is summed in float32 by atomics, so
     its last bits vary from run to run. Memory beyond outputs: 8 bytes x B S K (lists), at most 1 GB for P and dS, 4 bytes x B T D (dlatents).
     ValueError: shapes or dtypes that do not fit."""
-    if q.dim() != 4 or latents.dim() != 3 or indices.dim() != 3 or indices.shape[:2] != q.shape[:2] or latents.shape[0] != q.shape[0]:
-        shapes = tuple(q.shape), tuple(latents.shape), tuple(indices.shape)
-        raise ValueError("sparse_attention needs q (B,S,H,D), latents (B,T,D), indices (B,S,K), not {}, {}, {}".format(*shapes))
+    (B, S, H, D), packed = q.shape, latents.dtype == torch.uint8
+    entry = value_dim + 4 * triton.cdiv(value_dim, 128) + 2 * (D - value_dim) if packed else D
+    if not 0 < value_dim <= D:
+        raise ValueError(f"value_dim={value_dim} should lie within 1..{D}, the width of q")
+    if packed and (entry % 4 or value_dim % 4 or value_dim > 512):
+        raise ValueError(f"an FP8 cache takes a value_dim that is a multiple of 4 up to 512, and entries of 4 n bytes, not {value_dim} and {entry}")
+    fit(latents=(latents, (B, latents.shape[1], entry)), indices=(indices, (B, S, indices.shape[-1])))
     if indices.dtype != torch.int32:
         raise ValueError(f"indices are int32, not {indices.dtype}: pass indices.int()")
     q, latents, indices = q.contiguous(), latents.contiguous(), indices.contiguous()
-    if latents.dtype == torch.uint8:
-        size = value_dim + 4 * triton.cdiv(value_dim, 128) + 2 * (q.shape[-1] - value_dim)
-        if latents.shape[-1] != size or size % 4 or value_dim % 4 or value_dim > 512:
-            raise ValueError(f"packed latents of {value_dim} + {q.shape[-1] - value_dim} numbers have {size} bytes, not {latents.shape[-1]}; "
-                             "value_dim is a multiple of 4, at most 512, and bytes are a multiple of 4")
+    if packed:
         hopper = sparse_hopper(q, latents, indices, value_dim)
-        if hopper and q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], 64) >= limits(q.device)[1] // 2:  # fewer: only lists in pieces fill the GPU
+        if hopper and B * S * triton.cdiv(H, 64) >= limits(q.device)[1] // 2:  # fewer: only lists in pieces fill the GPU
             return hopper.sparse_forward(q, latents, indices, scale)
         return sparse_forward(q, latents, indices, scale, value_dim)
-    if latents.shape[-1] != q.shape[-1] or not 0 < value_dim <= q.shape[-1]:
-        raise ValueError(f"q {tuple(q.shape)} and latents {tuple(latents.shape)} need one width, and value_dim {value_dim} within it")
     return SparseAttention.apply(q, latents.to(q.dtype), indices, scale, value_dim)
 
 

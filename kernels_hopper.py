@@ -23,6 +23,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy as ac, mbarrier, fence_async_shared, warpgroup_mma, warpgroup_mma_wait)
 
+from kernels import limits
+
 LATENT, ROPE = gl.constexpr(512), gl.constexpr(64)
 D = gl.constexpr(LATENT.value + ROPE.value)
 ENTRY = gl.constexpr(LATENT.value + 4 * 4 + 2 * ROPE.value)    # bytes per token of the packed FP8 cache
@@ -177,7 +179,7 @@ def fwd_producer_fp8(q, cache, idx, sL, sR, sP, qL, qR, qP, sIdx, fK, eK, fR, eR
 
 
 @gluon.jit
-def fwd_scores(lse, scale_log2, sL, sR, sP, sIdx, qL, qR, qP, sA, sF, fK, fR, fQ, eQ, fS, fF, eF, nwork, H: gl.constexpr, K: gl.constexpr):
+def fwd_scores(lse, scale_log2, sL, sR, sP, sIdx, qL, qR, qP, sA, sF, fK, fR, fQ, eQ, fS, fF, eF, nwork, K: gl.constexpr):
     MS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     row: gl.constexpr = gl.SliceLayout(1, MS)
     n = 0
@@ -286,7 +288,7 @@ def fwd(q, latents, idx, out, lse, scale_log2, nwork, S, T, H: gl.constexpr, K: 
     # registers of a thread: these for the workers, the rest of 512 for scores
     RPROD: gl.constexpr = 88 if FP8 else 40
     gl.warp_specialize([
-        (fwd_scores, (lse, scale_log2, sL, sR, sP, sIdx, qL, qR, qP, sA, sF, fK, fR, fQ, eQ, fS, fF, eF, nwork, H, K)),
+        (fwd_scores, (lse, scale_log2, sL, sR, sP, sIdx, qL, qR, qP, sA, sF, fK, fR, fQ, eQ, fS, fF, eF, nwork, K)),
         (fwd_pv, (out, sL, sP, sA, sF, eK, eK, fS, fF, eF, nwork, 0, K)),
         (fwd_pv, (out, sR, sP, sA, sF, eR, eK, fS, fF, eF, nwork, 256, K)),
         (fwd_producer_fp8 if FP8 else fwd_producer, (q, latents, idx, sL, sR, sP, qL, qR, qP, sIdx, fK, eK, fR, eR, fQ, eQ, nwork, S, T, H, K)),
@@ -458,7 +460,7 @@ def dq_producer(latents, idx, dS, sS, sK, sR, fT, eT, s0, nwork, S, T, H: gl.con
 
 
 @gluon.jit
-def dq_consumer(dq, sS, sK, sR, fT, eT, nwork, WHO: gl.constexpr, H: gl.constexpr, K: gl.constexpr, NS: gl.constexpr):
+def dq_consumer(dq, sS, sK, sR, fT, eT, nwork, WHO: gl.constexpr, K: gl.constexpr, NS: gl.constexpr):
     MO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     MR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     k = 0
@@ -499,8 +501,8 @@ def bwd_dq(latents, idx, dS, dq, s0, nwork, S, T, H: gl.constexpr, K: gl.constex
         mbarrier.init(eT.index(i), count=2)
     gl.warp_specialize([
         (dq_producer, (latents, idx, dS, sS, sK, sR, fT, eT, s0, nwork, S, T, H, K, NS)),
-        (dq_consumer, (dq, sS, sK, sR, fT, eT, nwork, 0, H, K, NS)),
-        (dq_consumer, (dq, sS, sK, sR, fT, eT, nwork, 1, H, K, NS)),
+        (dq_consumer, (dq, sS, sK, sR, fT, eT, nwork, 0, K, NS)),
+        (dq_consumer, (dq, sS, sK, sR, fT, eT, nwork, 1, K, NS)),
     ], [4, 4], [208, 208])
 
 
@@ -524,7 +526,7 @@ def fill_pairs(dst, rows, C0: gl.constexpr):
 
 
 @gluon.jit
-def dl_producer(q, dout, P, dS, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, nwork, H: gl.constexpr, K: gl.constexpr):
+def dl_producer(q, dout, P, dS, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, nwork, K: gl.constexpr):
     r = gl.arange(0, 128, gl.SliceLayout(1, COPY))
     ph = 1
     qp = 1
@@ -605,7 +607,7 @@ def bwd_dlatents(q, dout, P, dS, idx, dlatents, s0, nwork, S, T, H: gl.constexpr
     mbarrier.init(fQ, count=128)
     mbarrier.init(eQ, count=2)
     gl.warp_specialize([
-        (dl_producer, (q, dout, P, dS, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, nwork, H, K)),
+        (dl_producer, (q, dout, P, dS, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, nwork, K)),
         (dl_consumer, (dlatents, idx, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, s0, nwork, S, T, 0, H, K)),
         (dl_consumer, (dlatents, idx, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, s0, nwork, S, T, 1, H, K)),
     ], [4, 4], [216, 216])
@@ -754,10 +756,6 @@ def _pad(x, dim, multiple, value=0):
     return x.contiguous()
 
 
-def _programs(work, device):
-    return min(work, torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def sparse_forward(q, latents, indices, scale):
     """q (B,S,H,576) bf16, latents (B,T,576) bf16 or the packed FP8 cache (B,T,656) uint8, indices (B,S,K) int32, -1 empty
     -> out (B,S,H,512) bf16, lse (B,S,H) float32, natural log. An FP8 entry enters as bf16(value x scale): exact for scales that are powers of two.
@@ -772,8 +770,8 @@ def sparse_forward(q, latents, indices, scale):
     lse = q.new_empty(B, S, HP, dtype=torch.float32)
     work = B * S * HP // 64
     if work:
-        fwd[(_programs(work, q.device),)](q, latents, indices, out, lse, scale * LOG2E.value, work, S, latents.shape[1], HP, indices.shape[2],
-                                          latents.dtype == torch.uint8, num_warps=4)
+        fwd[(min(work, limits(q.device)[1]),)](q, latents, indices, out, lse, scale * LOG2E.value, work, S, latents.shape[1], HP, indices.shape[2],
+                                               latents.dtype == torch.uint8, num_warps=4)
     return out[:, :, :H], lse[:, :, :H]
 
 
@@ -794,7 +792,7 @@ def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=2*
     if not delta.numel():
         return dq[:, :, :H], dlatents
     bwd_delta[(triton.cdiv(delta.numel(), 16),)](out, dout, delta, delta.numel(), LATENT.value, 16)
-    sms = _programs(1 << 30, q.device)
+    sms = limits(q.device)[1]
     chunk = max(1, scratch_bytes // (4 * HP * K))
     chunk = min(chunk - chunk % sms if chunk > sms else chunk, B * S)           # whole waves of programs
     P = q.new_empty(chunk, HP, K)
@@ -803,7 +801,7 @@ def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=2*
     for s0 in range(0, B * S, chunk):
         qc, doutc, idx, lsec, deltac, dqc = (x[s0:s0 + chunk] for x in flat)
         work = len(qc) * HP // 64
-        grid = (_programs(work, q.device),)
+        grid = (min(work, sms),)
         bwd_scores[grid](qc, doutc, latents, idx, lsec, deltac, P, dS, scale, s0, work, S, T, HP, K, 5, num_warps=4)
         bwd_dq[grid](latents, idx, dS, dqc, s0, work, S, T, HP, K, 4, num_warps=4)
         bwd_dlatents[grid](qc, doutc, P, dS, idx, dlatents, s0, work, S, T, HP, K, num_warps=4)
