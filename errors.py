@@ -114,7 +114,7 @@ def small_kernels():
         args = q, k_index, w * q_scale[..., 0], k, k_scale[..., 0]
         kernels.index_scores(*args[:3], args[4])
         usual = kernels.SELECT_FILTER
-        for kernels.SELECT_FILTER in (usual, (1, 1, 0, 2048)):
+        for kernels.SELECT_FILTER in (usual, (1, 1, 0, 0, 2048)):
             print(f"select, {heads} x {dim}, {k} of {T}: {same_selection(args):.2%} of the queries as the reference", flush=True)
         kernels.SELECT_FILTER = usual
     kernels.topk(randn(1, 5, 70000, dtype=torch.float32), 2048)

@@ -17,7 +17,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 SELECT_CHUNK = 2**28  # scores that `select` holds at a time: 1 GB; less makes more chunks, each with a tail of idle processors
 SELECT_DIRECT = 2048  # keys up to which a row is its own candidate list
-SELECT_FILTER = 256, 32768, 64, 1024  # `select` filters from so many queries, keys, and keys per topk on, up to so large a topk
+SELECT_FILTER = 256, 32768, 8192, 64, 1024  # `select` filters from so many queries, keys, keys per indexer head and per topk on, up to so large a topk
 LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk of the dense loss holds at a time: 18 bytes each at 64 indexer heads
 G_SCALE = tl.constexpr(64.0)  # gradients with respect to scores are kept times this: float16 would lose those of long rows
 
@@ -181,11 +181,10 @@ def _scores_kernel(Q, K, W, KS, TH, FIRST, LAST, OUT, S, T, LD, row0, ROWS, SPAN
         s = s0 + s_; oks = s < T; p = K + b*skb + s.to(tl.int64)[:, None]*skt + d[None, :]
         if WHOLE: k = tl.load(p)
         else: k = tl.load(p, mask=oks[:, None] & (d < dI)[None, :], other=0.0)
-        if HAS_KS: ahead = tl.load(KS + b*ssb + (s + BK).to(tl.int64)*sst, mask=s + BK < T, other=0.0)    # of the next tile: no one waits for it
         score = _score(k, q, w, BQ, HP, DECODE_E4M3)                                                      # [BK, BQ]
         if HAS_KS:
             score = score*scale[:, None]
-            scale = ahead
+            scale = tl.load(KS + b*ssb + (s + BK).to(tl.int64)*sst, mask=s + BK < T, other=0.0)           # of the next tile: no one waits for it
         if BITS:
             bit = (1 << (s_ % 16))[:, None]
             bits = tl.where(score > limit[None, :], bit | (bit << 16), tl.where(score >= limit[None, :], bit, 0))
@@ -438,7 +437,7 @@ def topk(scores, topk, first=None, last=None):
 
 
 # select, filtered -------------------------------------------------------------------------------------------------------------------
-# The same set for many queries over long contexts, where above all the scores' way through memory costs. Scores are computed, not kept:
+# The same set for many queries of few heads over long contexts, where above all the scores' way through memory costs. Scores are computed, not kept:
 #   threshold  a row's threshold t from its scores of every STRIDE-th key, so that K..CAP scores exceed it nearly always (about 1.5 K do)
 #   filter     all scores once more, of which two bits remain: > t, >= t
 #   collect    a program per row: positions of the bits > t; if these are K..CAP, their scores again from gathered keys, and the exact K best.
@@ -585,8 +584,8 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
     q, k, w, k_scale, first, last = _select_inputs(q, k, w, k_scale, first, last)
     (B, S, _, _), T = q.shape, k.shape[1]
     out = torch.empty(B, S, topk, dtype=torch.int32, device=q.device)
-    queries, keys, ratio, most = SELECT_FILTER
-    if S < queries or T < max(keys, ratio*topk) or topk > most or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+    queries, keys, per_head, per_topk, most = SELECT_FILTER
+    if S < queries or T < max(keys, per_head*q.shape[2], per_topk*topk) or topk > most or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         _select_exact(out, q, k, w, k_scale, first, last)
         return out
     bad = _select_filtered(out, q, k, w, k_scale, first, last)

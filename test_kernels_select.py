@@ -190,7 +190,7 @@ def filtered(monkeypatch, *args):
     def count(*a):
         bad = select_filtered(*a); left.append(int(bad.sum())); return bad
     with monkeypatch.context() as m:
-        m.setattr(kernels, "SELECT_FILTER", (1, 1, 0, 2048)); m.setattr(kernels, "_select_filtered", count)
+        m.setattr(kernels, "SELECT_FILTER", (1, 1, 0, 0, 2048)); m.setattr(kernels, "_select_filtered", count)
         return kernels.select(*args), left[0]
 
 
