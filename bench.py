@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import cli
+from support import tokenizer
+from support import checkpoint
+from support import cli
 import data
-import report
-from model import Config, Transformer
+from support import report
+from config import Config
+from model import Transformer
 from sparse_attn import pack_latents
 from train import trainable
 
@@ -233,7 +235,7 @@ def bench_long(table, folder):
     if not folder:
         print("long: left out, it takes a trained --checkpoint")
         return
-    model, text = Transformer.from_pretrained(folder, device="cuda").train(), data.prepare("python", checkpoint.tokenizer_name(folder))[0].tokens
+    model, text = Transformer.from_pretrained(folder, device="cuda").train(), data.prepare("python", tokenizer.tokenizer_name(folder))[0].tokens
     for T in (16384, 32768, 65536, 131072):
         x = torch.from_numpy(text[:max(1, 65536 // T) * T + 1].astype("int64")).cuda().unfold(0, T + 1, T)
         for model.attention in ("dense", "sparse"):

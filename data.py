@@ -22,12 +22,11 @@ import urllib.request
 import uuid
 
 import numpy as np
-import tiktoken
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import cli
+from support import cli
+from support.tokenizer import encode, tokenizer
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 1115394)  # URL, sha256, bytes
@@ -36,37 +35,6 @@ C4 = "https://huggingface.co/datasets/allenai/c4/{}/1588ec454efa1a09f29cd18ddd04
 VALIDATION_SHARE = 0.1
 SKIP_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 NO_DOWNLOAD = "use --data=python, which needs no download, or a local file"
-
-
-# ---- tokenizers ----
-
-def tokenizer(name="bytes"):
-    """-> tiktoken.Encoding. "bytes": the 256 bytes and <|endoftext|> = 256. Any name that tiktoken knows, such as gpt2. A checkpoint folder:
-    its tokenizer.json, as an object with the same methods.
-
-    Raises ValueError for an unknown name, for an encoding without <|endoftext|>, and when its file cannot be fetched."""
-    if name == "bytes":  # nothing merges: the ids are the bytes, however the pattern cuts the text; short pieces are fastest
-        return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={"<|endoftext|>": 256})
-    if os.path.isdir(name):
-        return checkpoint.FolderTokenizer(name)
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"unknown tokenizer {name!r}: choose from bytes, {', '.join(tiktoken.list_encoding_names())}")
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name!r} cannot be fetched ({type(error).__name__}): connect once, set TIKTOKEN_CACHE_DIR to "
-                         "a folder that holds its file, or use --tokenizer=bytes, which needs no download") from None
-    if "<|endoftext|>" not in encoding.special_tokens_set:
-        raise ValueError(f"tokenizer {name!r} has no <|endoftext|>, which separates documents: use --tokenizer=bytes")
-    return encoding
-
-
-def encode(encoding, texts):
-    """-> one array of ids per text, as encode_ordinary gives them: text that spells a special token stays text."""
-    if encoding.name == "bytes":
-        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-    return [np.array(ids) for ids in encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())]
 
 
 # ---- downloads ----

@@ -24,19 +24,22 @@ import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
-import cli
+from support import files
+from support import tokenizer
+from support import checkpoint
+from support import cli
 import data
 import indexer
-import report
-from model import Config, Transformer
+from support import report
+from config import Config
+from model import Transformer
 
 YARDSTICKS = ("selected", "last k", "oracle")
 ENTROPIES = ("indexer", "selection", "attention")
@@ -61,12 +64,12 @@ def options(argv):
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the linear layers, autocast (default: bfloat16 on a GPU, else float32)")
     parser.add_argument("--backend", choices=["auto", "torch", "triton"], default="auto", help="attention path (auto: triton on a CUDA GPU)")
     o = parser.parse_args(argv)
-    folder = checkpoint.locate(o.checkpoint)
-    config = checkpoint.read_config(folder, Config)
+    folder = files.locate(o.checkpoint)
+    config = checkpoint.read_config(folder)
     if not config.index_topk:
         raise ValueError(f"--checkpoint={o.checkpoint}: has no indexer (index_topk=0); train one: train.py --stage=warmup --init_from={o.checkpoint}")
-    run = dict(data="python", block_size=min(4 * config.index_topk, config.max_position_embeddings), batch_size=8, index_fp8=True) | checkpoint.run_options(folder.parent)
-    o.tokenizer = o.tokenizer or run.get("tokenizer") or checkpoint.tokenizer_name(folder)
+    run = dict(data="python", block_size=min(4 * config.index_topk, config.max_position_embeddings), batch_size=8, index_fp8=True) | files.run_options(folder.parent)
+    o.tokenizer = o.tokenizer or run.get("tokenizer") or tokenizer.tokenizer_name(folder)
     o.out_dir = o.out_dir or str(folder.parent / f"evaluation-{folder.name}")
     for name in ("data", "block_size", "batch_size", "index_fp8"):
         setattr(o, name, run[name] if getattr(o, name) is None else getattr(o, name))
@@ -100,7 +103,7 @@ def watching(model, record):
     index = []
 
     def watch(module, args, layer):
-        h, rope, run, *rest = args
+        h, run, *rest = args
 
         def select(*arguments):
             index[:] = arguments
@@ -111,8 +114,8 @@ def watching(model, record):
                 record(layer, index, arguments)
             return run.ops.sparse_attention(*arguments)
 
-        ops = SimpleNamespace(**vars(run.ops) | dict(select=select, sparse_attention=sparse_attention))
-        return h, rope, SimpleNamespace(**vars(run) | dict(ops=ops)), *rest
+        ops = run.ops._replace(select=select, sparse_attention=sparse_attention)
+        return h, replace(run, ops=ops), *rest
 
     hooks = ExitStack()
     for layer, block in enumerate(model.model.layers):

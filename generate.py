@@ -1,70 +1,153 @@
-"""Generation: the prompt enters the caches in chunks, then one token at a time. On a GPU a decoding step is one CUDA graph."""
+"""Generation: the prompt enters the caches in chunks, then one token at a time. On a GPU a decoding step is
+one CUDA graph."""
 import torch
 
 from sparse_attn import Cache
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """logits (B,vocab) -> (B,) int64 sampled tokens; temperature 0 takes the most likely one."""
+    """logits (B,vocab) -> (B,) int64 sampled tokens, from the top_k most likely ones and the smallest set of
+    probability top_p. temperature 0 takes the most likely one. Of equal logits the lower ids come first."""
     if temperature < 1e-6:
         return logits.argmax(-1)
     logits = logits.float() / temperature
-    if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:], float("-inf"))
-    if top_p is not None:  # a token stays while those before it hold less than top_p
-        ranked, order = logits.sort(-1, descending=True)
-        p = ranked.softmax(-1)
-        logits = logits.masked_fill(torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) - p >= top_p), float("-inf"))
+    nucleus = top_p is not None and top_p < 1
+    if top_k is not None or nucleus:
+        ranked, order = logits.sort(-1, descending=True, stable=True)  # (B, vocab) each
+        if top_k is not None:
+            ranked[:, top_k:] = float("-inf")
+        if nucleus:  # a token stays while those before it hold less than top_p
+            p = ranked.softmax(-1)
+            ranked = ranked.masked_fill(p.cumsum(-1) - p >= top_p, float("-inf"))
+        logits = torch.empty_like(logits).scatter_(-1, order, ranked)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def decoder(model, caches, B, device):
-    """-> step(token (B,), t): logits (B,1,vocab) of the token at position t, which enters the caches.
+def document_starts(idx, end_ids):
+    """idx (B,T) -> (B,T) int32: for each token the position where its document begins, behind the last end of
+    text before it."""
+    B, T = idx.shape
+    ends = torch.isin(idx, torch.tensor(end_ids, dtype=idx.dtype, device=idx.device))  # (B, T)
+    behind = torch.arange(1, T + 1, device=idx.device).expand(B, T).masked_fill(~ends, 0)
+    starts = behind.cummax(-1).values.roll(1, -1)  # an end of text belongs to the document that it ends
+    starts[:, 0] = 0
+    return starts.int()
 
-    With the Triton kernels on a GPU the first call captures the step as a CUDA graph: lengths are read on the device, so that one graph serves
-    every t and no time goes to launches. Routing to experts needs the host, so models with experts run step by step."""
-    if device.type != "cuda" or model.backend_on(device) == "torch" or model.config.n_routed_experts:
-        return lambda token, t: model(token[:, None], caches=caches, position=torch.tensor([t], device=device))[0]
-    token_in, position = torch.zeros(B, 1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)
-    last, graph, out = torch.zeros(B, 1, dtype=torch.int32, device=device), torch.cuda.CUDAGraph(), []
 
-    def step(token, t):
-        token_in.copy_(token[:, None])
-        position.fill_(t)
-        last.fill_(t)
-        if not out:
-            side = torch.cuda.Stream()  # compiles the kernels, which a capture cannot; what it writes at t the replay writes again
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                model(token_in, caches=caches, position=position, last=last)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                out.append(model(token_in, caches=caches, position=position, last=last)[0])
-        graph.replay()
-        return out[0]
+class Decoder:
+    """Decoding steps of B rows whose prompts are in the caches.
 
-    return step
+    With the Triton kernels on a GPU the first step is captured as a CUDA graph: lengths are read on the
+    device, so one graph serves every position and no time goes to launches. Routing to experts needs the
+    host, so models with experts run step by step."""
+
+    def __init__(self, model, caches, B, device, backend):
+        self.model = model
+        self.caches = caches
+        self.captures = device.type == "cuda" and backend == "triton" and not model.config.n_routed_experts
+        self.graph = None
+        self.logits = None
+        self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.first = torch.zeros(B, 1, dtype=torch.int32, device=device)
+        self.last = torch.zeros(B, 1, dtype=torch.int32, device=device)
+
+    def step(self, token, position, first):
+        """token (B,) int64 at this position, which enters the caches; first (B,): where its document begins
+        -> logits (B,1,vocab)."""
+        self.token.copy_(token[:, None])
+        self.position.fill_(position)
+        self.first.copy_(first[:, None])
+        self.last.fill_(position)
+        if not self.captures:
+            return self.forward(last=None)
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.logits
+
+    def forward(self, last):
+        logits, _ = self.model(
+            self.token, first=self.first, caches=self.caches, position=self.position, last=last)
+        return logits
+
+    def capture(self):
+        """The first forward runs beside the graph: it compiles kernels, which a capture cannot, and what it
+        writes the replay writes again."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.forward(self.last)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.forward(self.last)
+
+
+def check(T, n, temperature, top_k, top_p, chunk, config):
+    """ValueError: options of `stream` that mean nothing, a prompt that is empty or too long."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature}: must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: a probability above 0 and up to 1")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: must be at least 1")
+    longest = config.max_position_embeddings
+    if T < 1 or T + n > longest:
+        raise ValueError(f"prompt of {T} tokens + {n} new ones: must be between 1 and "
+                         f"max_position_embeddings={longest}; shorten either")
 
 
 @torch.inference_mode()
-def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=1024, fp8_cache=False):
-    """Yield n times the next token (B,) int64 after the prompts idx (B,T), sampled at `temperature` (0: the most likely) from the top_k most likely
-    and the smallest set of tokens with probability top_p. The prompt enters the caches `chunk` tokens at a time. fp8_cache: latents in the
-    published FP8 layout. Sets model.cache_bytes_per_token. ValueError: longer than the model."""
-    (B, T), config, device = idx.shape, model.config, idx.device
-    if temperature < 0 or chunk < 1 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}, chunk={chunk}: at least 0, 1, above 0 up to 1, and at least 1")
-    if T < 1 or T + n > config.max_position_embeddings:
-        raise ValueError(f"prompt of {T} tokens + {n} new ones: must be between 1 and max_position_embeddings={config.max_position_embeddings}; shorten either")
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.lm_head.weight.dtype
-    caches = [Cache(config, B, T + n, device, dtype, fp8_cache, model.index_fp8, config.has_indexer(layer))
-              for layer in range(config.num_hidden_layers)]
+def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=1024,
+           fp8_cache=False, end_ids=(), go_on=False):
+    """Yield up to n times the next token (B,) int64 after the prompts idx (B,T), sampled as by `sample`.
+
+    end_ids: the ids that end a text. A row that has sampled one yields -1 from then on, and the stream stops
+    with the last row; with go_on it starts another text instead. Either way no token sees what stands before
+    an end of text, as in training. The prompt enters the caches `chunk` tokens at a time. fp8_cache: latents
+    in the published FP8 layout. Sets model.cache_bytes_per_token. ValueError: see `check`."""
+    B, T = idx.shape
+    config = model.config
+    device = idx.device
+    check(T, n, temperature, top_k, top_p, chunk, config)
+    end_ids = list(end_ids)
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.lm_head.weight.dtype
+    caches = []
+    for layer in range(config.num_hidden_layers):
+        indexed = config.has_indexer(layer)
+        caches.append(Cache(config, B, T + n, device, dtype, fp8_cache, model.index_fp8, indexed))
     model.cache_bytes_per_token = sum(cache.bytes_per_token for cache in caches)
+
+    first = document_starts(idx, end_ids)  # (B, T)
+    packed = bool(first.any())  # one document needs no bounds
     for position in torch.arange(T, device=device).split(chunk):
-        logits = model(idx[:, position], caches=caches, position=position)[0]
-    step = decoder(model, caches, B, device)
+        bounds = first[:, position] if packed else None
+        logits, _ = model(idx[:, position], first=bounds, caches=caches, position=position)
+
+    ends = torch.tensor(end_ids, dtype=torch.long, device=device)
+    decoder = Decoder(model, caches, B, device, model.backend_on(device))
+    start = first[:, -1]  # (B,) where the document of the last token begins
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    token = idx[:, -1]
     for t in range(T, T + n):
-        token = sample(logits[:, -1], temperature, top_k, top_p, generator)
-        yield token
+        start = start.masked_fill(torch.isin(token, ends), t)
+        token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
+        yield token.masked_fill(ended, -1)
+        if end_ids and not go_on:
+            ended = ended | torch.isin(token, ends)
+            if ended.all():
+                return
         if t + 1 < T + n:
-            logits = step(token, t)
+            logits = decoder.step(token, t, start)
+
+
+def complete(model, idx, n, end_ids=(), **options):
+    """idx (B,T) -> (B,T + up to n) int64: the prompts and what `stream` yields; rows that ended early are
+    filled up with end_ids[0]."""
+    tokens = [token[:, None] for token in stream(model, idx, n, end_ids=end_ids, **options)]
+    out = torch.cat([idx, *tokens], 1)
+    return out.masked_fill(out == -1, end_ids[0]) if end_ids else out

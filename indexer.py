@@ -1,13 +1,15 @@
 """The lightning indexer: which k past tokens does each query read? (DeepSeek-V3.2-Exp, section 2.1)
 
-A few small heads score every past token, I[t,s] = sum_j w[t,j] relu(q[t,j] . k[s]), and the k best are attended to. Scoring is
-still quadratic, but with one key per token, a handful of heads and e4m3 operands it is the cheap part. Top-k passes no
-gradient, so the indexer learns from a loss of its own: KL(p || softmax(I)), where p is what the main attention looked at.
+A few small heads score every past token, I[t,s] = sum_j w[t,j] relu(q[t,j] . k[s]), and the k best are
+attended to. Scoring is still quadratic, but with one key per token, a handful of heads and e4m3 operands it
+is the cheap part. Top-k passes no gradient, so the indexer learns from a loss of its own: KL(p ||
+softmax(I)), where p is what the main attention looked at.
 
-Functions first, in the order of the paper; each has a Triton twin of the same name and signature in kernels.py. Conventions:
-B batch, S queries, T keys, H attention heads, HI and dI the indexer's heads and head size. `first`, `last` (B, S) int32 are the first and
-last key position that a query may see; None means 0 and T - S + i, causal with the queries at the end. They express packed
-documents (first), caches that are longer than what they hold (last), and padding (first > last: nothing is visible).
+Functions first, in the order of the paper; each has a Triton twin of the same name and signature in
+kernels.py. Letters: B sequences, S queries, T keys, H attention heads, HI and DI the indexer's heads and
+their dimensions. `first`, `last` (B, S) int32 are the first and last key position that a query may see; None
+means 0 and T - S + i, causal with the queries at the end. They express packed documents (first), caches that
+are longer than what they hold (last), and padding (first > last: nothing is visible).
 """
 import torch
 import torch.nn.functional as F
@@ -19,108 +21,146 @@ SLICE = 2**24  # elements of the largest tensor that the reference holds at once
 
 
 def visible(S, T, first, last, rows, device):
-    """-> (1 or B, len(rows), T) bool: may query `rows` (a slice of 0..S) see key s, i.e. first <= s <= last?"""
-    s = torch.arange(T, device=device)
+    """-> (1 or B, len(rows), T) bool: may query `rows` (a slice of 0..S) see key s, is first <= s <= last?"""
+    s = torch.arange(T, device=device)  # (T,)
     if last is None:
-        last = torch.arange(T - S, T, device=device)[None]
-    mask = s <= last[:, rows, None]
-    return mask if first is None else mask & (s >= first[:, rows, None])
+        last = torch.arange(T - S, T, device=device)[None]  # (1, S)
+    mask = s <= last[:, rows, None]  # (1 or B, rows, T)
+    if first is not None:
+        mask = mask & (s >= first[:, rows, None])
+    return mask
 
 
 def over_rows(function, S, elements_per_row):
-    """Concatenate function(rows) along dim 1 for slices of queries small enough that a slice's largest tensor stays near
-    SLICE elements; with gradients, each slice is recomputed in the backward instead of kept. Returns what function returns (a tuple)."""
+    """Concatenate function(rows), a tuple, along dim 1 for slices of queries so small that a slice's largest
+    tensor stays near SLICE elements. With gradients, each slice is recomputed in the backward instead of
+    kept."""
     step = max(1, min(S, SLICE // max(1, elements_per_row)))
-    run = lambda rows: checkpoint(function, rows, use_reentrant=False) if torch.is_grad_enabled() and step < S else function(rows)
-    parts = [run(slice(i, min(i + step, S))) for i in range(0, S, step)]
-    return tuple(torch.cat(p, 1) for p in zip(*parts))
+    recompute = torch.is_grad_enabled() and step < S
+    parts = []
+    for i in range(0, S, step):
+        rows = slice(i, min(i + step, S))
+        parts.append(checkpoint(function, rows, use_reentrant=False) if recompute else function(rows))
+    return tuple(torch.cat(results, 1) for results in zip(*parts))
 
+
+# ---- FP8 ----
 
 def hadamard(x):
-    """Orthonormal Walsh-Hadamard transform of the last dimension (a power of two), in float32, returned in x's dtype.
+    """Orthonormal Walsh-Hadamard transform of the last dimension, in float32, returned in x's dtype.
 
-    Applied to q and k alike it changes no exact score; it spreads outliers over all dimensions before the FP8 rounding."""
+    Applied to q and k alike it changes no exact score; it spreads an outlier over all dimensions before the
+    FP8 rounding, where it would otherwise set the scale alone. ValueError: a dimension that is not a power of
+    two."""
     d = x.shape[-1]
     if d & (d - 1):
-        raise ValueError(f"index_head_dim={d} is no power of two, which the Hadamard rotation needs; choose 32, 64 or 128")
-    y, stride = x.float(), 1
+        raise ValueError(f"index_head_dim={d} is not a power of two, which the Hadamard rotation needs; "
+                         "choose 32, 64 or 128")
+    y = x.float()
+    stride = 1
     while stride < d:
-        a, b = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
-        y, stride = torch.stack((a + b, a - b), -2).flatten(-3), stride * 2
+        a, b = y.unflatten(-1, (-1, 2, stride)).unbind(-2)  # (..., d / (2 stride), stride) each
+        y = torch.stack((a + b, a - b), -2).flatten(-3)  # (..., d)
+        stride *= 2
     return (y * d**-0.5).to(x.dtype)
 
 
 def quantise(x, block=128, rotate=False, ue8m0=True):
-    """x (..., d) -> e4m3 values (..., d), float32 scales (..., ceil(d / block)); x is close to values * scale of its block.
+    """x (..., d) -> e4m3 values (..., d), float32 scales (..., ceil(d / block)): x is near values * scale.
 
-    As published (act_quant of the V3.2-Exp inference code): amax clamped at 1e-4, scale = amax * (1/448), rounded up to a power of
-    two for the `ue8m0` format. rotate: `hadamard` first."""
+    As published (act_quant of the V3.2-Exp inference code): amax clamped at 1e-4, scale = amax * (1/448),
+    rounded up to a power of two for the `ue8m0` format. rotate: `hadamard` first. A block that holds an
+    infinity or a NaN becomes NaN, values and scale: rounding must not hide it."""
     d = x.shape[-1]
-    x = (hadamard(x) if rotate else x).float()
-    blocks = F.pad(x, (0, -d % min(block, d))).unflatten(-1, (-1, min(block, d)))
-    scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4) * (1 / E4M3_MAX)
+    if rotate:
+        x = hadamard(x)
+    block = min(block, d)
+    blocks = F.pad(x.float(), (0, -d % block)).unflatten(-1, (-1, block))  # (..., ceil(d / block), block)
+    amax = blocks.abs().amax(-1, keepdim=True)  # (..., ceil(d / block), 1)
+    scale = amax.clamp(min=1e-4) * (1 / E4M3_MAX)
     if ue8m0:
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [1/2, 1)
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
-    values = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).flatten(-2)[..., :d]
+    scale = scale.masked_fill(~amax.isfinite(), float("nan"))
+    values = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).flatten(-2)[..., :d]  # (..., d)
     return values.to(torch.float8_e4m3fn), scale.squeeze(-1)
 
+
+# ---- who is read ----
 
 def index_scores(q, k, w, k_scale=None, first=None, last=None, rows=slice(None)):
     """I[t,s] = k_scale[s] sum_j w[t,j] relu(q[t,j] . k[s])   (paper eq. 1)
 
-    q (B,S,HI,dI), k (B,T,dI), w (B,S,HI) float32; q and k floating point, or both e4m3 with k_scale (B,T) (q's scale is part of w).
-    w carries the factor HI^-1/2 dI^-1/2: it may leave the relu because it is positive. -> (B,S,T) float32, -inf where not visible."""
-    dots = torch.einsum("bshd,btd->bsht", q[:, rows].float(), k.float())
-    scores = torch.einsum("bsht,bsh->bst", dots.relu(), w[:, rows].float())
+    q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) float32; q and k floating point, or both e4m3 with k_scale (B,T)
+    (q's scale is part of w). w carries the factor HI^-1/2 DI^-1/2: it may leave the relu because it is
+    positive.
+    -> (B,S,T) float32, -inf where not visible."""
+    dots = torch.einsum("bshd,btd->bsht", q[:, rows].float(), k.float())  # (B, rows, HI, T)
+    scores = torch.einsum("bsht,bsh->bst", dots.relu(), w[:, rows].float())  # (B, rows, T)
     if k_scale is not None:
         scores = scores * k_scale[:, None]
-    return scores.masked_fill(~visible(q.shape[1], k.shape[1], first, last, rows, q.device), float("-inf"))
+    seen = visible(q.shape[1], k.shape[1], first, last, rows, q.device)
+    return scores.masked_fill(~seen, float("-inf"))
 
 
 @torch.no_grad()
 def select(q, k, w, topk, k_scale=None, first=None, last=None):
-    """S_t = the topk visible keys with the highest index score -> (B,S,topk) int32: ascending positions, then -1 for unused places.
+    """S_t = the topk visible keys with the highest index score -> (B,S,topk) int32: ascending positions, then
+    -1 in unused slots.
 
-    Arguments as `index_scores`. Equal scores go to the lower position: small indexers tie often (relu gives exact zeros), and runs,
-    devices and kernels must agree. ValueError: topk < 1."""
+    Arguments as `index_scores`. Equal scores go to the lower position: small indexers tie often (relu gives
+    exact zeros), and runs, devices and kernels must agree. A score of NaN ranks above all others, so that it
+    is seen. ValueError: topk < 1."""
     if topk < 1:
         raise ValueError(f"index_topk={topk}: select at least one token")
-    (B, S, HI, _), T = q.shape, k.shape[1]
+    B, S, HI, _ = q.shape
+    T = k.shape[1]
 
     def some(rows):
-        scores = index_scores(q, k, w, k_scale, first, last, rows)
+        scores = index_scores(q, k, w, k_scale, first, last, rows)  # (B, rows, T)
         best, position = scores.sort(dim=-1, descending=True, stable=True)
-        chosen = position[..., :topk].masked_fill(best[..., :topk] == float("-inf"), T).sort(-1).values
-        return (F.pad(chosen.masked_fill(chosen == T, -1), (0, max(0, topk - T)), value=-1).int(),)
+        unseen = best[..., :topk] == float("-inf")
+        chosen = position[..., :topk].masked_fill(unseen, T)  # (B, rows, min(topk, T)), T sorts last
+        chosen = chosen.sort(-1).values
+        chosen = chosen.masked_fill(chosen == T, -1)
+        return (F.pad(chosen, (0, max(0, topk - T)), value=-1).int(),)
 
     return over_rows(some, S, B * T * HI)[0]
 
 
-def _kl(p, scores, seen):
-    """p (..., n) target over the n candidates, scores (..., n), seen (..., n) bool -> KL(p || softmax(scores)), KL(p || uniform).
+# ---- how the indexer learns ----
 
-    Masked places are neutralised before log and log_softmax, and a row with nothing visible gives 0: NaN * 0 would survive a backward."""
-    log_q = F.log_softmax(scores.masked_fill(~seen, -1e30), -1).masked_fill(~seen, 0)
-    negative_entropy = torch.special.xlogy(p, p).sum(-1)
-    return negative_entropy - (p * log_q).sum(-1), (negative_entropy + p.sum(-1) * seen.sum(-1).clamp(min=1).log()).detach()
+def kl_divergence(p, scores, seen):
+    """p (..., n) target over n candidates, scores (..., n), seen (..., n) bool -> KL(p || softmax(scores))
+    and KL(p || uniform), (...) each.
+
+    What is not seen is neutralised before log and log_softmax, and a row that sees nothing gives 0: NaN * 0
+    would survive a backward."""
+    log_q = F.log_softmax(scores.masked_fill(~seen, -1e30), -1).masked_fill(~seen, 0)  # (..., n)
+    negative_entropy = torch.special.xlogy(p, p).sum(-1)  # (...)
+    kl = negative_entropy - (p * log_q).sum(-1)
+    log_n = seen.sum(-1).clamp(min=1).log()
+    return kl, (negative_entropy + p.sum(-1) * log_n).detach()
 
 
 def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=None):
     """Warm-up loss, KL(p_t || softmax(I_t)) over all visible tokens   (paper eq. 3)
 
-    The target p_t is the sum over heads of the attention probabilities exp(scale q.k - lse), L1-normalised: each head sums to one, so the
-    mean. q (B,S,H,d), k (B,T,H or 1,d), lse (B,S,H) of the frozen attention receive no gradient; q_index (B,S,HI,dI), k_index (B,T,dI),
-    w (B,S,HI) do. -> kl (B,S), kl_uniform (B,S) float32, the latter for an indexer that cannot tell tokens apart."""
-    (B, S, H, _), T = q.shape, k.shape[1]
-    k_heads = k.expand(-1, -1, H, -1)
+    The target p_t is the sum over heads of the attention probabilities exp(scale q.k - lse), L1-normalised:
+    each head sums to one, so the mean. q (B,S,H,D), k (B,T,H or 1,D), lse (B,S,H) of the frozen attention
+    receive no gradient; q_index (B,S,HI,DI), k_index (B,T,DI), w (B,S,HI) do. -> kl (B,S), kl_uniform (B,S)
+    float32, the latter for an indexer that cannot tell tokens apart."""
+    B, S, H, _ = q.shape
+    T = k.shape[1]
+    k_heads = k.expand(-1, -1, H, -1)  # (B, T, H, D)
 
     def some(rows):
-        seen = visible(S, T, first, last, rows, q.device)
+        seen = visible(S, T, first, last, rows, q.device)  # (1 or B, rows, T)
         with torch.no_grad():
             logits = torch.einsum("bshd,bthd->bsht", q[:, rows].float(), k_heads.float()) * scale
-            p = torch.exp(logits - lse[:, rows, :, None].float()).masked_fill(~seen[:, :, None], 0).mean(2)
-        return _kl(p, index_scores(q_index, k_index, w, None, first, last, rows), seen)
+            p = torch.exp(logits - lse[:, rows, :, None].float())  # (B, rows, H, T)
+            p = p.masked_fill(~seen[:, :, None], 0).mean(2)  # (B, rows, T)
+        return kl_divergence(p, index_scores(q_index, k_index, w, None, first, last, rows), seen)
 
     return over_rows(some, S, B * T * (H + q_index.shape[2]))
 
@@ -128,32 +168,43 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
 def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
     """Sparse-stage loss, KL(p_{t,S_t} || softmax(I_{t,S_t})) over the selection only   (paper eq. 4)
 
-    Each head's softmax is already over S_t (lse comes from `sparse_attention`; nothing else is known there), so p is again their mean.
-    q (B,S,H,D) absorbed, latents (B,T,D), indices (B,S,K). Gradients, results as `indexer_loss_dense`."""
+    Each head's softmax is already over S_t (lse comes from `sparse_attention`; nothing else is known there),
+    so p is again their mean. q (B,S,H,D) absorbed, latents (B,T,D), indices (B,S,K). Gradients and results as
+    `indexer_loss_dense`."""
     B, S, K = indices.shape
     batch = torch.arange(B, device=q.device)[:, None, None]
 
     def some(rows):
-        chosen = indices[:, rows]
-        seen, where = chosen >= 0, chosen.clamp(min=0).long()
+        chosen = indices[:, rows]  # (B, rows, K)
+        seen = chosen >= 0
+        token = chosen.clamp(min=0).long()
         with torch.no_grad():
-            logits = torch.einsum("bshd,bskd->bshk", q[:, rows].float(), latents[batch, where].float()) * scale
-            p = torch.exp(logits - lse[:, rows, :, None].float()).masked_fill(~seen[:, :, None], 0).mean(2)
-        dots = torch.einsum("bshd,bskd->bshk", q_index[:, rows].float(), k_index[batch, where].float())
-        return _kl(p, torch.einsum("bshk,bsh->bsk", dots.relu(), w[:, rows].float()), seen)
+            read = latents[batch, token].float()  # (B, rows, K, D)
+            logits = torch.einsum("bshd,bskd->bshk", q[:, rows].float(), read) * scale
+            p = torch.exp(logits - lse[:, rows, :, None].float())  # (B, rows, H, K)
+            p = p.masked_fill(~seen[:, :, None], 0).mean(2)  # (B, rows, K)
+        keys = k_index[batch, token].float()  # (B, rows, K, DI)
+        dots = torch.einsum("bshd,bskd->bshk", q_index[:, rows].float(), keys)  # (B, rows, HI, K)
+        scores = torch.einsum("bshk,bsh->bsk", dots.relu(), w[:, rows].float())  # (B, rows, K)
+        return kl_divergence(p, scores, seen)
 
     return over_rows(some, S, B * K * (latents.shape[-1] + k_index.shape[-1] + q.shape[2]))
 
 
+# ---- its projections ----
+
 class Indexer(nn.Module):
     """Projections of the lightning indexer, one per layer (names of the published checkpoints).
 
-    q comes from the normalised query latent (from h where the model has none), k and w from the hidden state h. k passes a LayerNorm.
-    RoPE turns the FIRST qk_rope_head_dim dimensions, half-split: both unlike the main attention (GLM-5: interleaved, `indexer_rope_interleave`)."""
+    q comes from the normalised query latent (from h where the model has none), k and w from the hidden state
+    h. k passes a LayerNorm. RoPE rotates the FIRST qk_rope_head_dim dimensions, half-split: both unlike the
+    main attention (GLM-5: interleaved, `indexer_rope_interleave`)."""
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dim, self.rope_dim = config.index_n_heads, config.index_head_dim, config.qk_rope_head_dim
+        self.heads = config.index_n_heads
+        self.dim = config.index_head_dim
+        self.rope_dim = config.qk_rope_head_dim
         self.interleaved = config.indexer_rope_interleave
         self.wq_b = nn.Linear(config.q_lora_rank or config.hidden_size, self.heads * self.dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.dim, bias=False)
@@ -161,15 +212,30 @@ class Indexer(nn.Module):
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
 
     def forward(self, h, q_latent, rope):
-        """h (B,S,hidden), q_latent (B,S,q_lora_rank or hidden), rope(x, interleaved) turns x (B,S,heads,rope_dim) -> q (B,S,HI,dI), k (B,S,dI), w (B,S,HI) float32.
-        Computed in the dtype of the indexer's weights, which may be float32 in a bf16 model (under autocast: in autocast's)."""
+        """h (B,S,hidden), q_latent (B,S,q_lora_rank or hidden), rope(x, interleaved) rotates
+        (B,S,heads,rope_dim)
+        -> q (B,S,HI,DI), k (B,S,DI), w (B,S,HI) float32.
+
+        Computed in the dtype of the indexer's weights, which may be float32 in a bf16 model (under autocast:
+        in autocast's)."""
         if not torch.is_autocast_enabled(h.device.type):
-            h, q_latent = h.to(self.wk.weight.dtype), q_latent.to(self.wk.weight.dtype)
-        turn = lambda x: torch.cat((rope(x[..., :self.rope_dim], self.interleaved), x[..., self.rope_dim:]), -1)
-        q = turn(self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)))
-        k = self.wk(h)  # its norm's weight and bias apart: over so few numbers the fused backward of all three takes several times as long
-        k = (F.layer_norm(k.float(), (self.dim,), eps=self.k_norm.eps) * self.k_norm.weight.float() + self.k_norm.bias.float()).to(k.dtype)
-        k = turn(k[:, :, None]).squeeze(2)
+            h = h.to(self.wk.weight.dtype)
+            q_latent = q_latent.to(self.wk.weight.dtype)
+        q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))  # (B, S, HI, DI)
+        q = self.rotate_first(q, rope)
+        k = self.norm(self.wk(h))[:, :, None]  # (B, S, 1, DI)
+        k = self.rotate_first(k, rope).squeeze(2)  # (B, S, DI)
         with torch.autocast(h.device.type, enabled=False):  # w stays float32: rounding it to bf16 makes ties
-            w = F.linear(h.float(), self.weights_proj.weight.float()) * (self.heads**-0.5 * self.dim**-0.5)
+            w = F.linear(h.float(), self.weights_proj.weight.float())  # (B, S, HI)
+            w = w * (self.heads**-0.5 * self.dim**-0.5)
         return q, k, w
+
+    def norm(self, k):
+        """LayerNorm of k (..., DI) in float32. Weight and bias apart: over so few dimensions the fused
+        backward of all three takes several times as long."""
+        y = F.layer_norm(k.float(), (self.dim,), eps=self.k_norm.eps)
+        return (y * self.k_norm.weight.float() + self.k_norm.bias.float()).to(k.dtype)
+
+    def rotate_first(self, x, rope):
+        """RoPE on the first rope_dim dimensions of x (B,S,heads,DI) -> the same shape."""
+        return torch.cat((rope(x[..., :self.rope_dim], self.interleaved), x[..., self.rope_dim:]), -1)

@@ -1,44 +1,54 @@
-"""A DeepSeek-V3.2 transformer: multi-head latent attention (MLA) with the lightning indexer and sparse attention.
+"""A DeepSeek-V3.2 transformer: multi-head latent attention (MLA) with the lightning indexer and sparse
+attention.
 
-Read in this order: config.py, Attention (the paper's section 2.1 in one forward), Transformer; then indexer.py and sparse_attn.py, whose functions
-Attention calls through one switch, `backend`: "torch" is the reference, "triton" the kernels that tests hold equal to it.
-Parameters and config keys carry the names of the published checkpoints, of which four families run here: deepseek_v2, deepseek_v3 (dense
-attention; `index` of `from_pretrained` grafts indexers onto them), deepseek_v32 and glm_moe_dsa.
+Read in this order: config.py, Attention (the paper's section 2.1 in one forward), Transformer; then
+indexer.py and sparse_attn.py, whose functions Attention calls through one switch, `backend`: "torch" is the
+reference, "triton" the kernels that tests hold equal to it. Parameters and config keys carry the names of the
+published checkpoints, of which four families run here: deepseek_v2, deepseek_v3 (dense attention; `index` of
+`from_pretrained` grafts indexers onto them), deepseek_v32 and glm_moe_dsa.
 """
-import functools
 import importlib.util
 import math
-from dataclasses import replace
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoint
 import generate
 import indexer
 import sparse_attn
 from config import Config
 from moe import MLP, MoE
 
+RECALL_QUERIES = 16  # of a sequence, for the recall that training reports
+DECODE_QUERIES = 16  # up to so many new queries read the latents themselves: expanding a cache costs more
+LOSS_SLICE = 2**28  # logits that the language-model loss holds at a time
+
+
+# ---- norms and positions ----
 
 def product_dtype(x):
     """What a linear layer computes x in: autocast's dtype, else its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32; under autocast rounded to its dtype, once for all that reads it."""
+    """x / rms(x) * weight over the last dimension, computed in float32; under autocast rounded to its dtype,
+    once for all that read it."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(product_dtype(x))
+        y = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
+        return y.to(product_dtype(x))
 
 
 def yarn_mscale(factor, mscale):
@@ -47,220 +57,408 @@ def yarn_mscale(factor, mscale):
 
 
 def rope_frequencies(config):
-    """-> (qk_rope_head_dim / 2,) float32 angles per position, and the factor on cos and sin. YaRN (arXiv 2309.00071): dimensions that turn
-    more than beta_fast times within the original context keep their frequency, those below beta_slow are divided by `factor`, linear between."""
-    dim, base, yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
-    frequencies = base ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    """-> (qk_rope_head_dim / 2,) float32 angles per position, and the factor on cos and sin. YaRN (arXiv
+    2309.00071): dimensions that rotate more than beta_fast times within the original context keep their
+    frequency, those below beta_slow are divided by `factor`, linear between."""
+    dim = config.qk_rope_head_dim
+    base = config.rope_theta
+    frequencies = base ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)  # (dim / 2,)
+    yarn = config.rope_scaling
     if not yarn:
         return frequencies, 1.0
-    original = yarn["original_max_position_embeddings"]
-    factor, (floor, ceil) = yarn["factor"], (math.floor, math.ceil) if yarn.get("truncate", True) else (float, float)
-    turns = lambda rotations: dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
-    low, high = max(floor(turns(yarn.get("beta_fast") or 32)), 0), min(ceil(turns(yarn.get("beta_slow") or 1)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    mscale, all_dim = yarn.get("mscale"), yarn.get("mscale_all_dim")
-    amplitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor, 1)
+
+    def dimension(rotations):
+        """The dimension that rotates so many times within the original context."""
+        original = yarn["original_max_position_embeddings"]
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = dimension(yarn.get("beta_fast") or 32)
+    high = dimension(yarn.get("beta_slow") or 1)
+    if yarn.get("truncate", True):
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = ramp.clamp(0, 1)  # (dim / 2,): 0 keeps, 1 is divided
+
+    factor = yarn["factor"]
+    mscale = yarn.get("mscale")
+    all_dim = yarn.get("mscale_all_dim")
+    amplitude = yarn_mscale(factor, 1)
+    if mscale and all_dim:
+        amplitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
     return frequencies * (1 - ramp) + frequencies / factor * ramp, yarn.get("attention_factor") or amplitude
 
 
 def apply_rope(x, interleaved, cos, sin):
-    """Rotate x (B,S,heads,dim) by angles given as cos, sin (S,1,dim/2); pairs are (2i, 2i+1) if interleaved, else (i, i + dim/2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.float().chunk(2, -1)
-    turned = a * cos - b * sin, a * sin + b * cos
-    return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
+    """Rotate x (B,S,heads,dim) by angles given as cos, sin (S,1,dim/2); pairs are (2i, 2i+1) if interleaved,
+    else (i, i + dim/2)."""
+    if interleaved:
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, heads, dim / 2) each
+    else:
+        a, b = x.float().chunk(2, -1)
+    rotated = (a * cos - b * sin, a * sin + b * cos)
+    out = torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
+    return out.to(x.dtype)
+
+
+# ---- one switch, two backends ----
+
+class Operations(NamedTuple):
+    """The functions of the attention path, and the loss of a slice of logits: the reference's or their Triton
+    twins."""
+    quantise: Callable
+    select: Callable
+    dense_attention: Callable
+    sparse_attention: Callable
+    indexer_loss_dense: Callable
+    indexer_loss_sparse: Callable
 
 
 def pick_backend(backend, device):
     """"torch" or "triton" as given; None is triton on a CUDA GPU where it is installed, else torch."""
-    return backend or ("triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch")
+    if backend:
+        return backend
+    return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
 
 
-@torch.compiler.disable
-def operations(backend, device):
-    """The functions of the attention path, and `cross_entropy`: from indexer.py, sparse_attn.py and here ("torch"), or their twins in kernels.py ("triton").
-    They compute in the dtype of their inputs, whatever autocast says. backend: see `pick_backend`."""
-    twins = dict(quantise=indexer.quantise, select=indexer.select, indexer_loss_dense=indexer.indexer_loss_dense, indexer_loss_sparse=indexer.indexer_loss_sparse,
-                 dense_attention=sparse_attn.dense_attention, sparse_attention=sparse_attn.sparse_attention, cross_entropy=cross_entropy)
-    if pick_backend(backend, device) == "triton":
+def operations(backend):
+    """The Operations of "torch" (indexer.py, sparse_attn.py) or "triton" (kernels.py)."""
+    if backend == "triton":
         import kernels
-        twins = {name: getattr(kernels, name) for name in twins}
+        return Operations(*(getattr(kernels, name) for name in Operations._fields))
+    return Operations(
+        quantise=indexer.quantise,
+        select=indexer.select,
+        dense_attention=sparse_attn.dense_attention,
+        sparse_attention=sparse_attn.sparse_attention,
+        indexer_loss_dense=indexer.indexer_loss_dense,
+        indexer_loss_sparse=indexer.indexer_loss_sparse)
 
-    def exact(function):
-        @torch.compiler.disable  # nothing to fuse in there; tracing into hand-written kernels only breaks
-        @functools.wraps(function)
-        def call(x, *args, **kwargs):
-            with torch.autocast(x.device.type, enabled=False):
-                return function(x, *args, **kwargs)
-        return call
 
-    return SimpleNamespace(**{name: exact(function) for name, function in twins.items()})
+def exact(x):
+    """A context in which operations compute in the dtype of their inputs, whatever autocast says."""
+    return torch.autocast(x.device.type, enabled=False)
 
+
+@dataclass
+class Run:
+    """What all layers of one forward share; see Transformer.forward."""
+    ops: Operations
+    cos: Tensor  # (S, 1, rope / 2) float32, as sin
+    sin: Tensor
+    position: Tensor  # (S,) int64
+    length: int  # tokens in the caches, these included
+    first: Tensor | None  # (B, S) int32
+    last: Tensor | None  # (B, S) int32
+    sparse: bool  # attend to the selection
+    index_loss: bool
+    index_fp8: bool  # select by quantised scores
+    detach: bool  # the indexer's inputs
+
+    def rope(self, x, interleaved):
+        """`apply_rope` at these positions."""
+        return apply_rope(x, interleaved, self.cos, self.sin)
+
+
+class Scorer(NamedTuple):
+    """What one layer selects by: index scores of q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) and, of e4m3 keys,
+    k_scale (B,T)."""
+    q: Tensor
+    k: Tensor
+    w: Tensor
+    k_scale: Tensor | None
+
+    def select(self, ops, topk, first, last):
+        """-> (B,S,topk) int32, see indexer.select."""
+        return ops.select(self.q, self.k, self.w, topk, self.k_scale, first, last)
+
+
+class IndexLoss(NamedTuple):
+    """Of one layer's indexer, means over the tokens of a batch."""
+    kl: Tensor  # nats, what the indexer learns from
+    kl_uniform: Tensor  # nats, of an indexer that cannot tell tokens apart
+    recall: Tensor  # share of the dense attention's mass that is selected, of sampled queries
+
+
+# ---- the model ----
 
 class Attention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, section 2.1) with DeepSeek sparse attention on top (V3.2-Exp, section 2.1)."""
+    """Multi-head latent attention (DeepSeek-V2, section 2.1) with DeepSeek sparse attention on top (V3.2-Exp,
+    section 2.1)."""
 
     def __init__(self, config, layer):
         super().__init__()
-        c, self.config, self.heads = config, config, config.num_attention_heads
-        self.nope, self.rope, self.value, self.rank = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
-        q_dim = self.heads * (self.nope + self.rope)
-        if c.q_lora_rank:
-            self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=c.attention_bias)
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank)
-            self.q_b_proj = nn.Linear(c.q_lora_rank, q_dim, bias=False)
+        self.heads = config.num_attention_heads
+        self.nope = config.qk_nope_head_dim
+        self.rope = config.qk_rope_head_dim
+        self.value = config.v_head_dim
+        self.rank = config.kv_lora_rank
+        self.topk = config.index_topk
+        hidden = config.hidden_size
+        bias = config.attention_bias
+        if config.q_lora_rank:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * (self.nope + self.rope), bias=False)
         else:
-            self.q_proj = nn.Linear(c.hidden_size, q_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, self.rank + self.rope, bias=c.attention_bias)
+            self.q_a_proj = None
+            self.q_proj = nn.Linear(hidden, self.heads * (self.nope + self.rope), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.rank)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, c.hidden_size, bias=c.attention_bias)
-        self.indexer = indexer.Indexer(c) if c.has_indexer(layer) else None
-        # the scale of the MHA mode, also in MQA mode; YaRN's temperature enters twice, once for q and once for k
+        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
+        self.indexer = indexer.Indexer(config) if config.has_indexer(layer) else None
+        # the scale of the MHA mode, also in MQA mode; YaRN's temperature enters twice, once for q and once
+        # for k
         self.scale = (self.nope + self.rope) ** -0.5
-        if c.rope_scaling and c.rope_scaling.get("mscale_all_dim"):
-            self.scale *= yarn_mscale(c.rope_scaling["factor"], c.rope_scaling["mscale_all_dim"]) ** 2
+        yarn = config.rope_scaling
+        if yarn and yarn.get("mscale_all_dim"):
+            self.scale *= yarn_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
 
     def kv_b(self, dtype):
-        """W^UK (H, nope, rank) and W^UV (H, v_head_dim, rank), the halves of kv_b_proj."""
-        return self.kv_b_proj.weight.to(dtype).view(self.heads, -1, self.rank).split([self.nope, self.value], 1)
+        """W^UK (H, nope, rank) and W^UV (H, value, rank), the halves of kv_b_proj."""
+        w = self.kv_b_proj.weight.to(dtype).view(self.heads, self.nope + self.value, self.rank)
+        return w.split([self.nope, self.value], 1)
 
     def absorb(self, q_nope, q_rope):
-        """MQA mode: q^T (W^UK c) = (W^UK^T q)^T c; q_nope (B,S,H,nope), q_rope (B,S,H,rope) -> (B,S,H,rank + rope), a query against latents."""
-        return torch.cat((torch.einsum("bshn,hnr->bshr", q_nope, self.kv_b(q_nope.dtype)[0]), q_rope), -1)
+        """MQA mode: q^T (W^UK c) = (W^UK^T q)^T c; q_nope (B,S,H,nope), q_rope (B,S,H,rope) -> (B,S,H,rank +
+        rope), a query against latents."""
+        w_uk, _ = self.kv_b(q_nope.dtype)
+        return torch.cat((torch.einsum("bshn,hnr->bshr", q_nope, w_uk), q_rope), -1)
 
     def expand(self, latents):
-        """MHA mode: latents (B,T,rank + rope) -> k (B,T,H,nope + rope), v (B,T,H,v_head_dim); the rope key is the same for all heads."""
-        k_nope, v = self.kv_b_proj(latents[..., :self.rank]).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], -1)
-        k_rope = latents[:, :, None, self.rank:].expand(-1, -1, self.heads, -1)
+        """MHA mode: latents (B,T,rank + rope) -> k (B,T,H,nope + rope), v (B,T,H,value); the rope key is the
+        same for all heads."""
+        kv = self.kv_b_proj(latents[..., :self.rank])  # (B, T, H (nope + value))
+        k_nope, v = kv.unflatten(-1, (self.heads, -1)).split([self.nope, self.value], -1)
+        k_rope = latents[:, :, None, self.rank:].expand(-1, -1, self.heads, -1)  # (B, T, H, rope)
         return torch.cat((k_nope, k_rope.to(k_nope.dtype)), -1), v
 
-    def forward(self, h, rope, run, indices=None, cache=None):
-        """h (B,S,hidden), rope(x, interleaved), run: see Transformer.forward; indices (B,S,k): the selection of the layer before, used if there is
-        no indexer here -> out (B,S,hidden), the selection used (the one passed in if dense), (kl, kl_uniform, recall) if run.index_loss and there is one, else ()."""
-        ops, topk, (B, S, _) = run.ops, self.config.index_topk, h.shape
-        index_loss = run.index_loss and self.indexer is not None
-        q_latent = self.q_a_layernorm(self.q_a_proj(h)) if self.config.q_lora_rank else h
-        q = (self.q_b_proj(q_latent) if self.config.q_lora_rank else self.q_proj(h)).unflatten(-1, (self.heads, -1))
-        q_nope, q_rope = q[..., :self.nope], rope(q[..., self.nope:], True)
-        c_kv, k_rope = self.kv_a_proj_with_mqa(h).split([self.rank, self.rope], -1)
-        latents = torch.cat((self.kv_a_layernorm(c_kv), rope(k_rope[:, :, None], True).squeeze(2)), -1)
+    def forward(self, h, run, indices=None, cache=None):
+        """h (B,S,hidden), run: see Transformer.forward; indices (B,S,k): the selection of the layer before,
+        used if there is no indexer here
+        -> out (B,S,hidden), the selection used (the one passed in if dense), IndexLoss if run.index_loss and
+        there is an indexer, else None."""
+        S = h.shape[1]
 
-        # The indexer's inputs are detached: its loss reaches no main parameter (unless run.detach is off, an ablation; its target always is detached).
-        # Its keys enter the cache even while nothing is selected.
+        # Queries, and what this token leaves in the cache: [c^KV ; k^R]
+        if self.q_a_proj:
+            q_latent = self.q_a_layernorm(self.q_a_proj(h))  # (B, S, q_lora_rank)
+            q = self.q_b_proj(q_latent)  # (B, S, H (nope + rope))
+        else:
+            q_latent = h
+            q = self.q_proj(h)
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
+        q_rope = run.rope(q_rope, interleaved=True)  # (B, S, H, rope)
+        c_kv, k_rope = self.kv_a_proj_with_mqa(h).split([self.rank, self.rope], -1)
+        k_rope = run.rope(k_rope[:, :, None], interleaved=True).squeeze(2)  # (B, S, rope)
+        latents = torch.cat((self.kv_a_layernorm(c_kv), k_rope), -1)  # (B, S, rank + rope)
+
+        # The indexer's queries, keys and weights. Its inputs are detached: its loss reaches no main parameter
+        # (unless run.detach is off, an ablation). Its keys enter the cache even while nothing is selected.
         if self.indexer and (run.sparse or run.index_loss or cache is not None):
-            *vectors, w = self.indexer(*(x.detach() if run.detach else x for x in (h, q_latent)), rope)
-            index = *(x.to(latents.dtype) for x in vectors), w  # one dtype for the kernels, also where a float32 indexer sits in a bf16 model
-            q_index, k_index, w = (x.detach() for x in index)
-            k_scale = None
-            if run.index_fp8:
-                q_index, q_scale = ops.quantise(q_index, block=self.indexer.dim, rotate=True)
-                k_index, k_scale = ops.quantise(k_index, block=self.indexer.dim, rotate=True)
-                w, k_scale = w * q_scale.squeeze(-1), k_scale.squeeze(-1)
-            if cache is not None:
-                k_index, k_scale = cache.append_index(run.position, run.length, k_index, k_scale)
+            inputs = (h.detach(), q_latent.detach()) if run.detach else (h, q_latent)
+            q_index, k_index, w = self.indexer(*inputs, run.rope)  # (B, S, HI, DI), (B, S, DI), (B, S, HI)
+            # one dtype for the kernels, also where a float32 indexer sits in a bf16 model
+            q_index = q_index.to(latents.dtype)
+            k_index = k_index.to(latents.dtype)
+            scorer = self.scorer(q_index, k_index, w, run, cache)
         if cache is not None:
-            latents = cache.append(run.position, run.length, latents)
+            latents = cache.append(run.position, run.length, latents)  # (B, T, rank + rope), or bytes
         T = latents.shape[1]
 
-        # Up to k tokens, selecting is attending to all: the dense path. MQA mode also when decoding densely: expanding the cache for a few
-        # queries would cost more than attending to it. Training takes the first branch in the sparse stage, the last one before.
-        losses, sparse = (), run.sparse and (T > topk or run.index_loss)
-        mqa = sparse or (cache is not None and S <= 16)
-        q = self.absorb(q_nope, q_rope) if mqa else torch.cat((q_nope, q_rope), -1)
-        if sparse:
-            if self.indexer:
-                indices = ops.select(q_index, k_index, w, topk, k_scale, run.first, run.last)
-            out, lse = ops.sparse_attention(q, latents, indices, self.scale, self.rank)
-            if index_loss:
-                losses = ops.indexer_loss_sparse(q.detach(), latents.detach(), lse, indices, self.scale, *index)
+        # Up to k tokens, selecting is attending to all: the dense path
+        sparse = run.sparse and (T > self.topk or run.index_loss)
+        absorbed = sparse or (cache is not None and S <= DECODE_QUERIES)
+        if not sparse and latents.dtype == torch.uint8:
+            latents = sparse_attn.unpack_latents(latents, self.rank, h.dtype)
+        if absorbed:
+            q = self.absorb(q_nope, q_rope)  # (B, S, H, rank + rope)
+            k = latents[:, :, None]  # (B, T, 1, rank + rope)
+            v = k[..., :self.rank]  # (B, T, 1, rank)
         else:
-            if latents.dtype == torch.uint8:
-                latents = sparse_attn.unpack_latents(latents, self.rank, h.dtype)
-            k, v = (latents[:, :, None], latents[:, :, None, :self.rank]) if mqa else self.expand(latents)
-            out, lse = ops.dense_attention(q, k, v, self.scale, run.first, run.last)
-            if index_loss:
-                losses = ops.indexer_loss_dense(q.detach(), k.detach(), lse, self.scale, *index, run.first, run.last)
-        if index_loss:
-            rows = torch.linspace(0, S - 1, min(S, 16), device=h.device).long()  # recall of a sample of queries: linear cost
-            first, last = (torch.zeros_like(rows).expand(B, -1) if run.first is None else run.first[:, rows]).int(), rows.expand(B, -1).int()
-            chosen = indices[:, rows] if sparse else ops.select(q_index[:, rows], k_index, w[:, rows], topk, k_scale, first, last)
-            q_rows = q[:, rows] if mqa else self.absorb(q_nope[:, rows], q_rope[:, rows])
-            losses = *losses, sparse_attn.selected_mass(q_rows, latents, chosen, self.scale, first, last)
-        if mqa:
-            out = torch.einsum("bshr,hvr->bshv", out, self.kv_b(out.dtype)[1])
-        return self.o_proj(out.flatten(2)), indices, tuple(x.mean() for x in losses)
+            q = torch.cat((q_nope, q_rope), -1)  # (B, S, H, nope + rope)
+            k, v = self.expand(latents)  # (B, T, H, nope + rope), (B, T, H, value)
+
+        # Who is read, and the attention to them
+        index_loss = None
+        with exact(h):
+            if sparse:
+                if self.indexer:
+                    indices = scorer.select(run.ops, self.topk, run.first, run.last)  # (B, S, k)
+                out, lse = run.ops.sparse_attention(q, latents, indices, self.scale, self.rank)
+            else:
+                out, lse = run.ops.dense_attention(q, k, v, self.scale, run.first, run.last)
+            if run.index_loss and self.indexer:
+                if sparse:
+                    kl, kl_uniform = run.ops.indexer_loss_sparse(
+                        q.detach(), latents.detach(), lse, indices, self.scale, q_index, k_index, w)
+                else:
+                    kl, kl_uniform = run.ops.indexer_loss_dense(
+                        q.detach(), k.detach(), lse, self.scale, q_index, k_index, w, run.first, run.last)
+                recall = self.recall(q_nope, q_rope, latents, scorer, indices if sparse else None, run)
+                # means of (B, S), (B, S), (B, 16)
+                index_loss = IndexLoss(kl.mean(), kl_uniform.mean(), recall.mean())
+
+        if absorbed:
+            _, w_uv = self.kv_b(out.dtype)
+            out = torch.einsum("bshr,hvr->bshv", out, w_uv)
+        return self.o_proj(out.flatten(2)), indices, index_loss  # out (B, S, H, value)
+
+    def scorer(self, q, k, w, run, cache):
+        """What tokens are selected by: the indexer's q (B,S,HI,DI), k (B,S,DI), w (B,S,HI) without gradient,
+        quantised if run.index_fp8; with a cache, k of everything in it."""
+        q = q.detach()
+        k = k.detach()
+        w = w.detach()
+        k_scale = None
+        if run.index_fp8:
+            with exact(q):
+                q, q_scale = run.ops.quantise(q, block=self.indexer.dim, rotate=True)
+                k, k_scale = run.ops.quantise(k, block=self.indexer.dim, rotate=True)
+            w = w * q_scale.squeeze(-1)  # (B, S, HI)
+            k_scale = k_scale.squeeze(-1)  # (B, S)
+        if cache is not None:
+            k, k_scale = cache.append_index(run.position, run.length, k, k_scale)
+        return Scorer(q, k, w, k_scale)
+
+    @torch.no_grad()
+    def recall(self, q_nope, q_rope, latents, scorer, indices, run):
+        """Share of the dense attention's mass that is selected, of RECALL_QUERIES queries -> (B,16) float32:
+        linear cost. indices (B,S,k), or None where nothing was selected yet."""
+        B, S = q_nope.shape[:2]
+        rows = torch.linspace(0, S - 1, min(S, RECALL_QUERIES), device=q_nope.device).long()  # (16,)
+        last = rows.expand(B, -1).int()  # (B, 16)
+        first = torch.zeros_like(last) if run.first is None else run.first[:, rows]
+        if indices is None:
+            some = scorer._replace(q=scorer.q[:, rows], w=scorer.w[:, rows])
+            chosen = some.select(run.ops, self.topk, first, last)  # (B, 16, k)
+        else:
+            chosen = indices[:, rows]
+        q = self.absorb(q_nope[:, rows], q_rope[:, rows])  # (B, 16, H, rank + rope)
+        return sparse_attn.selected_mass(q, latents, chosen, self.scale, first, last)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block. Losses are returned, not stored: recomputation in the backward must see them as outputs."""
+    """Pre-norm residual block. Losses are returned, not stored: recomputation in the backward must see them
+    as outputs."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config) if config.has_experts(layer) else MLP(config.hidden_size, config.intermediate_size)
+        if config.has_experts(layer):
+            self.mlp = MoE(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, h, rope, run, indices=None, cache=None):
-        out, indices, losses = self.self_attn(self.input_layernorm(h), rope, run, indices, cache)
+    def forward(self, h, run, indices=None, cache=None):
+        out, indices, index_loss = self.self_attn(self.input_layernorm(h), run, indices, cache)
         h = h + out
-        return h + self.mlp(self.post_attention_layernorm(h)), indices, losses
+        h = h + self.mlp(self.post_attention_layernorm(h))
+        return h, indices, index_loss
 
+
+# ---- the language-model loss ----
 
 def cross_entropy(logits, targets, grad):
-    """logits (N,vocab), targets (N,) int64 below vocab -> (N,) float32, -log softmax(logits)[target], in nats; with grad its gradient
-    softmax(logits) - [s = target] takes the logits' place."""
-    log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
-    nats = -log_p.gather(-1, targets[:, None])
+    """logits (N,vocab), targets (N,) int64 below vocab -> (N,) float32, -log softmax(logits)[target], in
+    nats; with grad its gradient softmax(logits) - [s = target] takes the logits' place."""
+    log_p = torch.log_softmax(logits, -1, dtype=torch.float32)  # (N, vocab)
+    nats = -log_p.gather(-1, targets[:, None])  # (N, 1)
     if grad:
-        torch.exp(log_p, out=logits).scatter_(-1, targets[:, None], torch.expm1(-nats).to(logits.dtype))
+        of_target = torch.expm1(-nats).to(logits.dtype)  # p - 1, also near 1
+        torch.exp(log_p, out=logits).scatter_(-1, targets[:, None], of_target)
     return nats[:, 0]
 
 
-class NextTokenLoss(torch.autograd.Function):
-    """h (N,hidden), weight (vocab,hidden), targets (N,) int64 -> mean cross entropy of the logits h weight^T, in nats; entropy: `cross_entropy` or its twin.
+@torch.library.custom_op("dsa::next_token_loss", mutates_args=())
+def sliced_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, backend: str, learn_h: bool,
+                learn_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments as `next_token_loss`, computed in dtype -> the loss (), and N times its gradients: dh
+    (N,hidden) in dtype, dweight (vocab,hidden) float32, each empty unless learnt. One slice of logits at a
+    time: those of 32K tokens over 160K words are 21 GB."""
+    entropy = cross_entropy
+    if backend == "triton":
+        from kernels import cross_entropy as entropy
+    N = len(h)
+    h = h.to(dtype)
+    w = weight.to(dtype)
+    grad = learn_h or learn_weight
+    dh = torch.empty_like(h) if learn_h else h.new_empty(0)
+    dweight = torch.zeros(weight.shape if learn_weight else 0, dtype=torch.float32, device=h.device)
+    nats = torch.zeros((), dtype=torch.float32, device=h.device)
+    rows = max(1, LOSS_SLICE // len(weight))
+    with exact(h):
+        for start in range(0, N, rows):
+            part = h[start:start + rows]  # (rows, hidden)
+            logits = part @ w.T  # (rows, vocab)
+            nats = nats + entropy(logits, targets[start:start + rows], grad).sum()
+            # from here on `logits` holds its own gradient
+            if learn_h:
+                torch.mm(logits, w, out=dh[start:start + rows])
+            if learn_weight:
+                dweight += logits.T @ part
+    return nats / N, dh, dweight
 
-    Slice by slice of tokens, each leaving its gradients behind (if `grad`): the logits of 32K tokens over a vocabulary of 160K would be 21 GB."""
-    SLICE = 2**28  # logits at a time
 
-    @staticmethod
-    def forward(ctx, h, weight, targets, grad, entropy):
-        dtype = product_dtype(h)
-        W, rows, nats = weight.to(dtype), max(1, NextTokenLoss.SLICE // len(weight)), 0
-        dh, dW = [], torch.zeros_like(weight, dtype=torch.float32) if grad and ctx.needs_input_grad[1] else None
-        for part, y in zip(h.to(dtype).split(rows), targets.split(rows)):
-            logits = part @ W.T
-            nats = nats + entropy(logits, y, grad).sum()
-            if grad:  # what were logits is their gradient now
-                dh.append(logits @ W)
-                if dW is not None:
-                    dW += logits.T @ part
-        if grad:
-            ctx.save_for_backward(torch.cat(dh), dW)
-        ctx.dtypes = h.dtype, weight.dtype
-        return nats / len(h)
+@sliced_loss.register_fake
+def _(h, weight, targets, dtype, backend, learn_h, learn_weight):
+    dh = torch.empty_like(h, dtype=dtype) if learn_h else h.new_empty(0, dtype=dtype)
+    dweight = torch.empty(weight.shape if learn_weight else 0, dtype=torch.float32, device=h.device)
+    return h.new_empty((), dtype=torch.float32), dh, dweight
 
-    @staticmethod
-    def backward(ctx, g):
-        dh, dW = ctx.saved_tensors
-        g = g / len(dh)
-        return (dh * g).to(ctx.dtypes[0]), None if dW is None else (dW * g).to(ctx.dtypes[1]), None, None, None
+
+def keep_gradients(ctx, inputs, output):
+    h, weight, targets, dtype, backend, ctx.learn_h, ctx.learn_weight = inputs
+    ctx.dtypes = (h.dtype, weight.dtype)
+    ctx.tokens = len(h)
+    ctx.save_for_backward(*output[1:])
+
+
+def scale_gradients(ctx, grad, *_):
+    dh, dweight = ctx.saved_tensors
+    grad = grad / ctx.tokens
+    dh = (dh * grad).to(ctx.dtypes[0]) if ctx.learn_h else None
+    dweight = (dweight * grad).to(ctx.dtypes[1]) if ctx.learn_weight else None
+    return dh, dweight, None, None, None, None, None
+
+
+sliced_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
+
+
+def next_token_loss(h, weight, targets, backend):
+    """h (N,hidden), weight (vocab,hidden), targets (N,) int64 -> mean cross entropy of the logits h weight^T
+    in nats, () float32. Differentiable in h and weight; the gradients are made with the loss. backend:
+    "torch" or "triton"."""
+    grad = torch.is_grad_enabled()
+    learn_h = grad and h.requires_grad
+    learn_weight = grad and weight.requires_grad
+    return sliced_loss(h, weight, targets, product_dtype(h), backend, learn_h, learn_weight)[0]
 
 
 class Transformer(nn.Module):
     """Decoder-only language model.
 
-    attention: "dense" or "sparse"; None is sparse where there is an indexer. index_fp8: score quantised queries and keys, as the
-    published inference does, or (False) as they are, as transformers does. backend: see `pick_backend`. ValueError: see Config.check."""
+    attention: "dense" or "sparse"; None is sparse where there is an indexer. index_fp8: score quantised
+    queries and keys, as the published inference does, or (False) as they are, as transformers does. backend:
+    see `pick_backend`. ValueError: see Config.check."""
 
     def __init__(self, config, backend=None, attention=None, index_fp8=True):
         super().__init__()
-        self.config, self.backend, self.index_fp8 = config.check(), backend, index_fp8
         if attention not in (None, "dense", "sparse") or backend not in (None, "torch", "triton"):
-            raise ValueError(f"attention={attention}, backend={backend}: attention is dense or sparse, backend torch or triton")
+            raise ValueError(f"attention={attention}, backend={backend}: attention is dense or sparse, "
+                             "backend torch or triton")
+        if attention == "sparse" and not config.index_topk:
+            raise ValueError("attention=sparse: this checkpoint has no indexer (index_topk=0); use "
+                             "attention=dense or train one: train.py --stage=warmup")
+        self.config = config.check()
+        self.backend = backend
         self.attention = attention or ("sparse" if config.index_topk else "dense")
-        if self.attention == "sparse" and not config.index_topk:
-            raise ValueError("attention=sparse: this checkpoint has no indexer (index_topk=0); use attention=dense or train one: train.py --stage=warmup")
+        self.index_fp8 = index_fp8
         self.recompute = False  # activation checkpointing: keep only the blocks' inputs
         self.detach = True  # the indexer's inputs, so that the KL teaches indexers alone
         self.model = nn.ModuleDict(dict(
@@ -270,71 +468,128 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for name, p in self.named_parameters():
-            if p.dim() > 1:  # residual projections smaller by the number of residual additions, as in GPT-2
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
-                nn.init.normal_(p, std=config.initializer_range / ((2 * config.num_hidden_layers) ** 0.5 if into_residual else 1))
+        self.initialise()
         frequencies, self.rope_amplitude = rope_frequencies(config)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
+
+    def initialise(self):
+        """Random matrices; those that project into the residual stream are smaller by the number of additions
+        to it, as in GPT-2."""
+        std = self.config.initializer_range
+        additions = 2 * self.config.num_hidden_layers
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
+                nn.init.normal_(p, std=std / additions**0.5 if into_residual else std)
+
+    def _apply(self, function, recurse=True):
+        """.to(dtype), .bfloat16() and .half() leave the RoPE angles in float32: at position 4096 a bf16 angle
+        is a radian off."""
+        super()._apply(function, recurse)
+        self.rope_frequencies = rope_frequencies(self.config)[0].to(self.rope_frequencies.device)
+        return self
 
     def backend_on(self, device):
         """The backend that runs on this torch.device: "torch" or "triton"."""
         return pick_backend(self.backend, device)
 
     def indexer_parameters(self):
-        """The parameters that learn from the KL loss alone; all others learn from the language-model loss alone."""
+        """The parameters that learn from the KL loss alone; all others learn from the language-model loss
+        alone."""
         return [p for name, p in self.named_parameters() if ".indexer." in name]
 
-    def forward(self, idx, targets=None, first=None, index_loss=False, caches=None, position=None, last=None, return_logits=True):
-        """idx (B,S) int64, targets (B,S) int64 or None, first (B,S) int32 or None: first visible position (packed documents).
+    def forward(self, idx, targets=None, first=None, index_loss=False, caches=None, position=None, last=None,
+                return_logits=True):
+        """idx (B,S) int64, targets (B,S) int64 or None, first (B,S) int32 or None: first visible position
+        (packed documents).
 
-        -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target counts) if targets are given, and with index_loss "kl",
-        "kl_uniform" (nats, mean over tokens and over layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
-        return_logits=False gives None for them, see NextTokenLoss.
-        caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached. With `last` (B,S) given, lengths are read
-        on the device (CUDA graphs). ValueError: sequence longer than max_position_embeddings."""
-        S = idx.shape[1]
-        if index_loss and caches is not None:
-            raise ValueError("index_loss=True needs the whole sequence in one forward; leave caches out")
-        length = S if caches is None else caches[0].capacity if last is not None else int(position[-1]) + 1
-        if length > self.config.max_position_embeddings:
-            raise ValueError(f"sequence of {length} tokens is longer than the model's max_position_embeddings={self.config.max_position_embeddings}; shorten it")
-        position = torch.arange(S, device=idx.device) if position is None else position
-        angles = (position[:, None].float() * self.rope_frequencies.float())[:, None]  # (S, 1, rope / 2)
-        rope = functools.partial(apply_rope, cos=angles.cos() * self.rope_amplitude, sin=angles.sin() * self.rope_amplitude)
-        run = SimpleNamespace(ops=operations(self.backend, idx.device), sparse=self.attention == "sparse", index_fp8=self.index_fp8,
-                              index_loss=index_loss, detach=self.detach, first=first, last=last, position=position, length=length)
-        h, indices, index_losses = self.model.embed_tokens(idx), None, []
+        -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target
+        counts) if targets are given, and with index_loss "kl", "kl_uniform" (nats, mean over tokens and over
+        layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
+        return_logits=False gives None for them, see `next_token_loss`. caches: one Cache per layer;
+        `position` (S,) int64 of these tokens, all earlier ones being cached. With `last` (B,S) given, lengths
+        are read on the device (CUDA graphs). ValueError: sequence longer than max_position_embeddings."""
+        backend = self.backend_on(idx.device)
+        run = self.run(backend, idx, first, index_loss, caches, position, last)
+        h = self.model.embed_tokens(idx)  # (B, S, hidden)
+        indices = None
+        index_losses = []
         for i, block in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled() and caches is None:
-                h, indices, layer_losses = recompute(block, h, rope, run, indices, use_reentrant=False)
+                h, indices, layer_loss = recompute(block, h, run, indices, use_reentrant=False)
             else:
-                h, indices, layer_losses = block(h, rope, run, indices, caches[i] if caches else None)
-            index_losses.append(layer_losses)
-        losses = {k: torch.stack(v).mean() for k, v in zip(("kl", "kl_uniform", "recall"), zip(*filter(None, index_losses)))}
-        h = self.model.norm(h)
-        logits = self.lm_head(h) if return_logits else None
+                h, indices, layer_loss = block(h, run, indices, caches[i] if caches else None)
+            if layer_loss is not None:
+                index_losses.append(layer_loss)
+        h = self.model.norm(h)  # (B, S, hidden)
+
+        losses = {}
+        if index_losses:
+            for name, layers in zip(IndexLoss._fields, zip(*index_losses)):
+                losses[name] = torch.stack(layers).mean()
         if targets is not None:
-            losses["lm"] = NextTokenLoss.apply(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled(), run.ops.cross_entropy)
+            losses["lm"] = next_token_loss(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), backend)
+        logits = self.lm_head(h) if return_logits else None  # (B, S, vocab)
         return logits, losses
 
-    def generate(self, idx, n, **kwargs):
-        """idx (B,T) -> (B,T+n): the prompts and n sampled tokens each; options as generate.stream, which yields them one by one."""
-        return torch.cat([idx, *(token[:, None] for token in generate.stream(self, idx, n, **kwargs))], 1)
+    def run(self, backend, idx, first, index_loss, caches, position, last):
+        """Check the arguments of `forward` -> Run."""
+        if index_loss and caches is not None:
+            raise ValueError("index_loss=True needs the whole sequence in one forward; leave caches out")
+        S = idx.shape[1]
+        if caches is None:
+            length = S
+        elif last is not None:
+            length = caches[0].capacity
+        else:
+            length = int(position[-1]) + 1
+        if length > self.config.max_position_embeddings:
+            raise ValueError(f"sequence of {length} tokens is longer than the model's "
+                             f"max_position_embeddings={self.config.max_position_embeddings}; shorten it")
+        if position is None:
+            position = torch.arange(S, device=idx.device)
+        angles = (position[:, None].float() * self.rope_frequencies)[:, None]  # (S, 1, rope / 2)
+        return Run(
+            ops=operations(backend),
+            cos=angles.cos() * self.rope_amplitude,
+            sin=angles.sin() * self.rope_amplitude,
+            position=position,
+            length=length,
+            first=first,
+            last=last,
+            sparse=self.attention == "sparse",
+            index_loss=index_loss,
+            index_fp8=self.index_fp8,
+            detach=self.detach)
+
+    def generate(self, idx, n, **options):
+        """idx (B,T) -> (B,T+n): the prompts and up to n sampled tokens each; options as generate.stream,
+        which yields them one by one. Rows that ended before the others are filled up with their end of
+        text."""
+        return generate.complete(self, idx, n, **options)
 
     @classmethod
-    def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu", dtype=None, index=None):
-        """The model of a checkpoint folder, ours or a published one (see checkpoint.py), in eval mode.
+    def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu", dtype=None,
+                        index=None):
+        """The model of a checkpoint folder, ours or a published one (see support/checkpoint.py), in eval
+        mode.
 
-        dtype: None keeps the stored ones. index: a dict of index_n_heads, index_head_dim and index_topk grafts new float32 indexers onto the
-        checkpoint, in place of any it has; attention is then "dense" unless given. FileNotFoundError or ValueError name what is wrong with which file."""
-        config = checkpoint.read_config(folder, Config)
+        dtype: None keeps the stored ones. index: a dict of index_n_heads, index_head_dim and index_topk
+        grafts new float32 indexers onto the checkpoint, in place of any it has; attention is then "dense"
+        unless given. FileNotFoundError or ValueError name what is wrong with which file."""
+        from support import checkpoint
+        config = checkpoint.read_config(folder)
+        if index:
+            config = replace(config, **index)
+            attention = attention or "dense"
         with torch.device("meta"):
-            model = cls(replace(config, **(index or {})), backend, attention or ("dense" if index else None), index_fp8)
+            model = cls(config, backend, attention, index_fp8)
         checkpoint.read_weights(folder, model, device, dtype, new_indexers=bool(index))
         model.rope_frequencies = rope_frequencies(config)[0].to(device)
         return model.eval()
 
     def save_pretrained(self, folder, tokenizer=None):
-        """Write a checkpoint folder that `from_pretrained` and other programs open; it appears whole or not at all. tokenizer: see checkpoint.save_tokenizer."""
+        """Write a checkpoint folder that `from_pretrained` and other programs open; it appears whole or not
+        at all. tokenizer: see support/tokenizer.save_tokenizer."""
+        from support import checkpoint
         checkpoint.write(folder, self, tokenizer)

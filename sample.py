@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import cli
+from support import files
+from support import tokenizer
+from support import checkpoint
+from support import cli
 from generate import stream
-from model import Config, Transformer
+from config import Config
+from model import Transformer
 
 
 def options(argv):
@@ -59,10 +62,10 @@ def main():
             raise ValueError(f"--prompt_file={o.prompt_file}: no UTF-8 text ({error.reason})") from None
     device = cli.device(o.device)
     dtype = getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    checkpoint.read_config(o.checkpoint, Config)
-    tokenizer = checkpoint.load_tokenizer(o.checkpoint)
+    checkpoint.read_config(o.checkpoint)
+    tokens_of = tokenizer.load_tokenizer(o.checkpoint)
     model = Transformer.from_pretrained(o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype)
-    ids = tokenizer.encode(text) or [tokenizer.eot]
+    ids = tokens_of.encode(text) or [tokens_of.eot]
     if ids == [None]:
         raise ValueError(f"{o.checkpoint} names no end-of-text token to begin with; give a --prompt")
     if max(ids) >= model.config.vocab_size:
@@ -79,15 +82,15 @@ def main():
         rows.append(token.tolist())
         times.append(time.perf_counter())
         pending.append(rows[-1][0])
-        piece = tokenizer.decode(pending)
+        piece = tokens_of.decode(pending)
         if o.count == 1 and (not piece.endswith("\ufffd") or len(pending) > 4):  # a character may take several tokens
             print(piece, end="", flush=True)
             pending = []
-    print(tokenizer.decode(pending) if o.count == 1 else "\n".join(f"{'-' * 20}\n{text}{tokenizer.decode(list(row))}" for row in zip(*rows)))
+    print(tokens_of.decode(pending) if o.count == 1 else "\n".join(f"{'-' * 20}\n{text}{tokens_of.decode(list(row))}" for row in zip(*rows)))
     decode = f"{o.count * (len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else "one token"
     print(f"[{model.attention} attention, top-k {model.config.index_topk}: prompt {len(ids)} tokens in {times[0] - began:.2f} s, then {decode}; "
           f"cache {model.cache_bytes_per_token:,} bytes per token over {model.config.num_hidden_layers} layers]", file=sys.stderr)
-    trained = checkpoint.run_options(checkpoint.locate(o.checkpoint).parent).get("block_size")
+    trained = files.run_options(files.locate(o.checkpoint).parent).get("block_size")
     if trained and len(ids) + len(times) > trained:
         print(f"[these are {len(ids) + len(times)} tokens, and the model was trained on contexts of {trained}: beyond them it may talk nonsense]", file=sys.stderr)
     return 0

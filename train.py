@@ -24,14 +24,18 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+
+from support import files
 from tqdm import tqdm
 
-import checkpoint
-import cli
+from support import tokenizer
+from support import checkpoint
+from support import cli
 import data
-import report
-from model import Config, Transformer
-from report import STAGES
+from support import report
+from config import Config
+from model import Transformer
+from support.report import STAGES
 
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
@@ -111,7 +115,7 @@ def resolve(argv):
         path = Path(given.get("out_dir", Options.out_dir)) / "run.json"
         if not path.is_file():
             raise FileNotFoundError(f"--resume: {path} does not exist, there is no run to continue; leave --resume out")
-        base = checkpoint.read_json(path).get("options")
+        base = files.read_json(path).get("options")
         if not base or given.get("overwrite"):
             raise ValueError("--resume with --overwrite: choose one" if base else f"--resume: {path} holds no options; start anew with --overwrite")
         base["out_dir"] = str(path.parent)  # it may have been moved
@@ -120,14 +124,14 @@ def resolve(argv):
             if given[name] != base.get(name):
                 raise ValueError(f"--{name}={given[name]}: the run being resumed has {base.get(name)}; leave the option out, or start another run")
     elif given.get("stage") == "control":  # of the run in out_dir, with its options
-        run = checkpoint.run_options(given.get("out_dir", Options.out_dir))
+        run = files.run_options(given.get("out_dir", Options.out_dir))
         own = {"stage", "out_dir", "device"} | ({"init_from"} if run.get("stage") not in ("sparse", "control") else set())  # a sparse stage started there, too
         base |= {k: v for k, v in run.items() if k in Options.__dataclass_fields__.keys() - own or k == "index_topk"}
     values = base | given
     if values.get("init_from") and not values.get("resume") and not Path(values["init_from"]).is_dir():
         raise FileNotFoundError(f"--init_from={values['init_from']} does not exist; give the folder of a checkpoint")
     source = start_folder(values.get("init_from"), values.get("out_dir", Options.out_dir), values.get("stage"))
-    values["tokenizer"] = values.get("tokenizer") or (checkpoint.tokenizer_name(source) if source and Path(source).is_dir() else "bytes")
+    values["tokenizer"] = values.get("tokenizer") or (tokenizer.tokenizer_name(source) if source and Path(source).is_dir() else "bytes")
     o = Options(**{k: v for k, v in values.items() if k in Options.__dataclass_fields__})
     for name in ("block_size", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_steps", "save_interval"):
         if getattr(o, name) < 1:
@@ -169,7 +173,7 @@ def build(o, sizes, device, stages, vocab_size):
     if not folder:
         model = Transformer(Config(vocab_size=vocab_size, **sizes), **kwargs).to(device)
     else:
-        old = checkpoint.read_config(folder, Config)
+        old = checkpoint.read_config(folder)
         index = {k: sizes.get(k, getattr(old, k) if old.index_topk else v) for k, v in NEW_INDEXER.items()}
         resized = any(index[k] != getattr(old, k) for k in ("index_n_heads", "index_head_dim"))
         anew = "warmup" in stages and resized if old.index_topk else not {"warmup", "sparse"}.isdisjoint(stages)
@@ -276,12 +280,12 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     sizes = {f.name: getattr(c, f.name) for f in MODEL_FIELDS}
     run = dict(options=asdict(o) | dict(resume=False, overwrite=False) | sizes, command=" ".join(sys.argv), commit=cli.commit(), **report.machine(device))
-    cli.replace_text(out / "run.json", json.dumps(run, indent=2) + "\n")
+    files.replace_text(out / "run.json", json.dumps(run, indent=2) + "\n")
     log_path = out / "metrics.jsonl"
     if log_path.exists():  # what was logged after the state was saved happens again, and so does a stage that is run anew
         done = lambda r: r["stage"] not in replaced or resumed and r["stage"] == saved["stage"] and r["step"] < saved["step"]
         kept = [line for line in log_path.read_text().splitlines() if line.endswith("}") and done(json.loads(line))]
-        cli.replace_text(log_path, "".join(line + "\n" for line in kept))
+        files.replace_text(log_path, "".join(line + "\n" for line in kept))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{run['device']} | torch {run['torch']} | commit {run['commit']} | backend {o.backend}, {o.dtype}\n"
           f"model: {parameters / 1e6:.1f}M parameters ({sum(p.numel() for p in model.indexer_parameters()) / 1e6:.2f}M in indexers), {c.num_hidden_layers} layers, "
@@ -348,7 +352,7 @@ def main():
             model.save_pretrained(out / stage, o.tokenizer)
             for attention in ("dense", "sparse") if indexing else ("dense",):
                 summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(model, val_batches, o, device, attention)
-            cli.replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+            files.replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
             report.plot(log_path, out / "plot.png", o.compare)
     for old in out.glob("state-*"):
         shutil.rmtree(old)
@@ -356,7 +360,7 @@ def main():
     prompt = torch.from_numpy(val_tokens.tokens[:o.block_size // 2].astype("int64"))[None].to(device)
     model.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
-        text = checkpoint.load_tokenizer(out / stages[-1]).decode(model.generate(prompt, min(256, o.block_size - prompt.shape[1]), temperature=0.8, top_k=50)[0, prompt.shape[1]:].tolist())
+        text = tokenizer.load_tokenizer(out / stages[-1]).decode(model.generate(prompt, min(256, o.block_size - prompt.shape[1]), temperature=0.8, top_k=50)[0, prompt.shape[1]:].tolist())
     print(f"sample after the first {prompt.shape[1]} tokens of the validation text:\n{text}\n\ncheckpoint: {out / stages[-1]}   plot: {out / 'plot.png'}   "
           f"next: python sample.py --checkpoint={out / stages[-1]}" + (" --attention=dense" if not indexing else f", python evaluate.py --checkpoint={out / stages[-1]}"))
     return 0

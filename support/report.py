@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import cli
+from support import files
+
+from support import checkpoint
+from support import cli
 
 
 def flops_per_token(model, T, stage):
@@ -172,7 +174,7 @@ def collect(run, folder, plots):
     records, measured = read_log(run / "metrics.jsonl"), run / "evaluation-sparse"
     n, end = max(5, len(records) // 200), last_tenth(records)
     kept = [json.dumps(rounded(r)) + "\n" for r in records if r["step"] % n == 0 or "val_loss" in r or r in end]
-    results = {path.name: rounded(checkpoint.read_json(path)) for path in (run / "run.json", run / "summary.json", *measured.glob("evaluation.json"))}
+    results = {path.name: rounded(files.read_json(path)) for path in (run / "run.json", run / "summary.json", *measured.glob("evaluation.json"))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(kept))
     for name, result in results.items():
@@ -183,13 +185,13 @@ def collect(run, folder, plots):
 
 def row(folder):
     """-> {column: number or None} of a collected run. Losses: summary.json, nats per token. KL: mean over the last tenth of the sparse stage."""
-    summary, evaluation = checkpoint.read_json(folder / "summary.json"), folder / "evaluation.json"
+    summary, evaluation = files.read_json(folder / "summary.json"), folder / "evaluation.json"
     after = lambda attention, stage: summary.get(f"val_loss, {attention} attention, after {stage}")
     kl = [r["kl"] for r in last_tenth(read_log(folder / "metrics.jsonl"))]
     columns = {"sparse": after("sparse", "sparse"), "same weights, dense": after("dense", "sparse"), "dense control": after("dense", "control"),
                "KL": sum(kl) / len(kl) if kl else None}
     if evaluation.is_file():
-        results = checkpoint.read_json(evaluation)
+        results = files.read_json(evaluation)
         layers, copy = results["layers"], results["copy"]
         mean = lambda x: sum(x) / len(x)
         columns |= {"recall": layers["selected"][-1], "of oracle": layers["of oracle"][-1], "copied, dense": mean(copy["dense"]), "copied, sparse": mean(copy["sparse"]),

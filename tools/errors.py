@@ -9,8 +9,9 @@ Selections are compared as sets: the share of queries that select exactly the re
 """
 import torch
 
-import checkpoint
-import cli
+from support import tokenizer
+from support import checkpoint
+from support import cli
 import data
 import indexer
 import kernels
@@ -136,7 +137,7 @@ def main():
     cases = random_cases(o.small)
     if o.checkpoint:
         model = Transformer.from_pretrained(o.checkpoint, device="cuda")
-        text = data.prepare("python", checkpoint.tokenizer_name(o.checkpoint))[1].tokens[:4097]
+        text = data.prepare("python", tokenizer.tokenizer_name(o.checkpoint))[1].tokens[:4097]
         calls = recorded(model, torch.from_numpy(text.astype("int64")).cuda()[None], torch.bfloat16)
         layers = sorted({0, model.config.num_hidden_layers // 2, model.config.num_hidden_layers - 1})
         cases = *cases, *((f"trained, layer {n}: {name}", name, calls[name][n]) for name in OPERATIONS for n in layers)

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import Config, Transformer
+from support import tokenizer
+
+from config import Config
+from model import Transformer
 from train import resolve, trainable
 
 HERE = Path(__file__).parent
@@ -193,7 +196,7 @@ def test_runs_are_collected_compared_and_tabulated(place, run, control):
 
 
 def test_thinned_logs_are_small(place):
-    import report
+    from support import report
     (place / "long").mkdir()
     for name in ("run.json", "summary.json"):
         (place / "long" / name).write_text("{}")
@@ -206,7 +209,7 @@ def test_thinned_logs_are_small(place):
 def test_compared_runs_lie_stage_over_stage(place, control, monkeypatch):
     """A run that begins with its sparse stage is drawn over the sparse stage of a longer one, and so is the control."""
     import matplotlib.pyplot as plt
-    import report
+    from support import report
     (place / "late").mkdir()
     late = [r for r in metrics(control) if r["stage"] == "sparse"] + [dict(stage="sparse", step=9, loss=1.0, lm=1.0, val_loss=1.0, kl=0.5, recall=0.5)]
     (place / "late" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in late))

@@ -102,13 +102,6 @@ def commit():
     return "unknown" if head.returncode else head.stdout.strip() + ("+" if dirty.stdout else "")
 
 
-def replace_text(path, text):
-    """Write a file so that it is the old one or the new one, whenever the process dies."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 @contextmanager
 def interruptible():
     """Yield a list that SIGINT and SIGTERM are appended to instead of ending the process at once; a second Ctrl-C does."""

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton.experimental.gluon")
-import kernels_hopper as kh
+from triton_kernels import hopper as kh
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs an sm_90 GPU")
 SCALE = 192 ** -0.5

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import errors
-from model import Config, Transformer
+from tools import errors
+from config import Config
+from model import Transformer
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPES = ("cuda", [None, torch.bfloat16]) if CUDA else ("cpu", [None])  # of autocast; None: float32

@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy as ac, mbarrier, fence_async_shared, warpgroup_mma, warpgroup_mma_wait)
 
-from kernels import limits
+from triton_kernels.common import limits
 
 LATENT, ROPE = gl.constexpr(512), gl.constexpr(64)
 D = gl.constexpr(LATENT.value + ROPE.value)

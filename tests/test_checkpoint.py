@@ -14,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from model import Config, Transformer
+from support import files
+from support import tokenizer
+from support import checkpoint
+from config import Config
+from model import Transformer
 
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
@@ -165,7 +168,7 @@ def test_published_sizes(tmp_path):
     for config, size, indexers in ((lite, 15_706_484_224, 0), (v3, 671_026_419_200, 0), (glm, None, 21)):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with torch.device("meta"):
-            model = Transformer(checkpoint.read_config(tmp_path, Config))
+            model = Transformer(checkpoint.read_config(tmp_path))
         assert size in (None, sum(x.numel() for x in model.state_dict().values())) and len(model.indexer_parameters()) == 5 * indexers
 
 
@@ -401,7 +404,7 @@ def test_tokenizers(tmp_path):
     pytest.importorskip("tiktoken")
     text = "def f(x):\n\treturn 'é€😀' \x00\x7f\u2028  # 1234567 <s>  \r\n"
     Transformer(Config(num_hidden_layers=1)).save_pretrained(tmp_path / "m", "bytes")
-    ours = checkpoint.load_tokenizer(tmp_path / "m")
+    ours = tokenizer.load_tokenizer(tmp_path / "m")
     assert ours.encode(text) == list(text.encode()) and ours.decode([*ours.encode(text), 299]) == text and ours.eot == 256
     there = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
     assert there(text)["input_ids"] == list(text.encode()) and there.decode(list(text.encode()), clean_up_tokenization_spaces=False) == text
@@ -413,12 +416,12 @@ def test_tokenizers(tmp_path):
     shutil.copy(tmp_path / "m" / "config.json", tmp_path / "other")
     (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(dict(add_bos_token=True, bos_token="<|endoftext|>")))
     (tmp_path / "m" / "config.json").write_text((tmp_path / "m" / "config.json").read_text().replace('"eos_token_id": 256', '"eos_token_id": null'))
-    checkpoint.save_tokenizer(tmp_path / "m", tmp_path / "other")
-    tokenizer = checkpoint.load_tokenizer(tmp_path / "m")
-    assert isinstance(tokenizer, checkpoint.FolderTokenizer) and tokenizer.n_vocab == 257 and tokenizer.eot == 256
+    tokenizer.save_tokenizer(tmp_path / "m", tmp_path / "other")
+    tokenizer = tokenizer.load_tokenizer(tmp_path / "m")
+    assert isinstance(tokenizer, tokenizer.FolderTokenizer) and tokenizer.n_vocab == 257 and tokenizer.eot == 256
     assert tokenizer.encode("ab<|endoftext|>") == [256, 97, 98, 256] and tokenizer.decode(tokenizer.encode(text))[13:] == text
     assert tokenizer.encode_ordinary_batch(["a", "<|endoftext|>"]) == [[97], list(b"<|endoftext|>")]
-    assert checkpoint.read_json(tmp_path / "m" / "config.json")["eos_token_id"] == 256
+    assert files.read_json(tmp_path / "m" / "config.json")["eos_token_id"] == 256
     (tmp_path / "m" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer.json: no such file"):
-        checkpoint.load_tokenizer(tmp_path / "m")
+        tokenizer.load_tokenizer(tmp_path / "m")

@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cli
+from support import cli
 import data
 import evaluate
 import indexer
-from model import Config, Transformer
+from config import Config
+from model import Transformer
 
 HERE = Path(__file__).parent
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,

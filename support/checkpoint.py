@@ -4,18 +4,19 @@ Families: deepseek_v2 (V2-Lite), deepseek_v3 (V3, V3.1, Moonlight), deepseek_v32
 files straight to where they stay: on the CPU they remain mapped, on a GPU each is copied once, those of experts into their place in a stack.
 FP8 weights are dequantised on the way. Nothing in a folder can execute code, and what we would compute otherwise than its publishers is refused.
 """
-import functools
-import hashlib
 import json
 import os
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from config import Config
+from support.files import locate, read_json
+from support.tokenizer import save_tokenizer
 
 SHARD_BYTES = 5 * 10**9
 CLASSES = dict(deepseek_v2="DeepseekV2ForCausalLM", deepseek_v3="DeepseekV3ForCausalLM", deepseek_v32="DeepseekV32ForCausalLM",
@@ -28,38 +29,11 @@ ROPE_KEYS = {"type", "rope_type", "rope_theta", "factor", "original_max_position
              "attention_factor", "truncate"}
 REWRITTEN = {"architectures", "auto_map", "quantization_config", "dtype", "torch_dtype", "transformers_version", "rope_parameters",
              "num_key_value_heads", "num_mtp_layers", "scoring_func"}  # keys that `write` drops or derives anew
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja", "generation_config.json")
 
 
 # ---- config.json ----
 
-def locate(folder):
-    """The folder, or where `write` had put it aside when it was killed between two renames."""
-    folder = Path(os.path.abspath(folder))
-    aside = folder.with_name(folder.name + ".old")
-    return aside if not folder.exists() and aside.exists() else folder
-
-
-def read_json(path):
-    """The object in a JSON file. FileNotFoundError, ValueError: one line naming it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint is a folder with config.json and model.safetensors, such as out/sparse")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: no valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}, not an object")
-    return values
-
-
-def run_options(folder):
-    """The options in the run.json of a run's folder, by name; {} where there is none."""
-    path = Path(folder) / "run.json"
-    return read_json(path).get("options", {}) if path.is_file() else {}
-
-
-def read_config(folder, Config):
+def read_config(folder):
     """The Config of a checkpoint folder, in the hub's form (rope_theta, rope_scaling) or that of transformers 5 (rope_parameters).
 
     Keys that change nothing here are kept in Config.other. FileNotFoundError, ValueError: one line naming file, key and fix."""
@@ -287,85 +261,3 @@ def write(folder, model, tokenizer=None):
         os.replace(folder, aside)
     os.replace(part, folder)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-# ---- tokenizer ----
-
-class FolderTokenizer:
-    """A folder's tokenizer.json, through the `tokenizers` library. encode (a prompt: special tokens and the leading BOS count), decode, eot (int
-    or None); and what data.py uses of tiktoken.Encoding: name, n_vocab, eot_token, encode_ordinary_batch (special tokens stay text)."""
-
-    def __init__(self, folder):
-        from tokenizers import Tokenizer
-        folder = locate(folder)
-        path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; put the model's tokenizer.json there (other tokenizer formats are not read)")
-        try:
-            self.inner = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(f"{path}: no tokenizer ({error}); copy it again") from None
-        self.name, self.n_vocab = f"folder-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}", self.inner.get_vocab_size()
-        settings = read_json(settings) if settings.is_file() else {}
-        bos = settings.get("bos_token") if settings.get("add_bos_token") else None
-        self.bos = self.inner.token_to_id(bos["content"] if isinstance(bos, dict) else bos) if bos else None
-        eos = read_json(folder / "config.json").get("eos_token_id")
-        self.eot = self.eot_token = eos[0] if isinstance(eos, list) else eos
-
-    def encode_ordinary_batch(self, texts, num_threads=None):
-        self.inner.encode_special_tokens = True
-        return [x.ids for x in self.inner.encode_batch(texts, add_special_tokens=False)]
-
-    def encode(self, text):
-        self.inner.encode_special_tokens = False
-        ids = self.inner.encode(text).ids
-        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
-
-    def decode(self, ids):
-        return self.inner.decode(ids, skip_special_tokens=False)
-
-
-def tokenizer_name(folder):
-    """What data.tokenizer calls the tokenizer of a checkpoint folder: the name that `save_tokenizer` noted, else the folder itself."""
-    path = locate(folder) / "tokenizer_config.json"
-    return (read_json(path).get("tiktoken") if path.is_file() else None) or str(folder)
-
-
-def load_tokenizer(folder):
-    """The tokenizer of a checkpoint folder: encode(text) -> list of ids, decode(ids) -> text, eot (int or None).
-    The one that `save_tokenizer` noted, else the folder's tokenizer.json. FileNotFoundError: it has neither."""
-    import data
-    encoding = data.tokenizer(tokenizer_name(folder))
-    if isinstance(encoding, FolderTokenizer):
-        return encoding
-    decode = lambda ids: encoding.decode([i for i in ids if i < encoding.n_vocab])  # a model's vocabulary may be padded
-    return SimpleNamespace(encode=functools.partial(encoding.encode, allowed_special="all"), decode=decode, eot=encoding.eot_token)
-
-
-def save_tokenizer(folder, name):
-    """Note in a checkpoint folder which tokenizer it was trained with: "bytes", a name that tiktoken knows, or the checkpoint folder to copy it from.
-
-    "bytes" is also written as a tokenizer.json that transformers opens: byte-level BPE without merges, ids 0..255 and <|endoftext|> = 256."""
-    import data
-    folder, eot = Path(folder), data.tokenizer(name).eot_token
-    config = read_json(folder / "config.json")
-    if config.get("eos_token_id") is None:  # or generation elsewhere would stop at a family's default id
-        (folder / "config.json").write_text(json.dumps(config | dict(eos_token_id=eot), indent=2) + "\n")
-    if name != "bytes" and os.path.isdir(name):
-        for file in TOKENIZER_FILES:
-            if (locate(name) / file).is_file():
-                shutil.copyfile(locate(name) / file, folder / file)
-        return
-    settings = dict(tiktoken=name, eos_token="<|endoftext|>")
-    if name == "bytes":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # GPT-2's alphabet: printable bytes stand for themselves, the others for the code points from 256 on
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        vocabulary = {chr(b if b in printable else 256 + sum(c not in printable for c in range(b))): b for b in range(256)}
-        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
-        special = dict(id=eot, content="<|endoftext|>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        tokenizer = dict(version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None, pre_tokenizer=level, post_processor=None,
-                         decoder=level, model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                                                   fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocabulary, merges=[]))
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -17,7 +17,9 @@ import pytest
 import tiktoken
 import torch
 
-import copies
+from support import files
+
+from tools import copies
 import data
 
 HERE = os.path.dirname(os.path.abspath(__file__))

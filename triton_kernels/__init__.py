@@ -1,0 +1,1 @@
+"""The chapters behind kernels.py: common, index, dense, sparse, loss, cross_entropy, and hopper (Gluon)."""
