@@ -633,10 +633,13 @@ def scores_consumer(
                 x = gl.where(gl.expand_dims(gl.load(tile_ptr + slot) >= 0, 0), x, float("-inf"))
             p = gl.exp2(x * (scale * LOG2E) - gl.expand_dims(lse2, 1))
             ds = p * (dp * scale - gl.expand_dims(delta, 1))
-            at = (item.to(gl.int64) * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, BY_8))) * K + tile * SCORE_SLOTS
-            at = gl.expand_dims(at, 1) + gl.expand_dims(gl.arange(0, SCORE_SLOTS, gl.SliceLayout(0, BY_8)), 0)
-            gl.store(p_ptr + at, in_slot_order(p.to(gl.bfloat16)))
-            gl.store(ds_ptr + at, in_slot_order(ds.to(gl.bfloat16)))
+            p = in_slot_order(p.to(gl.bfloat16))
+            ds = in_slot_order(ds.to(gl.bfloat16))
+            at = (item.to(gl.int64) * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, BY_8))) * K
+            at = gl.expand_dims(at + tile * SCORE_SLOTS, 1)
+            at = at + gl.expand_dims(gl.arange(0, SCORE_SLOTS, gl.SliceLayout(0, BY_8)), 0)
+            gl.store(p_ptr + at, p)
+            gl.store(ds_ptr + at, ds)
 
 
 @gluon.jit
@@ -1062,8 +1065,8 @@ def target_consumer(
         n += PIECES
         p += gl.exp2(x * scale_log2 - gl.expand_dims(lse2, 1))
     if pieces > 0:
-        t = gl.arange(0, TARGET_BLOCK, gl.SliceLayout(0, WGMMA_128))
-        at = gl.expand_dims(i.to(gl.int64) * TP, 1) + gl.expand_dims(t, 0)
+        at = gl.expand_dims(i.to(gl.int64) * TP, 1)
+        at = at + gl.expand_dims(gl.arange(0, TARGET_BLOCK, gl.SliceLayout(0, WGMMA_128)), 0)
         gl.store(p_ptr + at, p * inverse)
 
 
