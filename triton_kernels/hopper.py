@@ -16,26 +16,26 @@ Regime: sm_90, bf16, the published latents of 512 + 64 (the forward also from th
 and more; the target: 16 heads and more of 64, 128 or 192 dimensions. The rest is for the portable chapters.
 `supported` and `target_supported` say which; that shapes fit each other is checked by the callers.
 
-The attention kernels are persistent: one program per multiprocessor, which takes every n-th work item. An item
-is 64 rows (query, head), all of one query: numbered through (B, S, H), item i begins at row 64 i.
+The attention kernels are persistent: one program per multiprocessor, which takes every n-th work item. An
+item is 64 rows (query, head), all of one query: numbered through (B, S, H), item i begins at row 64 i.
 
-Barriers. Tiles pass through a ring of stages in shared memory: tile n lies in stage n % STAGES, as the use
-n // STAGES of that stage. Its writer arrives at the barrier full_x when the data is there, its readers arrive at
-empty_x when they are done with it. A barrier ends a phase when as many have arrived as it counts. Phases are
-told apart by one bit, 0, 1, 0, 1, ...: wait(barrier, bit) returns once the latest phase of that bit has ended.
-So use u is read after wait(full_x, u & 1) and written after wait(empty_x, u & 1 ^ 1), the phase before; on a new
-barrier the latter returns at once, as it should: nobody has to leave before the first use. With two stages,
-tile 5 is use 2 of stage 1: its reader waits for bit 0, its writer for bit 1. As a phase is one bit, nobody may
-wait for the use after next.
+Tiles pass from warpgroup to warpgroup through a ring of stages in shared memory: tile n lies in stage
+n % STAGES, as use n // STAGES of that stage. Its writer arrives at the barrier full_x when the data is there,
+its readers arrive at empty_x when they are done with it. A barrier ends a phase when as many have arrived as
+it counts, and phases are told apart by one bit, 0, 1, 0, 1, ...: wait(barrier, bit) returns once the latest
+phase of that bit has ended. So use u is read after wait(full_x, u & 1), and written after wait(empty_x,
+u & 1 ^ 1), the phase before; on a new barrier the latter returns at once, as it should: nobody has to leave
+before the first use. With two stages, tile 5 is use 2 of stage 1: its reader waits for bit 0, its writer for
+bit 1. As a phase is one bit, nobody may wait for the use after next.
 
     barrier        who arrives            what it says
-    full_left      producer               the tile's rope piece, its left piece and its indices are there
+    full_left      producer               the tile's rope piece, its left piece and its tokens are there
     full_right     producer               its right piece is there
-    empty_left     pv left, pv right      left is read, and P in the place of rope, which both read
-    empty_right    pv right               right is read
+    empty_left     pv left, pv right      the left piece is read, and P, which lies in the place of rope
+    empty_right    pv right               the right piece is read
     full_q         producer               the item's Q (and dO) is there
     empty_q        scores, consumers      the item's last product with it is done
-    full_p         scores                 P is there, in the place of the rope piece, and alpha
+    full_p         scores                 P is there, and alpha
     full_inverse   scores                 1 / l of a finished item is there
     empty_inverse  pv left, pv right      it is read
     full_piece     producer               a piece of 64 columns is there
@@ -44,8 +44,8 @@ wait for the use after next.
     empty_tile     its consumers          it is read
     turn           the other consumer     its products of a tile are all under way: yours may follow
 
-`mbarrier.arrive` counts once per warpgroup, the arrival of cp.async once per thread. wgmma reads shared memory
-through the async proxy: `fence_async_shared` stands between the wait (or the own store) and the product.
+`mbarrier.arrive` counts once per warpgroup, the arrival of cp.async once per thread. wgmma reads shared
+memory through the async proxy: `fence_async_shared` stands between a wait, or a store, and the product.
 """
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait)
 
-from triton_kernels.common import LN2, LOG2E, is_hopper, launch_delta, limits
+from triton_kernels.common import LN2, LOG2E, is_hopper, launch_delta, limits, load_bounds, visible_range
 
 # ---- sizes ----
 
@@ -63,7 +63,8 @@ V = gl.constexpr(512)  # dimensions of a value, which is the latent,
 R = gl.constexpr(64)  # of the rope part,
 D = gl.constexpr(V.value + R.value)  # of a key: both
 HALF = gl.constexpr(V.value // 2)  # of a latent: left, right
-ENTRY = gl.constexpr(V.value + 4 * 4 + 2 * R.value)  # bytes of a token in the FP8 cache: e4m3, 4 scales, rope
+GROUP = gl.constexpr(128)  # e4m3 values that share a scale in the FP8 cache
+ENTRY = gl.constexpr(V.value + 4 * (V.value // GROUP.value) + 2 * R.value)  # its bytes per token
 HEADS = gl.constexpr(64)  # of a work item: the rows of a wgmma
 PAIR = gl.constexpr(128)  # heads of two items, which dq and dlatents take together
 PIECE = gl.constexpr(64)  # columns: 128 bytes, the widest row that wgmma reads
@@ -73,7 +74,8 @@ SLOTS = gl.constexpr(64)  # of a tile
 SCORE_SLOTS = gl.constexpr(128)  # of a tile of the backward's scores
 SCORE_STAGES = gl.constexpr(5)
 DQ_STAGES = gl.constexpr(4)
-TARGET_BLOCK = gl.constexpr(128)  # queries, and keys, of a tile of the target
+TARGET_BLOCK = gl.constexpr(128)  # queries, and keys, of a tile of the target,
+TARGET_ROWS = gl.constexpr(64)  # queries of either consumer
 TARGET_STAGES = gl.constexpr(6)
 TARGET_GROUP = gl.constexpr(8)  # blocks of queries side by side, so that their keys come from L2
 
@@ -88,37 +90,38 @@ TARGET_REGISTERS = gl.constexpr(216)
 
 SCRATCH_BYTES = 2**30  # of P and dS in the backward
 
-# ---- layouts ----
+# ---- layouts in shared memory ----
 
-# Shared memory: bf16 rows of 128 bytes and more, swizzled as wgmma reads them; rows of 64 bytes; the first seen
-# as words of two bf16; plain vectors; barriers.
-ROWS_128 = gl.constexpr(gl.NVMMASharedLayout(128, 16))
-ROWS_64 = gl.constexpr(gl.NVMMASharedLayout(64, 16))
-WORD_ROWS = gl.constexpr(gl.NVMMASharedLayout(128, 32))
-FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+SHARED_128 = gl.constexpr(gl.NVMMASharedLayout(128, 16))  # bf16 rows of 128 bytes or more, as wgmma reads
+SHARED_64 = gl.constexpr(gl.NVMMASharedLayout(64, 16))  # bf16 rows of 64 bytes
+SHARED_WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32))  # SHARED_128 seen as words of two bf16
+SHARED_FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # vectors
 BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
-# Copies: 8 lanes take the 128 bytes of a row, 16 each; 8 lanes take 32 bytes, 4 each; 4 lanes take 16 e4m3 each
-# (their stores as bf16 meet no bank twice).
-COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-COPY_PAIRS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
-WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
+# ---- layouts in registers ----
 
-# Vectors: an element per thread; of 64 or 128 elements every warp holds all, so that no reduction needs a barrier.
+# cp.async: 8 lanes to the 128 bytes of a row, 16 bytes each
+COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+# the same where columns change places in pairs: 4 bytes each
+COPY_PAIRS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
+# e4m3 in words of four: 16 bytes to a lane, so that its stores as bf16 meet no bank twice
+WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
+# vectors: an element to a thread
 ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+# vectors of 64 and 128 that every warp holds whole, so that a reduction needs no barrier between warps
 EVERY_WARP_64 = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 EVERY_WARP_128 = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
 
-# Results of wgmma, 64 rows, by the columns of one instruction. In every 8 columns a lane holds two neighbours:
-# 8 j + 2 c + e, with c = lane % 4, e = 0, 1, and all j.
+# Results of wgmma: 64 rows, by the columns of one instruction. Lane c (of every four) holds the columns
+# 8 j + 2 c + e, for e = 0, 1 and all j.
 WGMMA_32 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 WGMMA_64 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 WGMMA_128 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 WGMMA_256 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 
-# The same registers under other names of the columns, so that what a lane holds is contiguous and leaves in
-# 16 bytes: of every 32 columns it holds 8 c ... 8 c + 7 (bf16), or of every 16 it holds 4 c ... 4 c + 3 (float32).
-# Bases of the columns and rows that the bits of register, lane and warp stand for; then the shape.
+# The same registers with the columns renamed, so that what a lane holds leaves in 16 bytes: of every 32
+# columns 8 c ... 8 c + 7 (bf16), of every 16 columns 4 c ... 4 c + 3 (float32). The lists say which (row,
+# column) each bit of the register's, the lane's and the warp's number stands for.
 BY_8 = gl.constexpr(gl.DistributedLinearLayout(
     [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]],
     [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 128]))
@@ -140,31 +143,30 @@ def copy_rows(to, row_ptr, COLUMN: gl.constexpr):
 
 
 # ---- sparse_forward ----
-# contract    kernels.sparse_attention; here lse is that of what was selected, and an FP8 entry enters as bf16
-#             (value x scale), exact for scales that are powers of two
+# contract    kernels.sparse_attention; an FP8 entry enters as bf16(value x scale), exact for powers of two
 # in PyTorch  x = scale * q @ k[idx].T;  out = softmax(x, -1) @ k[idx, :512]
 # equation    out[s,h] = sum_j p_j k[idx_j, :512], p = softmax_j(scale q[s,h] . k[idx_j])
-# tiling      an item is 64 heads of a query; 64 slots at a time, gathered in three pieces: rope (64 columns),
-#             left and right (256 each). Two stages. What passes between the four warpgroups:
+# tiling      an item is 64 heads of a query, a tile 64 slots in three pieces: rope (64 columns), left and
+#             right (256 each). Two stages. What passes between the four warpgroups:
 #
-#                 rope, left, right, indices, Q               P, alpha                 .--> pv left:   O[:, :256]
-#       producer ------------------------------> scores --------------(1 / l last)-----+
-#          ^                                     S = Q K^T, online softmax             '--> pv right:  O[:, 256:]
-#          '------- empty_q --------------------'                                            |
-#          '------- empty_left, empty_right ------------------------------------------------'
+#    producer --(rope, left, right, tokens; Q)--> scores --(P, alpha; at the end 1 / l)--> pv left, pv right
+#       ^                                           |                                              |
+#       '----------------- empty_q -----------------'                                              |
+#       '----------------- empty_left, empty_right ------------------------------------------------'
 #
-#             P takes the place of the rope piece, which is of its size and dead once S is there. The reference
-#             maximum m moves only when a row grew by more than 2^12 above it: alpha is nearly always 1, and the
-#             product of alpha and the accumulators is skipped.
+#             scores: S = Q K^T and the online softmax; P takes the place of the rope piece, which is of its
+#             size and dead once S is there. pv: O[:, half] = alpha O[:, half] + P V[:, half], in 64 x 256
+#             float32. The reference maximum moves only when a row grew more than 2^12 above it, so alpha is
+#             nearly always 1, and the product with it is skipped
 # FLOPs       2 S H K (D + V)
-# bytes       of every slot and 64 heads 2 D, or 656 in FP8, from L2
+# bytes       2 D (FP8: 656) for every slot and 64 heads, from L2
 
 
 @gluon.jit
-def load_query(q_ptr, q_left, q_right, q_rope, full_q, empty_q, phase, row):
-    """Copy 64 rows of Q, once those of the item before are read."""
+def load_query(q_ptr, q_left, q_right, q_rope, full_q, empty_q, phase, item):
+    """Copy the item's Q, once that of the item before is read."""
     mbarrier.wait(empty_q, phase)
-    row_ptr = q_ptr + row * D
+    row_ptr = q_ptr + (item.to(gl.int64) * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, COPY))) * D
     copy_rows(q_rope, row_ptr, V)
     copy_rows(q_left, row_ptr, 0)
     copy_rows(q_right, row_ptr, HALF)
@@ -193,9 +195,9 @@ def forward_producer(
             token = following
             if tile + 1 < K // SLOTS:
                 following = gl.load(index_ptr + (tile + 1) * SLOTS + r)  # a tile ahead: nobody waits for it
-            row_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * D  # empty slots read row 0; scores masks them
+            row_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * D  # empty: row 0, which scores masks
 
-            # rope, left and the indices
+            # rope, left and the tokens
             mbarrier.wait(empty_left.index(stage), phase)
             async_copy.async_copy_global_to_shared(
                 tokens.index(stage), index_ptr + tile * SLOTS + gl.arange(0, SLOTS, ONE))
@@ -210,27 +212,29 @@ def forward_producer(
 
             # Q, behind the item's first tile, which need not wait for the last item's products
             if tile == 0:
-                row = s * H + (item % (H // HEADS)) * HEADS + r
-                load_query(q_ptr, q_left, q_right, q_rope, full_q, empty_q, q_phase, row)
+                load_query(q_ptr, q_left, q_right, q_rope, full_q, empty_q, q_phase, item)
                 q_phase ^= 1
             n += 1
 
 
 @gluon.jit
-def load_values(entry_ptr, group: gl.constexpr):
-    """The 128 e4m3 of this group of these entries of the cache, as words (64, 32)."""
-    word = gl.arange(0, 32, gl.SliceLayout(0, WORDS)) + group * 32
+def load_values(entry_ptr, INDEX: gl.constexpr):
+    """Group INDEX of the values of these entries of the cache, four e4m3 to a word -> (64, 32)."""
+    word = gl.arange(0, GROUP // 4, gl.SliceLayout(0, WORDS)) + INDEX * (GROUP // 4)
     entry_ptr = gl.multiple_of(entry_ptr.to(gl.pointer_type(gl.int32)), 16)
     return gl.load(gl.expand_dims(entry_ptr, 1) + gl.expand_dims(word, 0))
 
 
 @gluon.jit
-def store_values(to, words, entry_ptr, group: gl.constexpr):
-    """to[:, 128 group ...] = bf16(e4m3 x the group's scale); `to` is half a tile, seen as words of two bf16."""
-    scale = gl.load((entry_ptr + V).to(gl.pointer_type(gl.float32)) + group)
-    # four e4m3 -> fp16, exactly -> float32, times the scale -> bf16; the first of a pair in the low half
-    low, high = gl.inline_asm_elementwise("""{
-        .reg .b16 a, b, h0, h1, h2, h3; .reg .b32 x, y; .reg .f32 f0, f1, f2, f3;
+def store_values(to, words, entry_ptr, INDEX: gl.constexpr):
+    """Group INDEX of the values, times its scale, as bf16 into `to`: half a tile, in words of two bf16."""
+    scale = gl.load((entry_ptr + V).to(gl.pointer_type(gl.float32)) + INDEX)
+    # e4m3 -> fp16, exactly -> float32, times the scale -> bf16; the first of two neighbours in the low half
+    low, high = gl.inline_asm_elementwise(
+        """{
+        .reg .b16 a, b, h0, h1, h2, h3;
+        .reg .b32 x, y;
+        .reg .f32 f0, f1, f2, f3;
         mov.b32 {a, b}, $2;
         cvt.rn.f16x2.e4m3x2 x, a;       cvt.rn.f16x2.e4m3x2 y, b;
         mov.b32 {h0, h1}, x;            mov.b32 {h2, h3}, y;
@@ -238,9 +242,11 @@ def store_values(to, words, entry_ptr, group: gl.constexpr):
         cvt.f32.f16 f2, h2;             cvt.f32.f16 f3, h3;
         mul.f32 f0, f0, $3;             mul.f32 f1, f1, $3;
         mul.f32 f2, f2, $3;             mul.f32 f3, f3, $3;
-        cvt.rn.bf16x2.f32 $0, f1, f0;   cvt.rn.bf16x2.f32 $1, f3, f2; }""",
+        cvt.rn.bf16x2.f32 $0, f1, f0;   cvt.rn.bf16x2.f32 $1, f3, f2;
+        }""",
         "=r,=r,r,f", [words, gl.expand_dims(scale, 1)], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
-    to.slice((group % 2) * 64, 64, 1).store(gl.reshape(gl.join(low, high), [SLOTS, 64]))
+    pairs = gl.reshape(gl.join(low, high), [SLOTS, GROUP // 2])
+    to.slice((INDEX % 2) * (GROUP // 2), GROUP // 2, 1).store(pairs)
 
 
 @gluon.jit
@@ -250,7 +256,7 @@ def forward_producer_fp8(
         full_left, empty_left, full_right, empty_right, full_q, empty_q,
         items, S, T,
         H: gl.constexpr, K: gl.constexpr):
-    """The same from the packed cache, 512 e4m3 | 4 float32 scales | 64 bf16: values become bf16 on the way."""
+    """The same from the packed cache, 512 e4m3 | 4 float32 scales | 64 bf16: e4m3 become bf16 on the way."""
     r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
     r_words = gl.arange(0, SLOTS, gl.SliceLayout(1, WORDS))
     n = 0
@@ -266,19 +272,19 @@ def forward_producer_fp8(
             stage = n & 1
             phase = ((n >> 1) & 1) ^ 1
             token = gl.load(index_ptr + tile * SLOTS + r)
-            rope_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * ENTRY + (V + 16)
+            rope_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * ENTRY + (ENTRY - 2 * R)
             following = gl.minimum(tile + 1, K // SLOTS - 1)  # the last tile fetches itself once more
             token = gl.load(index_ptr + following * SLOTS + r_words)
             following_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * ENTRY
 
-            # rope and the indices as they are, left through registers; values are fetched two groups ahead
+            # rope and tokens as they are, left through registers; values are fetched two groups ahead
             mbarrier.wait(empty_left.index(stage), phase)
             async_copy.async_copy_global_to_shared(
                 tokens.index(stage), index_ptr + tile * SLOTS + gl.arange(0, SLOTS, ONE))
             copy_rows(k_rope.index(stage), rope_ptr.to(gl.pointer_type(gl.bfloat16)), 0)
             async_copy.mbarrier_arrive(full_left.index(stage), increment_count=False)
-            left = k_left.index(stage)._reinterpret(gl.int32, [SLOTS, HALF // 2], WORD_ROWS)
-            right = k_right.index(stage)._reinterpret(gl.int32, [SLOTS, HALF // 2], WORD_ROWS)
+            left = k_left.index(stage)._reinterpret(gl.int32, [SLOTS, HALF // 2], SHARED_WORDS)
+            right = k_right.index(stage)._reinterpret(gl.int32, [SLOTS, HALF // 2], SHARED_WORDS)
             store_values(left, even, entry_ptr, 0)
             even = load_values(entry_ptr, 2)
             store_values(left, odd, entry_ptr, 1)
@@ -297,8 +303,7 @@ def forward_producer_fp8(
             entry_ptr = following_ptr
 
             if tile == 0:
-                row = s * H + (item % (H // HEADS)) * HEADS + r
-                load_query(q_ptr, q_left, q_right, q_rope, full_q, empty_q, q_phase, row)
+                load_query(q_ptr, q_left, q_right, q_rope, full_q, empty_q, q_phase, item)
                 q_phase ^= 1
             n += 1
 
@@ -320,6 +325,7 @@ def forward_scores(
         q_phase ^= 1
         m = gl.full([HEADS], -1e30, gl.float32, ROW)  # in log2 units; finite: no inf - inf
         l = gl.full([HEADS], 0.0, gl.float32, ROW)
+        highest = gl.full([SLOTS], -1, gl.int32, EVERY_WARP_64)  # token selected so far
         zero = gl.zeros([HEADS, SLOTS], gl.float32, WGMMA_64)
         for tile in range(K // SLOTS):
             stage = n & 1
@@ -333,15 +339,17 @@ def forward_scores(
             mbarrier.wait(full_right.index(stage), phase)
             fence_async_shared()
             x = warpgroup_mma(q_right, k_right.index(stage).permute((1, 0)), x, is_async=True)
-            holes = gl.min(tokens.index(stage).load(EVERY_WARP_64), 0) < 0
+            token = tokens.index(stage).load(EVERY_WARP_64)
+            holes = gl.min(token, 0) < 0
+            highest = gl.maximum(highest, token)
             x = warpgroup_mma_wait(0, deps=[x])
             if tile + 1 == K // SLOTS:
                 mbarrier.arrive(empty_q)  # before the last softmax, under which the next Q arrives
 
             # the softmax so far
             if holes:
-                chosen = tokens.index(stage).load(gl.SliceLayout(0, WGMMA_64)) >= 0
-                x = gl.where(gl.expand_dims(chosen, 0), x, float("-inf"))
+                selected = tokens.index(stage).load(gl.SliceLayout(0, WGMMA_64)) >= 0
+                x = gl.where(gl.expand_dims(selected, 0), x, float("-inf"))
             top = gl.max(x, 1) * scale_log2
             m_new = gl.where(top > m + 12.0, top, m)
             alpha = gl.exp2(m - m_new)
@@ -356,10 +364,11 @@ def forward_scores(
             l = l * alpha + gl.sum(p, 1)
             n += 1
 
-        # a query without any token gives out 0 and lse -inf
+        # a query that selected nothing: out 0, lse -inf. Not "unless l > 0", which would hide a NaN, nor
+        # "where l == 0", which would hide logits that are all -inf
         mbarrier.wait(empty_inverse, inverse_phase)
         inverse_phase ^= 1
-        inverse.store(gl.where(l > 0, 1.0 / l, 0.0))
+        inverse.store(gl.where(gl.max(highest, 0) < 0, 0.0, 1.0 / l))
         mbarrier.arrive(full_inverse)
         gl.store(lse_ptr + item.to(gl.int64) * HEADS + gl.arange(0, HEADS, ROW), (m + gl.log2(l)) * LN2)
 
@@ -372,7 +381,7 @@ def forward_pv(
         items,
         COLUMN: gl.constexpr, K: gl.constexpr):
     """O = alpha O + P V of half of the columns, those from COLUMN on."""
-    # 128 columns an instruction: with 512 threads ptxas refuses 256, as it checks the registers that a thread starts with
+    # 128 columns an instruction: ptxas refuses 256, as each of 512 threads starts with 128 registers
     ROW: gl.constexpr = gl.SliceLayout(1, WGMMA_128)
     n = 0
     inverse_phase = 0
@@ -406,16 +415,15 @@ def sparse_forward_kernel(
         q_ptr, latents_ptr, indices_ptr, out_ptr, lse_ptr,
         scale_log2, items, S, T,
         H: gl.constexpr, K: gl.constexpr, FP8: gl.constexpr):
-    # shared memory: 217 KB of tiles
-    k_left = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, HALF], ROWS_128)
-    k_right = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, HALF], ROWS_128)
-    k_rope = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, R], ROWS_128)
-    q_left = gl.allocate_shared_memory(gl.bfloat16, [HEADS, HALF], ROWS_128)
-    q_right = gl.allocate_shared_memory(gl.bfloat16, [HEADS, HALF], ROWS_128)
-    q_rope = gl.allocate_shared_memory(gl.bfloat16, [HEADS, R], ROWS_128)
-    tokens = gl.allocate_shared_memory(gl.int32, [2, SLOTS], FLAT)
-    alpha = gl.allocate_shared_memory(gl.float32, [2, HEADS], FLAT)
-    inverse = gl.allocate_shared_memory(gl.float32, [HEADS], FLAT)
+    k_left = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, HALF], SHARED_128)
+    k_right = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, HALF], SHARED_128)
+    k_rope = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, R], SHARED_128)
+    q_left = gl.allocate_shared_memory(gl.bfloat16, [HEADS, HALF], SHARED_128)
+    q_right = gl.allocate_shared_memory(gl.bfloat16, [HEADS, HALF], SHARED_128)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [HEADS, R], SHARED_128)
+    tokens = gl.allocate_shared_memory(gl.int32, [2, SLOTS], SHARED_FLAT)
+    alpha = gl.allocate_shared_memory(gl.float32, [2, HEADS], SHARED_FLAT)
+    inverse = gl.allocate_shared_memory(gl.float32, [HEADS], SHARED_FLAT)
     full_left = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     empty_left = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     full_right = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
@@ -426,8 +434,9 @@ def sparse_forward_kernel(
     full_inverse = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     empty_inverse = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
 
+    # data from FP8 is stored by the producer, which arrives once, after the copies of rope and tokens
     for i in gl.static_range(2):
-        mbarrier.init(full_left.index(i), count=THREADS + 1 if FP8 else THREADS)  # FP8: copies, and its own stores
+        mbarrier.init(full_left.index(i), count=THREADS + 1 if FP8 else THREADS)
         mbarrier.init(full_right.index(i), count=1 if FP8 else THREADS)
         mbarrier.init(empty_left.index(i), count=2)
         mbarrier.init(empty_right.index(i), count=1)
@@ -463,7 +472,8 @@ def sparse_forward_kernel(
 
 def supported(q, latents, indices, value_dim):
     """Do the attention kernels take q (B,S,H,D), latents (B,T,D or bytes), indices (B,S,K)? bf16 (latents: or
-    the packed FP8 cache) on a Hopper GPU, 512 + 64 dimensions, at least 64 heads, something to select from."""
+    the packed FP8 cache) on a Hopper GPU, 512 + 64 dimensions, at least 64 heads, something to select
+    from."""
     widths = {torch.bfloat16: D.value, torch.uint8: ENTRY.value}
     if not is_hopper(q) or q.dtype != torch.bfloat16 or latents.dtype not in widths:
         return False
@@ -481,9 +491,9 @@ def padded(x, multiple, value=0.0):
 
 
 def sparse_forward(q, latents, indices, scale):
-    """q (B,S,H,576) bf16, latents (B,T,576) bf16 or the packed FP8 cache (B,T,656) uint8, indices (B,S,K) int32,
-    -1 empty, as `supported` wants them -> out (B,S,H,512) bf16, lse (B,S,H) float32, natural logarithm, both
-    contiguous. Deterministic."""
+    """q (B,S,H,576) bf16, latents (B,T,576) bf16 or the packed FP8 cache (B,T,656) uint8, indices (B,S,K)
+    int32, -1 empty, as `supported` wants them -> out (B,S,H,512) bf16, lse (B,S,H) float32, natural
+    logarithm, both contiguous. Deterministic."""
     B, S, H, _ = q.shape
     q = padded(q, HEADS.value)  # (B, S, HP, 576)
     indices = padded(indices, SLOTS.value, -1)  # (B, S, KP)
@@ -504,33 +514,34 @@ def sparse_forward(q, latents, indices, scale):
 # contract    kernels.sparse_attention: its gradients
 # in PyTorch  p = softmax(x, -1);  ds = scale * p * (dout @ k[idx, :512].T - (out * dout).sum(-1))
 #             dq = ds @ k[idx];  dlatents[idx] += ds.T @ q;  dlatents[idx, :512] += p.T @ dout
+# tiling      three kernels over a chunk of queries at a time; between them P and dS lie in memory, in bf16
 # FLOPs       2 S H K (3 D + 2 V)
-# tiling      three kernels over a chunk of queries at a time, between which P and dS lie in memory in bf16
 
-
-# ---- 1: P = exp(scale q.k - lse), dS = scale P (dout.v - delta), delta = sum(out dout) ----
-# tiling      an item is 64 heads of a query, whose Q and dO stay in shared memory (136 KB); tiles of 128 slots,
-#             which pass through a ring of pieces, 128 x 64 (16 KB): each serves S and dP and is gone. The two
-#             consumers take turns: one is in its softmax and its stores while the other multiplies. A consumer
-#             begins when the other has seen the last piece of its tile (`turn`), so that it never waits for the
-#             use after next of a stage. Q and dO come piece by piece, too, with those of the item's first tile.
-#             The slots of a tile lie in shared memory in such an order that a lane's results are 8 consecutive
-#             slots: 16-byte stores.
+# ---- backward, 1: scores ----
+# equation    P[s,h,j] = exp(scale q[s,h] . k[idx_j] - lse[s,h]), dS = scale P (dout . v - delta),
+#             delta[s,h] = sum(out dout)
+# tiling      an item is 64 heads of a query; their Q and dO stay in shared memory (136 KB). A tile is 128
+#             slots, which pass through the ring in pieces, 128 x 64 (16 KB): each serves S and dP and is
+#             gone. The consumers take turns, one in its softmax and its stores while the other multiplies:
+#             one begins when the other has seen the last piece of its tile, so that it never waits for the
+#             use after next of a stage. Q and dO come piece by piece, too, with those of the item's first
+#             tile. The slots of a tile lie in shared memory in an order in which a lane's results are 8
+#             consecutive ones: 16-byte stores.
 # FLOPs       2 S H K (D + V)
-# bytes       of every slot and 64 heads 2 D from L2; 4 S H K written
+# bytes       2 D for every slot and 64 heads, from L2; 4 S H K written
 
 
 @gluon.jit
 def slot_of(r):
-    """The slot that row r of a tile holds: of every 32, row 8 j + 2 c + e (column c of wgmma's lanes) holds slot
-    8 c + 2 j + e. Lane 0 has the rows 0, 1, 8, 9, 16, 17, 24, 25: they hold slots 0 ... 7."""
+    """The slot that row r of a tile holds: of every 32, row 8 j + 2 c + e (column c of wgmma's lanes) holds
+    slot 8 c + 2 j + e. Lane 0 has the rows 0, 1, 8, 9, 16, 17, 24, 25: they hold slots 0 ... 7."""
     return (r & ~31) | ((r >> 1 & 3) * 8 + (r >> 3 & 3) * 2 + (r & 1))
 
 
 @gluon.jit
 def in_slot_order(x):
-    """(64, 128), columns as `slot_of` has them -> in the order of the slots, 8 of every 32 in a lane. Registers are
-    only renamed."""
+    """(64, 128), columns as `slot_of` has them -> in the order of the slots, 8 of every 32 in a lane.
+    Registers are only renamed."""
     x = gl.reshape(x, [HEADS, 4, 4, 4, 2])  # columns (32 b, 8 j, 2 c, e)
     x = gl.reshape(gl.permute(x, [0, 1, 3, 2, 4]), [HEADS, SCORE_SLOTS])  # (32 b, 8 c, 2 j, e)
     return gl.convert_layout(x, BY_8)
@@ -543,7 +554,8 @@ def scores_producer(
         full_piece, empty_piece, empty_q,
         start, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
-    """Gather the tiles, piece by piece, and with those of an item's first tile its Q and dO."""
+    """Gather the tiles, piece by piece, and with those of an item's first tile its Q and dO: full_piece
+    speaks for all copies before it."""
     r = gl.arange(0, HEADS, gl.SliceLayout(1, COPY))
     slot = slot_of(gl.arange(0, SCORE_SLOTS, gl.SliceLayout(1, COPY)))
     stage = 0
@@ -553,7 +565,7 @@ def scores_producer(
         s = (item // (H // HEADS)).to(gl.int64)
         index_ptr = indices_ptr + s * K + slot
         base_ptr = latents_ptr + ((s + start) // S) * T * D
-        row = s * H + (item % (H // HEADS)) * HEADS + r
+        row = item.to(gl.int64) * HEADS + r
         following = gl.load(index_ptr)
         for tile in range(K // SCORE_SLOTS):
             token = following
@@ -591,16 +603,16 @@ def scores_consumer(
     turn_phase = 1 - WHO
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         s = (item // (H // HEADS)).to(gl.int64)
-        row = s * H + (item % (H // HEADS)) * HEADS + gl.arange(0, HEADS, ROW)
+        row = item.to(gl.int64) * HEADS + gl.arange(0, HEADS, ROW)
         lse2 = gl.load(lse_ptr + row) * LOG2E
-        lse2 = gl.where(lse2 > float("-inf"), lse2, float("inf"))
+        lse2 = gl.where(lse2 == float("-inf"), float("inf"), lse2)
         delta = gl.load(delta_ptr + row) * scale
         zero = gl.zeros([HEADS, SCORE_SLOTS], gl.float32, WGMMA_128)
         for tile in range(WHO, K // SCORE_SLOTS, 2):
             tile_ptr = indices_ptr + s * K + tile * SCORE_SLOTS
             holes = gl.min(gl.load(tile_ptr + gl.arange(0, SCORE_SLOTS, EVERY_WARP_128)), 0) < 0
 
-            # S and dP, both from the same pieces; a piece is given back when the products behind it have begun
+            # S and dP, from the same pieces; a piece is given back once the next one's products are under way
             x = zero
             dp = zero
             mbarrier.wait(turn.index(WHO), turn_phase)
@@ -647,9 +659,9 @@ def backward_scores_kernel(
         q_ptr, dout_ptr, latents_ptr, indices_ptr, lse_ptr, delta_ptr, p_ptr, ds_ptr,
         scale, start, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
-    q = gl.allocate_shared_memory(gl.bfloat16, [D // PIECE, HEADS, PIECE], ROWS_128)
-    dout = gl.allocate_shared_memory(gl.bfloat16, [V // PIECE, HEADS, PIECE], ROWS_128)
-    k = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES, SCORE_SLOTS, PIECE], ROWS_128)
+    q = gl.allocate_shared_memory(gl.bfloat16, [D // PIECE, HEADS, PIECE], SHARED_128)
+    dout = gl.allocate_shared_memory(gl.bfloat16, [V // PIECE, HEADS, PIECE], SHARED_128)
+    k = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES, SCORE_SLOTS, PIECE], SHARED_128)
     full_piece = gl.allocate_shared_memory(gl.int64, [SCORE_STAGES, 1], BARRIER)
     empty_piece = gl.allocate_shared_memory(gl.int64, [SCORE_STAGES, 1], BARRIER)
     empty_q = gl.allocate_shared_memory(gl.int64, [D // PIECE, 1], BARRIER)
@@ -682,12 +694,13 @@ def backward_scores_kernel(
     ], [4, 4], [SCORE_REGISTERS, SCORE_REGISTERS])
 
 
-# ---- 2: dq[s,h] = sum_j dS[s,h,j] k[idx_j] ----
-# tiling      an item is 128 heads of a query and half of the columns, 256 of the latent and 32 of the rope part;
-#             tiles of 64 slots: their half rows, gathered (36 KB), and dS (16 KB). Each consumer has 64 heads:
-#             144 registers of accumulator a thread
+# ---- backward, 2: dq ----
+# equation    dq[s,h] = sum_j dS[s,h,j] k[idx_j]
+# tiling      items 2 i and 2 i + 1 are the same 128 heads of a query and either half of the columns: 256 of
+#             the latent, 32 of the rope part. A tile is 64 slots, gathered half rows (36 KB) and dS (16 KB),
+#             in four stages. Each consumer has 64 heads: 144 registers of accumulator a thread
 # FLOPs       2 S H K D
-# bytes       of every slot and 128 heads 2 D from L2; 4 S H K: dS is read for either half
+# bytes       2 D for every slot and 128 heads, from L2; 4 S H K, as dS is read for either half
 
 
 @gluon.jit
@@ -765,9 +778,9 @@ def backward_dq_kernel(
         latents_ptr, indices_ptr, ds_ptr, dq_ptr,
         start, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
-    ds = gl.allocate_shared_memory(gl.bfloat16, [2 * DQ_STAGES, HEADS, SLOTS], ROWS_128)
-    k = gl.allocate_shared_memory(gl.bfloat16, [DQ_STAGES, SLOTS, HALF], ROWS_128)
-    k_rope = gl.allocate_shared_memory(gl.bfloat16, [DQ_STAGES, SLOTS, R // 2], ROWS_64)
+    ds = gl.allocate_shared_memory(gl.bfloat16, [2 * DQ_STAGES, HEADS, SLOTS], SHARED_128)
+    k = gl.allocate_shared_memory(gl.bfloat16, [DQ_STAGES, SLOTS, HALF], SHARED_128)
+    k_rope = gl.allocate_shared_memory(gl.bfloat16, [DQ_STAGES, SLOTS, R // 2], SHARED_64)
     full_tile = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], BARRIER)
     empty_tile = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], BARRIER)
 
@@ -794,19 +807,20 @@ def backward_dq_kernel(
     ], [4, 4], [DQ_REGISTERS, DQ_REGISTERS])
 
 
-# ---- 3: dlatents[idx_j] += sum_h dS[s,h,j] q[s,h] + [P[s,h,j] dout[s,h] | 0] ----
-# tiling      an item is 128 heads of a query and half of the columns; their Q and dO stay in shared memory
-#             (136 KB); tiles of 64 slots, P and dS (32 KB), one stage for each consumer, which alternate: one
-#             sends its atomics while the other multiplies. All 128 heads are summed before they leave. Bound by
-#             the atomics
+# ---- backward, 3: dlatents ----
+# equation    dlatents[idx_j] += sum_h dS[s,h,j] q[s,h] + [P[s,h,j] dout[s,h] | 0]
+# tiling      items as in dq; their Q and dO stay in shared memory (136 KB). A tile is 64 slots of P and dS
+#             (32 KB), one stage for each consumer; they alternate: one sends its atomics while the other
+#             multiplies. All 128 heads are summed before they leave: it is bound by the atomics
 # FLOPs       2 S H K (D + V)
-# bytes       8 S H K: P and dS are read for either half; of every slot and 128 heads D float32 atomics
+# bytes       8 S H K, as P and dS are read for either half; D float32 atomics for every slot and 128 heads
 
 
 @gluon.jit
 def copy_pairs(to, row_ptr, COLUMN: gl.constexpr):
-    """copy_rows with the columns in another order: of every 16, position 8 j + 2 c + e gets column 4 c + 2 j + e.
-    Then lane c of wgmma's results has 4 consecutive columns: lane 0 has positions 0, 1, 8, 9, which are 0 ... 3."""
+    """copy_rows with the columns in another order: of every 16, position 8 j + 2 c + e gets column 4 c + 2 j
+    + e. Then lane c of wgmma's results has 4 consecutive columns: lane 0 has positions 0, 1, 8, 9, which are
+    0 ... 3."""
     WIDTH: gl.constexpr = to.shape[1]
     d = gl.arange(0, WIDTH, gl.SliceLayout(0, COPY_PAIRS))
     d = (d & ~15) | ((d >> 1 & 3) * 4 + (d >> 3 & 1) * 2 + (d & 1))
@@ -906,11 +920,11 @@ def backward_dlatents_kernel(
         q_ptr, dout_ptr, p_ptr, ds_ptr, indices_ptr, dlatents_ptr,
         start, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
-    q = gl.allocate_shared_memory(gl.bfloat16, [PAIR, HALF], ROWS_128)
-    q_rope = gl.allocate_shared_memory(gl.bfloat16, [PAIR, R // 2], ROWS_64)
-    dout = gl.allocate_shared_memory(gl.bfloat16, [PAIR, HALF], ROWS_128)
-    p = gl.allocate_shared_memory(gl.bfloat16, [2, PAIR, SLOTS], ROWS_128)
-    ds = gl.allocate_shared_memory(gl.bfloat16, [2, PAIR, SLOTS], ROWS_128)
+    q = gl.allocate_shared_memory(gl.bfloat16, [PAIR, HALF], SHARED_128)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [PAIR, R // 2], SHARED_64)
+    dout = gl.allocate_shared_memory(gl.bfloat16, [PAIR, HALF], SHARED_128)
+    p = gl.allocate_shared_memory(gl.bfloat16, [2, PAIR, SLOTS], SHARED_128)
+    ds = gl.allocate_shared_memory(gl.bfloat16, [2, PAIR, SLOTS], SHARED_128)
     full_tile = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     empty_tile = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     full_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
@@ -942,11 +956,12 @@ def backward_dlatents_kernel(
 
 
 def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SCRATCH_BYTES):
-    """The gradients of sparse_forward's out, bf16 latents only: its arguments and results, dout (B,S,H,512) bf16
+    """The gradients of sparse_forward's out, bf16 latents only: its arguments and results, dout (B,S,H,512)
+    bf16
     -> dq (B,S,H,576) bf16, dlatents (B,T,576) float32, both contiguous. lse is not differentiated.
 
-    dq is deterministic; dlatents is summed by float32 atomics, whose order varies. Up to `scratch_bytes` hold P
-    and dS of a chunk of queries."""
+    dq is deterministic; dlatents is summed by float32 atomics, whose order varies. Up to `scratch_bytes` hold
+    P and dS of a chunk of queries."""
     B, S, H, _ = q.shape
     T = latents.shape[1]
     q = padded(q, PAIR.value)  # (B, S, HP, 576)
@@ -969,24 +984,26 @@ def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SC
     chunk = max(1, min(chunk, B * S))
     p = torch.empty(chunk, HP, K, dtype=q.dtype, device=q.device)
     ds = torch.empty_like(p)
-    q, dout, indices, lse, delta, dq_rows = (x.flatten(0, 1) for x in (q, dout, indices, lse, delta, dq))
     for start in range(0, B * S, chunk):
         rows = slice(start, start + chunk)
-        items = len(q[rows]) * HP // HEADS.value
+        q_rows = q.flatten(0, 1)[rows]  # (chunk, HP, 576)
+        dout_rows = dout.flatten(0, 1)[rows]  # (chunk, HP, 512)
+        indices_rows = indices.flatten(0, 1)[rows]  # (chunk, K)
+        items = len(q_rows) * HP // HEADS.value
         grid = (min(items, multiprocessors),)
         backward_scores_kernel[grid](
-            q_ptr=q[rows], dout_ptr=dout[rows], latents_ptr=latents, indices_ptr=indices[rows], lse_ptr=lse[rows],
-            delta_ptr=delta[rows], p_ptr=p, ds_ptr=ds,
+            q_ptr=q_rows, dout_ptr=dout_rows, latents_ptr=latents, indices_ptr=indices_rows,
+            lse_ptr=lse.flatten(0, 1)[rows], delta_ptr=delta.flatten(0, 1)[rows], p_ptr=p, ds_ptr=ds,
             scale=scale, start=start, items=items, S=S, T=T,
             H=HP, K=K,
             num_warps=4)
         backward_dq_kernel[grid](
-            latents_ptr=latents, indices_ptr=indices[rows], ds_ptr=ds, dq_ptr=dq_rows[rows],
+            latents_ptr=latents, indices_ptr=indices_rows, ds_ptr=ds, dq_ptr=dq.flatten(0, 1)[rows],
             start=start, items=items, S=S, T=T,
             H=HP, K=K,
             num_warps=4)
         backward_dlatents_kernel[grid](
-            q_ptr=q[rows], dout_ptr=dout[rows], p_ptr=p, ds_ptr=ds, indices_ptr=indices[rows],
+            q_ptr=q_rows, dout_ptr=dout_rows, p_ptr=p, ds_ptr=ds, indices_ptr=indices_rows,
             dlatents_ptr=dlatents,
             start=start, items=items, S=S, T=T,
             H=HP, K=K,
@@ -995,15 +1012,15 @@ def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SC
 
 
 # ---- loss_target ----
-# contract    p of the warm-up loss (kernels.indexer_loss_dense), for a chunk of blocks of 128 queries
+# contract    p of the warm-up loss (kernels.indexer_loss_dense), of a chunk of blocks of 128 queries
 # in PyTorch  p = torch.exp2(scale * LOG2E * q @ k.T - lse2).mean(heads)
 # equation    p[t,s] = 1 / H sum_h exp(scale q[t,h] . k[s,h] - lse[t,h])
-# tiling      128 queries x 128 keys a program, all heads one after the other, in pieces of 64 columns of a head:
-#             128 x 64 of Q and of K (32 KB), six stages. Each consumer has 64 queries: while one takes exponentials
-#             the other multiplies. Bound by what L2 delivers; a tile that outgrows that would need more than
-#             255 registers a thread
+# tiling      a program takes 128 queries x 128 keys, all heads one after the other, in pieces of 64 columns
+#             of a head: 128 x 64 of Q and of K (32 KB), six stages. Each consumer has 64 queries: while one
+#             takes exponentials the other multiplies. It is bound by what L2 delivers; a tile that outgrows
+#             that would need more than 255 registers a thread
 # FLOPs       2 H D per pair
-# bytes       4 H D / 128 per pair, from L2
+# bytes       H D / 32 per pair, from L2; 4 written
 
 
 @gluon.jit
@@ -1014,10 +1031,10 @@ def target_producer(
         pieces, stride_qs, stride_qh, stride_kt, stride_kh, queries, keys,
         PIECES: gl.constexpr):
     """The pieces of all heads; rows beyond the last repeat it."""
-    i = gl.arange(0, HEADS, gl.SliceLayout(1, COPY))
+    i = gl.arange(0, TARGET_ROWS, gl.SliceLayout(1, COPY))
     t = gl.arange(0, TARGET_BLOCK, gl.SliceLayout(1, COPY))
     upper_ptr = q_ptr + gl.minimum(i, queries - 1) * stride_qs
-    lower_ptr = q_ptr + gl.minimum(i + 64, queries - 1) * stride_qs
+    lower_ptr = q_ptr + gl.minimum(i + TARGET_ROWS, queries - 1) * stride_qs
     key_ptr = k_ptr + gl.minimum(t, keys - 1) * stride_kt
     stage = 0
     phase = 1
@@ -1042,9 +1059,9 @@ def target_consumer(
         pieces, scale_log2, S, TP, queries, inverse,
         WHO: gl.constexpr, PIECES: gl.constexpr):
     """p of the queries 64 WHO ... of the block; without pieces it leaves p as it is."""
-    i = WHO * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, WGMMA_128))
-    p = gl.zeros([HEADS, TARGET_BLOCK], gl.float32, WGMMA_128)
-    zero = gl.zeros([HEADS, TARGET_BLOCK], gl.float32, WGMMA_128)
+    i = WHO * TARGET_ROWS + gl.arange(0, TARGET_ROWS, gl.SliceLayout(1, WGMMA_128))
+    p = gl.zeros([TARGET_ROWS, TARGET_BLOCK], gl.float32, WGMMA_128)
+    zero = gl.zeros([TARGET_ROWS, TARGET_BLOCK], gl.float32, WGMMA_128)
     row_ptr = lse2_ptr + gl.minimum(i, queries - 1)
     n = 0
     for h in range(pieces // PIECES):
@@ -1073,8 +1090,8 @@ def target_consumer(
 @gluon.jit
 def loss_target_kernel(
         q_ptr, k_ptr, lse2_ptr, p_ptr, first_ptr, last_ptr,
+        scale_log2, inverse, S, T, TP, H, block0, blocks, key_blocks,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh,
-        scale_log2, inverse, S, T, TP, block0, blocks, key_blocks, H,
         PIECES: gl.constexpr):
     # this program's tile: block of queries `block` of the chunk, keys from t0 on
     pid = gl.program_id(0)
@@ -1088,14 +1105,12 @@ def loss_target_kernel(
 
     # nothing to do where none of its queries sees one of its keys
     s = s0 + gl.arange(0, TARGET_BLOCK, ONE)
-    first = gl.maximum(gl.load(first_ptr + b * S + s, mask=s < S, other=0), 0)
-    last = gl.minimum(gl.load(last_ptr + b * S + s, mask=s < S, other=-1), T - 1)
-    lo = gl.min(gl.where(first <= last, first, T), 0)
-    hi = gl.max(gl.where(first <= last, last + 1, 0), 0)
+    first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+    lo, hi = visible_range(first, last, T)
     pieces = gl.where((lo < t0 + TARGET_BLOCK) & (hi > t0), H * PIECES, 0)
 
-    q = gl.allocate_shared_memory(gl.bfloat16, [2 * TARGET_STAGES, HEADS, PIECE], ROWS_128)
-    k = gl.allocate_shared_memory(gl.bfloat16, [TARGET_STAGES, TARGET_BLOCK, PIECE], ROWS_128)
+    q = gl.allocate_shared_memory(gl.bfloat16, [2 * TARGET_STAGES, TARGET_ROWS, PIECE], SHARED_128)
+    k = gl.allocate_shared_memory(gl.bfloat16, [TARGET_STAGES, TARGET_BLOCK, PIECE], SHARED_128)
     full_piece = gl.allocate_shared_memory(gl.int64, [TARGET_STAGES, 1], BARRIER)
     empty_piece = gl.allocate_shared_memory(gl.int64, [TARGET_STAGES, 1], BARRIER)
     for i in gl.static_range(TARGET_STAGES):
@@ -1126,16 +1141,20 @@ def loss_target_kernel(
 
 
 def target_supported(q):
-    """Does loss_target take these queries (B,S,H,D)? bf16 on a Hopper GPU, heads of 64, 128 or 192 dimensions, and
-    16 of them or more, enough to fill the ring."""
+    """Does loss_target take these queries (B,S,H,D)? bf16 on a Hopper GPU, heads of 64, 128 or 192
+    dimensions, and 16 of them or more, enough to fill the ring."""
     return is_hopper(q) and q.dtype == torch.bfloat16 and q.shape[3] in (64, 128, 192) and q.shape[2] >= 16
 
 
 def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
-    """p (128 blocks,TP) float32 <- p of `blocks` blocks of 128 queries from block0 on, TP the keys padded to 128;
-    q (B,S,H,D), k (B,T,H or 1,D) bf16, lse2 (B,H,S) contiguous, in base 2, first, last (B,S) int32.
-    Tiles that no query sees are left as they were. Deterministic."""
-    B, S, H, D_ = q.shape
+    """Write p (128 blocks,TP) float32 of `blocks` blocks of 128 queries from block0 on, as target_supported
+    wants them. Blocks are numbered through the sequences, each of which begins a new one; TP is T rounded up
+    to 128.
+
+    q (B,S,H,D), k (B,T,H or 1,D) bf16, last dimension contiguous, lse2 (B,H,S) float32 contiguous, in base 2;
+    first, last (B,S) int32 contiguous, the visible range, or None: 0 and T - S + i. Tiles that no query sees
+    are left as they were. Deterministic."""
+    _, S, H, D = q.shape
     T = k.shape[1]
     key_blocks = triton.cdiv(T, TARGET_BLOCK.value)
     stride_qb, stride_qs, stride_qh, _ = q.stride()
@@ -1144,9 +1163,9 @@ def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
         stride_kh = 0
     loss_target_kernel[(blocks * key_blocks,)](
         q_ptr=q, k_ptr=k, lse2_ptr=lse2, p_ptr=p, first_ptr=first, last_ptr=last,
+        scale_log2=scale * LOG2E.value, inverse=1 / H, S=S, T=T, TP=p.shape[1], H=H,
+        block0=block0, blocks=blocks, key_blocks=key_blocks,
         stride_qb=stride_qb, stride_qs=stride_qs, stride_qh=stride_qh,
         stride_kb=stride_kb, stride_kt=stride_kt, stride_kh=stride_kh,
-        scale_log2=scale * LOG2E.value, inverse=1 / H, S=S, T=T, TP=p.shape[1], block0=block0, blocks=blocks,
-        key_blocks=key_blocks, H=H,
-        PIECES=q.shape[3] // PIECE.value,
+        PIECES=D // PIECE.value,
         num_warps=4)
