@@ -21,6 +21,8 @@ from triton_kernels.common import LOG2E
 
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+NAN = float("nan")
+INF = float("inf")
 SCALE = 192**-0.5
 BF16 = 2.0**-8
 FLOAT32 = 2.0**-23  # wgmma truncates
@@ -97,7 +99,7 @@ def reference(q, latents, indices):
     batch = torch.arange(len(q), device=q.device)[:, None, None]
     tokens = latents.double()[batch, indices.clamp(min=0).long()]
     x = torch.einsum("bshd,bskd->bshk", q, tokens) * SCALE
-    x = x.masked_fill((indices < 0)[:, :, None], float("-inf"))
+    x = x.masked_fill((indices < 0)[:, :, None], -INF)
     lse = x.logsumexp(-1)
     p = torch.exp(x - lse.masked_fill(lse.isinf(), 0)[..., None])
     return p, tokens, torch.einsum("bshk,bskd->bshd", p, tokens[..., :512]), lse
@@ -110,8 +112,8 @@ def check_forward(q, latents, indices, entries):
         out, lse = hopper.sparse_forward(q, entries, indices, SCALE)
     assert out.is_contiguous() and lse.is_contiguous()
     assert_close(out, want, whole(2), 2 * BF16, "out")
-    empty = want_lse == float("-inf")
-    assert torch.equal(lse == float("-inf"), empty)
+    empty = want_lse == -INF
+    assert torch.equal(lse == -INF, empty)
     assert not out[empty].any()
     assert (lse - want_lse)[~empty].abs().max() <= sum_error(q, latents, SCALE)
     again, lse2 = hopper.sparse_forward(q, entries, indices, SCALE)
@@ -142,8 +144,7 @@ def test_forward_packed(B, S, T, H, K):
 
 
 def gradients(q, latents, indices, out, dout):
-    """The formulas of the backward in float64, with delta from this `out`, rounded as it is -> dq,
-    dlatents."""
+    """The formulas of the backward in float64, delta from this rounded `out` -> dq, dlatents."""
     q = q.double()
     dout = dout.double()
     p, tokens, _, _ = reference(q, latents, indices)
@@ -208,13 +209,8 @@ def test_backward_one_token():
     assert_close(dlatents[..., :512], dout.double().sum(2), BF16 / 4, BF16 / 4)
 
 
-NAN = float("nan")
-INF = float("inf")
-
-
 def assert_same_finite(got, want, whole_bound, row_bound, what):
-    """Finite in the same places, close there. (Which of NaN and infinity stands in the others is left
-    open.)"""
+    """Finite in the same places, and close there; elsewhere NaN and infinity count alike."""
     assert torch.equal(got.isfinite(), want.isfinite()), f"{what}: other places are not finite"
     got = got.masked_fill(~got.isfinite(), 0)
     want = want.masked_fill(~want.isfinite(), 0)
@@ -225,11 +221,10 @@ def assert_same_finite(got, want, whole_bound, row_bound, what):
 @pytest.mark.parametrize("where", ["query", "token"])
 @pytest.mark.parametrize("column,value", [(7, NAN), (300, NAN), (570, NAN), (7, INF)])
 def test_not_finite(where, column, value):
-    """What is not finite in the reference is not finite here, and nothing else: left half, right half, rope
-    part.
+    """What is not finite in the reference is not finite here, and nothing else. Left, right, rope part.
 
-    The query meant selects no empty slot: the reference multiplies token 0 by the zero of an empty slot, and
-    zero times NaN is NaN; the gradient of an empty slot is not added to token 0 here."""
+    Query 4 has no empty slot: the reference adds the gradient of an empty slot, zero times q, to token 0, and
+    zero times NaN is NaN."""
     q, latents, dout = inputs(1, 8, 300, 64)
     indices = selection(1, 8, 300, 128)
     indices[:, 4:] = selection(1, 4, 300, 128, empty=0.0)
@@ -267,8 +262,7 @@ def test_logits_of_minus_infinity():
 
 @on_hopper
 def test_not_finite_in_the_cache():
-    """A NaN among the e4m3, a scale that is none (what quantise makes of an infinity), an infinity in the
-    rope part."""
+    """A NaN among the e4m3; a scale of NaN, which quantise makes of infinities; an infinity in rope."""
     q, _, _ = inputs(1, 8, 300, 64)
     cache, latents = packed_cache(1, 300)
     indices = selection(1, 8, 300, 128, empty=0.0)
@@ -286,13 +280,14 @@ def test_not_finite_in_the_cache():
 
 
 def target_inputs(B, S, T, H, Hk, D, bounds):
-    """-> q, k bf16, first, last (B,S) or None, what is seen (B,S,T), all logits of its softmax (B,S,H,T)
-    float64."""
+    """-> q (B,S,H,D), k (B,T,Hk,D) bf16, first, last (B,S) int32, what is seen (B,S,T)."""
     random = generator(0)
     q = torch.randn(B, S, H, D, device="cuda", generator=random).bfloat16()
     k = torch.randn(B, T, Hk, D, device="cuda", generator=random).bfloat16()
     last = torch.arange(T - S, T, device="cuda", dtype=torch.int32).expand(B, S).contiguous()
-    first = (last // 70 * 70 if bounds == "packed" else 0 * last).contiguous()
+    first = torch.zeros_like(last)
+    if bounds == "packed":
+        first = last // 70 * 70  # documents of 70 tokens
     t = torch.arange(T, device="cuda")
     seen = (t >= first[..., None]) & (t <= last[..., None])
     return q, k, first, last, seen

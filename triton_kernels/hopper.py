@@ -471,9 +471,8 @@ def sparse_forward_kernel(
 
 
 def supported(q, latents, indices, value_dim):
-    """Do the attention kernels take q (B,S,H,D), latents (B,T,D or bytes), indices (B,S,K)? bf16 (latents: or
-    the packed FP8 cache) on a Hopper GPU, 512 + 64 dimensions, at least 64 heads, something to select
-    from."""
+    """Do the attention kernels take q (B,S,H,D), latents (B,T,D or bytes), indices (B,S,K)? On a Hopper GPU:
+    bf16, latents also as the packed FP8 cache, 512 + 64 dimensions, at least 64 heads, T and K not 0."""
     widths = {torch.bfloat16: D.value, torch.uint8: ENTRY.value}
     if not is_hopper(q) or q.dtype != torch.bfloat16 or latents.dtype not in widths:
         return False
