@@ -1,74 +1,240 @@
-"""Sparse attention for Hopper (sm_90), written in Gluon: the published shape, latents 512 + 64, bf16, 64 or more heads.
+"""Chapter 6: sparse attention, and the target of the warm-up loss, for Hopper (sm_90), in Gluon.
 
-The same functions as the portable twin, picked where plain Triton provably runs out: it cannot give the warps of one
-program different work, and with every warp in step the tensor cores idle while latents are gathered and the softmax runs.
-Each kernel here is a persistent grid, one program per SM, whose warpgroups each have one role and meet only at mbarriers:
+Plain Triton gives all warps of a program the same work, and in step with each other they leave the tensor
+cores idle while latents are gathered and the softmax runs. Here every warpgroup (4 warps, 128 threads) of a
+program has one role, and they meet only at barriers:
 
-    sparse_forward    out, lse     producer | scores (QK^T, softmax) | pv left | pv right           0.66x of a large bf16 matmul
-    sparse_backward   dq, dlatents three products that do not fit one register file together, so three kernels:
-        bwd_scores    P = exp(scale q.k - lse), dS = scale P (dout.v - delta)   both written out in bf16, a chunk of queries at a time
-        bwd_dq        dq = dS K                                                 gathers the latents a second time
-        bwd_dlatents  dlatents[idx] += dS^T q + [P^T dout | 0]                  float32 atomics, all 128 heads reduced before they leave
-    loss_target       p            producer | scores, exp | scores, exp: the bulk of the warm-up loss
+    operation        result                     warpgroups of a program
+    sparse_forward   out, lse                   producer | scores | pv left | pv right
+    sparse_backward  dq, dlatents               three kernels: the accumulators do not fit one register file
+        1  scores    P and dS, in bf16          producer | consumer | consumer
+        2  dq        dS K                       producer | consumer | consumer
+        3  dlatents  dS^T Q + [P^T dO | 0]      producer | consumer | consumer
+    loss_target      p of the warm-up loss      producer | consumer | consumer
 
-Names: f* = full barrier (the data is there), e* = empty barrier (the slot may be overwritten); slot `n % stages` is in its
-use number `n // stages`, whose parity is the phase. Waiting for phase 1 passes on a fresh barrier. `mbarrier.arrive` counts once per
-warpgroup, the arrival of `cp.async` once per thread. wgmma reads shared memory by the async proxy: `fence_async_shared` on the reader's side.
+Regime: sm_90, bf16, the published latents of 512 + 64 (the forward also from the packed FP8 cache), 64 heads
+and more; the target: 16 heads and more of 64, 128 or 192 dimensions. The rest is for the portable chapters.
+`supported` and `target_supported` say which; that shapes fit each other is checked by the callers.
+
+The attention kernels are persistent: one program per multiprocessor, which takes every n-th work item. An
+item is 64 rows (query, head), all of one query: numbered through (B, S, H), item i begins at row 64 i.
+
+Tiles pass from warpgroup to warpgroup through a ring of stages in shared memory: tile n lies in stage
+n % STAGES, as use n // STAGES of that stage. Its writer arrives at the barrier full_x when the data is there,
+its readers arrive at empty_x when they are done with it. A barrier ends a phase when as many have arrived as
+it counts, and phases are told apart by one bit, 0, 1, 0, 1, ...: wait(barrier, bit) returns once the latest
+phase of that bit has ended. So use u is read after wait(full_x, u & 1), and written after wait(empty_x,
+u & 1 ^ 1), the phase before; on a new barrier the latter returns at once, as it should: nobody has to leave
+before the first use. With two stages, tile 5 is use 2 of stage 1: its reader waits for bit 0, its writer for
+bit 1. As a phase is one bit, nobody may wait for the use after next.
+
+    barrier        who arrives            what it says
+    full_left      producer               the tile's rope piece, its left piece and its tokens are there
+    full_right     producer               its right piece is there
+    empty_left     pv left, pv right      the left piece is read, and P, which lies in the place of rope
+    empty_right    pv right               the right piece is read
+    full_q         producer               the item's Q (and dO) is there
+    empty_q        scores, consumers      the item's last product with it is done
+    full_p         scores                 P is there, and alpha
+    full_inverse   scores                 1 / l of a finished item is there
+    empty_inverse  pv left, pv right      it is read
+    full_piece     producer               a piece of 64 columns is there
+    empty_piece    its consumers          it is read
+    full_tile      producer               a tile is there
+    empty_tile     its consumers          it is read
+    turn           the other consumer     its products of a tile are all under way: yours may follow
+
+`mbarrier.arrive` counts once per warpgroup, the arrival of cp.async once per thread. wgmma reads shared
+memory through the async proxy: `fence_async_shared` stands between a wait, or a store, and the product.
 """
 import torch
+import torch.nn.functional as F
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy as ac, mbarrier, fence_async_shared, warpgroup_mma, warpgroup_mma_wait)
+    async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait)
 
-from triton_kernels.common import limits
+from triton_kernels.common import LN2, LOG2E, is_hopper, launch_delta, limits, load_bounds, visible_range
 
-LATENT, ROPE = gl.constexpr(512), gl.constexpr(64)
-D = gl.constexpr(LATENT.value + ROPE.value)
-ENTRY = gl.constexpr(LATENT.value + 4 * 4 + 2 * ROPE.value)    # bytes per token of the packed FP8 cache
-LOG2E, LN2 = gl.constexpr(1.4426950408889634), gl.constexpr(0.6931471805599453)
-S128 = gl.constexpr(gl.NVMMASharedLayout(128, 16))             # bf16 rows of 128 bytes and more, swizzled as wgmma reads them
-S64 = gl.constexpr(gl.NVMMASharedLayout(64, 16))               # rows of 64 bytes
-SFLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))      # 8 lanes x 16 bytes of a row, 4 rows per warp
-WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))     # 16 e4m3 of a row per thread; its bf16 stores meet no bank twice
-S128W = gl.constexpr(gl.NVMMASharedLayout(128, 32))            # the same seen as words
+# ---- sizes ----
+
+V = gl.constexpr(512)  # dimensions of a value, which is the latent,
+R = gl.constexpr(64)  # of the rope part,
+D = gl.constexpr(V.value + R.value)  # of a key: both
+HALF = gl.constexpr(V.value // 2)  # of a latent: left, right
+GROUP = gl.constexpr(128)  # e4m3 values that share a scale in the FP8 cache
+ENTRY = gl.constexpr(V.value + 4 * (V.value // GROUP.value) + 2 * R.value)  # its bytes per token
+HEADS = gl.constexpr(64)  # of a work item: the rows of a wgmma
+PAIR = gl.constexpr(128)  # heads of two items, which dq and dlatents take together
+PIECE = gl.constexpr(64)  # columns: 128 bytes, the widest row that wgmma reads
+THREADS = gl.constexpr(128)  # of a warpgroup
+
+SLOTS = gl.constexpr(64)  # of a tile
+SCORE_SLOTS = gl.constexpr(128)  # of a tile of the backward's scores
+SCORE_STAGES = gl.constexpr(5)
+DQ_STAGES = gl.constexpr(4)
+TARGET_BLOCK = gl.constexpr(128)  # queries, and keys, of a tile of the target,
+TARGET_ROWS = gl.constexpr(64)  # queries of either consumer
+TARGET_STAGES = gl.constexpr(6)
+TARGET_GROUP = gl.constexpr(8)  # blocks of queries side by side, so that their keys come from L2
+
+# Registers per thread that a kernel's later warpgroups ask for; the first one keeps what is left of 65,536.
+PV_REGISTERS = gl.constexpr(160)
+PRODUCER_REGISTERS = gl.constexpr(40)
+PRODUCER_FP8_REGISTERS = gl.constexpr(88)
+SCORE_REGISTERS = gl.constexpr(208)
+DQ_REGISTERS = gl.constexpr(208)
+DLATENTS_REGISTERS = gl.constexpr(216)
+TARGET_REGISTERS = gl.constexpr(216)
+
+SCRATCH_BYTES = 2**30  # of P and dS in the backward
+
+# ---- layouts in shared memory ----
+
+SHARED_128 = gl.constexpr(gl.NVMMASharedLayout(128, 16))  # bf16 rows of 128 bytes or more, as wgmma reads
+SHARED_64 = gl.constexpr(gl.NVMMASharedLayout(64, 16))  # bf16 rows of 64 bytes
+SHARED_WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32))  # SHARED_128 seen as words of two bf16
+SHARED_FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # vectors
+BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
+
+# ---- layouts in registers ----
+
+# cp.async: 8 lanes to the 128 bytes of a row, 16 bytes each
+COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+# the same where columns change places in pairs: 4 bytes each
+COPY_PAIRS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
+# e4m3 in words of four: 16 bytes to a lane, so that its stores as bf16 meet no bank twice
+WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
+# vectors: an element to a thread
 ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-EVERY2 = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))   # of 64 elements: every warp holds all of them,
-EVERY4 = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))   # of 128: a reduction needs no barrier between warps
-BAR = gl.constexpr(mbarrier.MBarrierLayout())
-# wgmma results [64, n] with columns renamed so that a thread's are neighbours, 8 in every 32 or 4 in every 16 (registers are only renamed)
-BY8 = gl.constexpr(gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-                                              [[16, 0], [32, 0]], [], [64, 128]))
-BY4 = gl.constexpr(gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
-                                              [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 256]))
-BY4_32 = gl.constexpr(gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
-                                                 [[16, 0], [32, 0]], [], [64, 32]))
+# vectors of 64 and 128 that every warp holds whole, so that a reduction needs no barrier between warps
+EVERY_WARP_64 = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+EVERY_WARP_128 = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
+
+# Results of wgmma: 64 rows, by the columns of one instruction. Lane c (of every four) holds the columns
+# 8 j + 2 c + e, for e = 0, 1 and all j.
+WGMMA_32 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
+WGMMA_64 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+WGMMA_128 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+WGMMA_256 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+
+# The same registers with the columns renamed, so that what a lane holds leaves in 16 bytes: of every 32
+# columns 8 c ... 8 c + 7 (bf16), of every 16 columns 4 c ... 4 c + 3 (float32). The lists say which (row,
+# column) each bit of the register's, the lane's and the warp's number stands for.
+BY_8 = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]],
+    [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 128]))
+BY_4 = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
+    [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 256]))
+BY_4_ROPE = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 1], [0, 2], [8, 0], [0, 16]],
+    [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 32]))
 
 
 @gluon.jit
-def fill(dst, rows, C0: gl.constexpr):
-    """cp.async of columns C0, C0 + 1, ... of the rows at these pointers into dst."""
-    W: gl.constexpr = dst.shape[1]
-    cols = gl.arange(0, W, gl.SliceLayout(0, COPY)) + C0
-    ac.async_copy_global_to_shared(dst, gl.expand_dims(gl.multiple_of(rows, 16), 1) + gl.expand_dims(cols, 0))
+def copy_rows(to, row_ptr, COLUMN: gl.constexpr):
+    """cp.async of columns COLUMN, COLUMN + 1, ... of the rows at these pointers into shared memory."""
+    WIDTH: gl.constexpr = to.shape[1]
+    d = gl.arange(0, WIDTH, gl.SliceLayout(0, COPY)) + COLUMN
+    row_ptr = gl.expand_dims(gl.multiple_of(row_ptr, 16), 1)
+    async_copy.async_copy_global_to_shared(to, row_ptr + gl.expand_dims(d, 0))
+
+
+# ---- sparse_forward ----
+# contract    kernels.sparse_attention; an FP8 entry enters as bf16(value x scale), exact for powers of two
+# in PyTorch  x = scale * q @ k[idx].T;  out = softmax(x, -1) @ k[idx, :512]
+# equation    out[s,h] = sum_j p_j k[idx_j, :512], p = softmax_j(scale q[s,h] . k[idx_j])
+# tiling      an item is 64 heads of a query, a tile 64 slots in three pieces: rope (64 columns), left and
+#             right (256 each). Two stages. What passes between the four warpgroups:
+#
+#    producer --(rope, left, right, tokens; Q)--> scores --(P, alpha; at the end 1 / l)--> pv left, pv right
+#       ^                                           |                                              |
+#       '----------------- empty_q -----------------'                                              |
+#       '----------------- empty_left, empty_right ------------------------------------------------'
+#
+#             scores: S = Q K^T and the online softmax; P takes the place of the rope piece, which is of its
+#             size and dead once S is there. pv: O[:, half] = alpha O[:, half] + P V[:, half], in 64 x 256
+#             float32. The reference maximum moves only when a row grew more than 2^12 above it, so alpha is
+#             nearly always 1, and the product with it is skipped
+# FLOPs       2 S H K (D + V)
+# bytes       2 D (FP8: 656) for every slot and 64 heads, from L2
 
 
 @gluon.jit
-def load_bytes(row, group: gl.constexpr):
-    """The 128 e4m3 of this group of these entries of the packed cache, as 32 words (64, 32)."""
-    cols = gl.arange(0, 32, gl.SliceLayout(0, WORDS)) + group * 32
-    return gl.load(gl.expand_dims(gl.multiple_of(row.to(gl.pointer_type(gl.int32)), 16), 1) + gl.expand_dims(cols, 0))
+def load_query(q_ptr, q_left, q_right, q_rope, full_q, empty_q, phase, item):
+    """Copy the item's Q, once that of the item before is read."""
+    mbarrier.wait(empty_q, phase)
+    row_ptr = q_ptr + (item.to(gl.int64) * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, COPY))) * D
+    copy_rows(q_rope, row_ptr, V)
+    copy_rows(q_left, row_ptr, 0)
+    copy_rows(q_right, row_ptr, HALF)
+    async_copy.mbarrier_arrive(full_q, increment_count=False)
 
 
 @gluon.jit
-def convert_bytes(dst, word, row, group: gl.constexpr):
-    """dst[:, 128 group ...] = bf16(e4m3 x the group's scale), as pairs: dst is (64, 128) words."""
-    scale = gl.load((row + LATENT).to(gl.pointer_type(gl.float32)) + group)
-    lo, hi = gl.inline_asm_elementwise("""{
-        .reg .b16 a, b, h0, h1, h2, h3; .reg .b32 x, y; .reg .f32 f0, f1, f2, f3;
+def forward_producer(
+        q_ptr, latents_ptr, indices_ptr,
+        k_left, k_right, k_rope, q_left, q_right, q_rope, tokens,
+        full_left, empty_left, full_right, empty_right, full_q, empty_q,
+        items, S, T,
+        H: gl.constexpr, K: gl.constexpr):
+    """Gather the tiles of the selection, and the items' Q."""
+    r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
+    n = 0
+    q_phase = 1
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        s = (item // (H // HEADS)).to(gl.int64)
+        index_ptr = indices_ptr + s * K
+        base_ptr = latents_ptr + (s // S) * T * D
+        following = gl.load(index_ptr + r)
+        for tile in range(K // SLOTS):
+            stage = n & 1
+            phase = ((n >> 1) & 1) ^ 1
+            token = following
+            if tile + 1 < K // SLOTS:
+                following = gl.load(index_ptr + (tile + 1) * SLOTS + r)  # a tile ahead: nobody waits for it
+            row_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * D  # empty: row 0, which scores masks
+
+            # rope, left and the tokens
+            mbarrier.wait(empty_left.index(stage), phase)
+            async_copy.async_copy_global_to_shared(
+                tokens.index(stage), index_ptr + tile * SLOTS + gl.arange(0, SLOTS, ONE))
+            copy_rows(k_rope.index(stage), row_ptr, V)
+            copy_rows(k_left.index(stage), row_ptr, 0)
+            async_copy.mbarrier_arrive(full_left.index(stage), increment_count=False)
+
+            # right
+            mbarrier.wait(empty_right.index(stage), phase)
+            copy_rows(k_right.index(stage), row_ptr, HALF)
+            async_copy.mbarrier_arrive(full_right.index(stage), increment_count=False)
+
+            # Q, behind the item's first tile, which need not wait for the last item's products
+            if tile == 0:
+                load_query(q_ptr, q_left, q_right, q_rope, full_q, empty_q, q_phase, item)
+                q_phase ^= 1
+            n += 1
+
+
+@gluon.jit
+def load_values(entry_ptr, INDEX: gl.constexpr):
+    """Group INDEX of the values of these entries of the cache, four e4m3 to a word -> (64, 32)."""
+    word = gl.arange(0, GROUP // 4, gl.SliceLayout(0, WORDS)) + INDEX * (GROUP // 4)
+    entry_ptr = gl.multiple_of(entry_ptr.to(gl.pointer_type(gl.int32)), 16)
+    return gl.load(gl.expand_dims(entry_ptr, 1) + gl.expand_dims(word, 0))
+
+
+@gluon.jit
+def store_values(to, words, entry_ptr, INDEX: gl.constexpr):
+    """Group INDEX of the values, times its scale, as bf16 into `to`: half a tile, in words of two bf16."""
+    scale = gl.load((entry_ptr + V).to(gl.pointer_type(gl.float32)) + INDEX)
+    # e4m3 -> fp16, exactly -> float32, times the scale -> bf16; the first of two neighbours in the low half
+    low, high = gl.inline_asm_elementwise(
+        """{
+        .reg .b16 a, b, h0, h1, h2, h3;
+        .reg .b32 x, y;
+        .reg .f32 f0, f1, f2, f3;
         mov.b32 {a, b}, $2;
         cvt.rn.f16x2.e4m3x2 x, a;       cvt.rn.f16x2.e4m3x2 y, b;
         mov.b32 {h0, h1}, x;            mov.b32 {h2, h3}, y;
@@ -76,733 +242,929 @@ def convert_bytes(dst, word, row, group: gl.constexpr):
         cvt.f32.f16 f2, h2;             cvt.f32.f16 f3, h3;
         mul.f32 f0, f0, $3;             mul.f32 f1, f1, $3;
         mul.f32 f2, f2, $3;             mul.f32 f3, f3, $3;
-        cvt.rn.bf16x2.f32 $0, f1, f0;   cvt.rn.bf16x2.f32 $1, f3, f2; }""",
-        "=r,=r,r,f", [word, gl.expand_dims(scale, 1)], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
-    dst.slice((group % 2) * 64, 64, 1).store(gl.reshape(gl.join(lo, hi), [64, 64]))
+        cvt.rn.bf16x2.f32 $0, f1, f0;   cvt.rn.bf16x2.f32 $1, f3, f2;
+        }""",
+        "=r,=r,r,f", [words, gl.expand_dims(scale, 1)], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
+    pairs = gl.reshape(gl.join(low, high), [SLOTS, GROUP // 2])
+    to.slice((INDEX % 2) * (GROUP // 2), GROUP // 2, 1).store(pairs)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Forward.   out[s, h] = softmax_j(scale q[s, h] . k[idx[s, j]]) @ k[idx[s, j], :512]
-#
-# Work item: a query and 64 of its heads. Tile: 64 gathered tokens, two slots. 2 * 64 * 64 * (576 + 512) operations and 72 KB
-# gathered from L2 per tile. Four warpgroups:
-#   producer   cp.async, the tile in pieces: rope (64 columns) and left (256), then right (256)
-#   scores     S = Q K^T, online softmax; P goes over the tile's rope piece (dead by then, and of the same size)
-#   pv x 2     O[:, half] = alpha O[:, half] + P V[:, half]: a 64 x 256 float32 accumulator each
-# The reference maximum moves only when a row grew by more than 2^12, so alpha is 1 almost always and the multiply is skipped.
 
 @gluon.jit
-def fwd_producer(q, latents, idx, sL, sR, sP, qL, qR, qP, sIdx, fK, eK, fR, eR, fQ, eQ, nwork, S, T, H: gl.constexpr, K: gl.constexpr):
-    r = gl.arange(0, 64, gl.SliceLayout(1, COPY))
+def forward_producer_fp8(
+        q_ptr, cache_ptr, indices_ptr,
+        k_left, k_right, k_rope, q_left, q_right, q_rope, tokens,
+        full_left, empty_left, full_right, empty_right, full_q, empty_q,
+        items, S, T,
+        H: gl.constexpr, K: gl.constexpr):
+    """The same from the packed cache, 512 e4m3 | 4 float32 scales | 64 bf16: e4m3 become bf16 on the way."""
+    r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
+    r_words = gl.arange(0, SLOTS, gl.SliceLayout(1, WORDS))
     n = 0
-    qp = 1
-    for w in range(gl.program_id(0), nwork, gl.num_programs(0)):
-        s = (w // (H // 64)).to(gl.int64)
-        ip = idx + s * K
-        base = latents + (s // S) * T * D
-        nxt = gl.load(ip + r)
-        for t in range(K // 64):
-            k = n & 1
-            ph = ((n >> 1) & 1) ^ 1
-            cur = nxt
-            if t + 1 < K // 64:
-                nxt = gl.load(ip + (t + 1) * 64 + r)           # indices one tile ahead: no one waits for them
-            rows = base + gl.maximum(cur, 0).to(gl.int64) * D  # an empty slot loads row 0, scores masks it
-            mbarrier.wait(eK.index(k), ph)
-            ac.async_copy_global_to_shared(sIdx.index(k), ip + t * 64 + gl.arange(0, 64, ONE))
-            fill(sP.index(k), rows, LATENT)
-            fill(sL.index(k), rows, 0)
-            ac.mbarrier_arrive(fK.index(k), increment_count=False)
-            mbarrier.wait(eR.index(k), ph)
-            fill(sR.index(k), rows, LATENT // 2)
-            ac.mbarrier_arrive(fR.index(k), increment_count=False)
-            if t == 0:
-                mbarrier.wait(eQ, qp)
-                qp ^= 1
-                qrow = q + (s * H + (w % (H // 64)) * 64 + r) * D
-                fill(qP, qrow, LATENT)
-                fill(qL, qrow, 0)
-                fill(qR, qrow, LATENT // 2)
-                ac.mbarrier_arrive(fQ, increment_count=False)
+    q_phase = 1
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        s = (item // (H // HEADS)).to(gl.int64)
+        index_ptr = indices_ptr + s * K
+        base_ptr = cache_ptr + (s // S) * T * ENTRY
+        entry_ptr = base_ptr + gl.maximum(gl.load(index_ptr + r_words), 0).to(gl.int64) * ENTRY
+        even = load_values(entry_ptr, 0)
+        odd = load_values(entry_ptr, 1)
+        for tile in range(K // SLOTS):
+            stage = n & 1
+            phase = ((n >> 1) & 1) ^ 1
+            token = gl.load(index_ptr + tile * SLOTS + r)
+            rope_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * ENTRY + (ENTRY - 2 * R)
+            following = gl.minimum(tile + 1, K // SLOTS - 1)  # the last tile fetches itself once more
+            token = gl.load(index_ptr + following * SLOTS + r_words)
+            following_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * ENTRY
+
+            # rope and tokens as they are, left through registers; values are fetched two groups ahead
+            mbarrier.wait(empty_left.index(stage), phase)
+            async_copy.async_copy_global_to_shared(
+                tokens.index(stage), index_ptr + tile * SLOTS + gl.arange(0, SLOTS, ONE))
+            copy_rows(k_rope.index(stage), rope_ptr.to(gl.pointer_type(gl.bfloat16)), 0)
+            async_copy.mbarrier_arrive(full_left.index(stage), increment_count=False)
+            left = k_left.index(stage)._reinterpret(gl.int32, [SLOTS, HALF // 2], SHARED_WORDS)
+            right = k_right.index(stage)._reinterpret(gl.int32, [SLOTS, HALF // 2], SHARED_WORDS)
+            store_values(left, even, entry_ptr, 0)
+            even = load_values(entry_ptr, 2)
+            store_values(left, odd, entry_ptr, 1)
+            odd = load_values(entry_ptr, 3)
+            fence_async_shared()
+            mbarrier.arrive(full_left.index(stage))
+
+            # right
+            mbarrier.wait(empty_right.index(stage), phase)
+            store_values(right, even, entry_ptr, 2)
+            even = load_values(following_ptr, 0)
+            store_values(right, odd, entry_ptr, 3)
+            odd = load_values(following_ptr, 1)
+            fence_async_shared()
+            mbarrier.arrive(full_right.index(stage))
+            entry_ptr = following_ptr
+
+            if tile == 0:
+                load_query(q_ptr, q_left, q_right, q_rope, full_q, empty_q, q_phase, item)
+                q_phase ^= 1
             n += 1
 
 
 @gluon.jit
-def fwd_producer_fp8(q, cache, idx, sL, sR, sP, qL, qR, qP, sIdx, fK, eK, fR, eR, fQ, eQ, nwork, S, T, H: gl.constexpr, K: gl.constexpr):
-    """The same from the packed cache: 512 e4m3 | 4 float32 scales | 64 bf16; converted to bf16 on the way."""
-    r = gl.arange(0, 64, gl.SliceLayout(1, COPY))
-    x = gl.arange(0, 64, gl.SliceLayout(1, WORDS))
+def forward_scores(
+        lse_ptr, scale_log2,
+        k_left, k_right, k_rope, tokens, q_left, q_right, q_rope, alpha_out, inverse,
+        full_left, full_right, full_q, empty_q, full_p, full_inverse, empty_inverse,
+        items,
+        K: gl.constexpr):
+    """S = Q K^T and the online softmax: P, alpha, 1 / l for the pv groups, and lse."""
+    ROW: gl.constexpr = gl.SliceLayout(1, WGMMA_64)
     n = 0
-    qp = 1
-    for w in range(gl.program_id(0), nwork, gl.num_programs(0)):
-        s = (w // (H // 64)).to(gl.int64)
-        ip = idx + s * K
-        base = cache + (s // S) * T * ENTRY
-        row = base + gl.maximum(gl.load(ip + x), 0).to(gl.int64) * ENTRY
-        b0 = load_bytes(row, 0)
-        b1 = load_bytes(row, 1)
-        for t in range(K // 64):
-            k = n & 1
-            ph = ((n >> 1) & 1) ^ 1
-            rows = base + gl.maximum(gl.load(ip + t * 64 + r), 0).to(gl.int64) * ENTRY + (LATENT + 16)
-            u = gl.minimum(t + 1, K // 64 - 1)                 # the last tile fetches itself once more
-            nrow = base + gl.maximum(gl.load(ip + u * 64 + x), 0).to(gl.int64) * ENTRY
-            mbarrier.wait(eK.index(k), ph)
-            ac.async_copy_global_to_shared(sIdx.index(k), ip + t * 64 + gl.arange(0, 64, ONE))
-            fill(sP.index(k), rows.to(gl.pointer_type(gl.bfloat16)), 0)
-            ac.mbarrier_arrive(fK.index(k), increment_count=False)
-            left = sL.index(k)._reinterpret(gl.int32, [64, 128], S128W)
-            right = sR.index(k)._reinterpret(gl.int32, [64, 128], S128W)
-            convert_bytes(left, b0, row, 0)
-            b0 = load_bytes(row, 2)                            # always two groups ahead
-            convert_bytes(left, b1, row, 1)
-            b1 = load_bytes(row, 3)
-            fence_async_shared()
-            mbarrier.arrive(fK.index(k))
-            mbarrier.wait(eR.index(k), ph)
-            convert_bytes(right, b0, row, 2)
-            b0 = load_bytes(nrow, 0)
-            convert_bytes(right, b1, row, 3)
-            b1 = load_bytes(nrow, 1)
-            fence_async_shared()
-            mbarrier.arrive(fR.index(k))
-            row = nrow
-            if t == 0:
-                mbarrier.wait(eQ, qp)
-                qp ^= 1
-                qrow = q + (s * H + (w % (H // 64)) * 64 + r) * D
-                fill(qP, qrow, LATENT)
-                fill(qL, qrow, 0)
-                fill(qR, qrow, LATENT // 2)
-                ac.mbarrier_arrive(fQ, increment_count=False)
-            n += 1
+    q_phase = 0
+    inverse_phase = 1
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        mbarrier.wait(full_q, q_phase)
+        q_phase ^= 1
+        m = gl.full([HEADS], -1e30, gl.float32, ROW)  # in log2 units; finite: no inf - inf
+        l = gl.full([HEADS], 0.0, gl.float32, ROW)
+        highest = gl.full([SLOTS], -1, gl.int32, EVERY_WARP_64)  # token selected so far
+        zero = gl.zeros([HEADS, SLOTS], gl.float32, WGMMA_64)
+        for tile in range(K // SLOTS):
+            stage = n & 1
+            phase = (n >> 1) & 1
 
-
-@gluon.jit
-def fwd_scores(lse, scale_log2, sL, sR, sP, sIdx, qL, qR, qP, sA, sF, fK, fR, fQ, eQ, fS, fF, eF, nwork, K: gl.constexpr):
-    MS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    row: gl.constexpr = gl.SliceLayout(1, MS)
-    n = 0
-    qp = 0
-    fp = 1
-    for w in range(gl.program_id(0), nwork, gl.num_programs(0)):
-        mbarrier.wait(fQ, qp)
-        qp ^= 1
-        m = gl.full([64], -1e30, gl.float32, row)              # reference maximum in log2 units; finite: no inf - inf
-        l = gl.full([64], 0.0, gl.float32, row)
-        zero = gl.zeros([64, 64], gl.float32, MS)
-        for t in range(K // 64):
-            k = n & 1
-            ph = (n >> 1) & 1
-            mbarrier.wait(fK.index(k), ph)
+            # S
+            mbarrier.wait(full_left.index(stage), phase)
             fence_async_shared()
-            x = warpgroup_mma(qP, sP.index(k).permute((1, 0)), zero, use_acc=False, is_async=True)
-            x = warpgroup_mma(qL, sL.index(k).permute((1, 0)), x, is_async=True)
-            mbarrier.wait(fR.index(k), ph)
+            x = warpgroup_mma(q_rope, k_rope.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            x = warpgroup_mma(q_left, k_left.index(stage).permute((1, 0)), x, is_async=True)
+            mbarrier.wait(full_right.index(stage), phase)
             fence_async_shared()
-            x = warpgroup_mma(qR, sR.index(k).permute((1, 0)), x, is_async=True)
-            holes = gl.min(sIdx.index(k).load(EVERY2), 0) < 0
+            x = warpgroup_mma(q_right, k_right.index(stage).permute((1, 0)), x, is_async=True)
+            token = tokens.index(stage).load(EVERY_WARP_64)
+            holes = gl.min(token, 0) < 0
+            highest = gl.maximum(highest, token)
             x = warpgroup_mma_wait(0, deps=[x])
-            if t + 1 == K // 64:
-                mbarrier.arrive(eQ)                            # Q may be replaced while the last softmax runs
+            if tile + 1 == K // SLOTS:
+                mbarrier.arrive(empty_q)  # before the last softmax, under which the next Q arrives
+
+            # the softmax so far
             if holes:
-                x = gl.where(gl.expand_dims(sIdx.index(k).load(gl.SliceLayout(0, MS)) >= 0, 0), x, float("-inf"))
+                selected = tokens.index(stage).load(gl.SliceLayout(0, WGMMA_64)) >= 0
+                x = gl.where(gl.expand_dims(selected, 0), x, float("-inf"))
             top = gl.max(x, 1) * scale_log2
-            mn = gl.where(top > m + 12.0, top, m)
-            alpha = gl.exp2(m - mn)
-            p = gl.exp2(x * scale_log2 - gl.expand_dims(mn, 1))
-            m = mn
-            sP.index(k).store(p.to(gl.bfloat16))               # over the rope part: Triton puts the group's barrier between its last read and this
-            sA.index(k).store(alpha)
+            m_new = gl.where(top > m + 12.0, top, m)
+            alpha = gl.exp2(m - m_new)
+            p = gl.exp2(x * scale_log2 - gl.expand_dims(m_new, 1))
+            m = m_new
+
+            # P over the rope piece: Triton puts the warpgroup's own barrier between its last read and this
+            k_rope.index(stage).store(p.to(gl.bfloat16))
+            alpha_out.index(stage).store(alpha)
             fence_async_shared()
-            mbarrier.arrive(fS.index(k))                       # contains the warpgroup's own barrier
+            mbarrier.arrive(full_p.index(stage))
             l = l * alpha + gl.sum(p, 1)
             n += 1
-        mbarrier.wait(eF, fp)
-        fp ^= 1
-        sF.store(gl.where(l > 0, 1.0 / l, 0.0))                # a query without any token gives out 0
-        mbarrier.arrive(fF)
-        gl.store(lse + w.to(gl.int64) * 64 + gl.arange(0, 64, row), (m + gl.log2(l)) * LN2)        # and lse = -inf
+
+        # a query that selected nothing: out 0, lse -inf. Not "unless l > 0", which would hide a NaN, nor
+        # "where l == 0", which would hide logits that are all -inf
+        mbarrier.wait(empty_inverse, inverse_phase)
+        inverse_phase ^= 1
+        inverse.store(gl.where(gl.max(highest, 0) < 0, 0.0, 1.0 / l))
+        mbarrier.arrive(full_inverse)
+        gl.store(lse_ptr + item.to(gl.int64) * HEADS + gl.arange(0, HEADS, ROW), (m + gl.log2(l)) * LN2)
 
 
 @gluon.jit
-def fwd_pv(out, sV, sP, sA, sF, eV, eP, fS, fF, eF, nwork, C0: gl.constexpr, K: gl.constexpr):
-    # 128 columns per instruction: with 512 threads ptxas refuses 256 (it checks the 128 registers that a thread starts with)
-    MO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    row: gl.constexpr = gl.SliceLayout(1, MO)
+def forward_pv(
+        out_ptr,
+        values, p, alpha, inverse,
+        empty_left, empty_right, full_p, full_inverse, empty_inverse,
+        items,
+        COLUMN: gl.constexpr, K: gl.constexpr):
+    """O = alpha O + P V of half of the columns, those from COLUMN on."""
+    # 128 columns an instruction: ptxas refuses 256, as each of 512 threads starts with 128 registers
+    ROW: gl.constexpr = gl.SliceLayout(1, WGMMA_128)
     n = 0
-    fp = 0
-    for w in range(gl.program_id(0), nwork, gl.num_programs(0)):
-        acc = gl.zeros([64, 256], gl.float32, MO)
-        for t in range(K // 64):
-            k = n & 1
-            mbarrier.wait(fS.index(k), (n >> 1) & 1)
-            if gl.max((sA.index(k).load(EVERY2) != 1.0).to(gl.int32), 0) > 0:
-                acc = acc * gl.expand_dims(sA.index(k).load(row), 1)
+    inverse_phase = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        acc = gl.zeros([HEADS, HALF], gl.float32, WGMMA_128)
+        for tile in range(K // SLOTS):
+            stage = n & 1
+            mbarrier.wait(full_p.index(stage), (n >> 1) & 1)
+            if gl.max((alpha.index(stage).load(EVERY_WARP_64) != 1.0).to(gl.int32), 0) > 0:
+                acc = acc * gl.expand_dims(alpha.index(stage).load(ROW), 1)
             fence_async_shared()
-            acc = warpgroup_mma(sP.index(k), sV.index(k), acc, is_async=True)
+            acc = warpgroup_mma(p.index(stage), values.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            if C0 > 0:
-                mbarrier.arrive(eP.index(k))                   # eK counts both pv groups: both read P
-            mbarrier.arrive(eV.index(k))
+            mbarrier.arrive(empty_left.index(stage))
+            if COLUMN > 0:
+                mbarrier.arrive(empty_right.index(stage))
             n += 1
-        mbarrier.wait(fF, fp)
-        fp ^= 1
-        inv = sF.load(row)
-        mbarrier.arrive(eF)
-        at = (w.to(gl.int64) * 64 + gl.arange(0, 64, row)) * LATENT
-        cols = gl.arange(0, 256, gl.SliceLayout(0, MO)) + C0
-        gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(cols, 0), (acc * gl.expand_dims(inv, 1)).to(gl.bfloat16))
+
+        mbarrier.wait(full_inverse, inverse_phase)
+        inverse_phase ^= 1
+        scale = inverse.load(ROW)
+        mbarrier.arrive(empty_inverse)
+        row = (item.to(gl.int64) * HEADS + gl.arange(0, HEADS, ROW)) * V
+        d = gl.arange(0, HALF, gl.SliceLayout(0, WGMMA_128)) + COLUMN
+        at_ptr = out_ptr + gl.expand_dims(row, 1) + gl.expand_dims(d, 0)
+        gl.store(at_ptr, (acc * gl.expand_dims(scale, 1)).to(gl.bfloat16))
 
 
 @gluon.jit
-def fwd(q, latents, idx, out, lse, scale_log2, nwork, S, T, H: gl.constexpr, K: gl.constexpr, FP8: gl.constexpr):
-    sL = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 256], S128)
-    sR = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 256], S128)
-    sP = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], S128)
-    qL = gl.allocate_shared_memory(gl.bfloat16, [64, 256], S128)
-    qR = gl.allocate_shared_memory(gl.bfloat16, [64, 256], S128)
-    qP = gl.allocate_shared_memory(gl.bfloat16, [64, 64], S128)
-    sIdx = gl.allocate_shared_memory(gl.int32, [2, 64], SFLAT)
-    sA = gl.allocate_shared_memory(gl.float32, [2, 64], SFLAT)
-    sF = gl.allocate_shared_memory(gl.float32, [64], SFLAT)
-    fK = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    eK = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    fR = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    eR = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    fS = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    fQ = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    eQ = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    fF = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    eF = gl.allocate_shared_memory(gl.int64, [1], BAR)
+def sparse_forward_kernel(
+        q_ptr, latents_ptr, indices_ptr, out_ptr, lse_ptr,
+        scale_log2, items, S, T,
+        H: gl.constexpr, K: gl.constexpr, FP8: gl.constexpr):
+    k_left = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, HALF], SHARED_128)
+    k_right = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, HALF], SHARED_128)
+    k_rope = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, R], SHARED_128)
+    q_left = gl.allocate_shared_memory(gl.bfloat16, [HEADS, HALF], SHARED_128)
+    q_right = gl.allocate_shared_memory(gl.bfloat16, [HEADS, HALF], SHARED_128)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [HEADS, R], SHARED_128)
+    tokens = gl.allocate_shared_memory(gl.int32, [2, SLOTS], SHARED_FLAT)
+    alpha = gl.allocate_shared_memory(gl.float32, [2, HEADS], SHARED_FLAT)
+    inverse = gl.allocate_shared_memory(gl.float32, [HEADS], SHARED_FLAT)
+    full_left = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    empty_left = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    full_right = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    empty_right = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    full_p = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    full_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    empty_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    full_inverse = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    empty_inverse = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+
+    # data from FP8 is stored by the producer, which arrives once, after the copies of rope and tokens
     for i in gl.static_range(2):
-        mbarrier.init(fK.index(i), count=129 if FP8 else 128)
-        mbarrier.init(fR.index(i), count=1 if FP8 else 128)
-        mbarrier.init(eK.index(i), count=2)
-        mbarrier.init(eR.index(i), count=1)
-        mbarrier.init(fS.index(i), count=1)
-    mbarrier.init(fQ, count=128)
-    mbarrier.init(eQ, count=1)
-    mbarrier.init(fF, count=1)
-    mbarrier.init(eF, count=2)
-    # registers of a thread: these for the workers, the rest of 512 for scores
-    RPROD: gl.constexpr = 88 if FP8 else 40
+        mbarrier.init(full_left.index(i), count=THREADS + 1 if FP8 else THREADS)
+        mbarrier.init(full_right.index(i), count=1 if FP8 else THREADS)
+        mbarrier.init(empty_left.index(i), count=2)
+        mbarrier.init(empty_right.index(i), count=1)
+        mbarrier.init(full_p.index(i), count=1)
+    mbarrier.init(full_q, count=THREADS)
+    mbarrier.init(empty_q, count=1)
+    mbarrier.init(full_inverse, count=1)
+    mbarrier.init(empty_inverse, count=2)
+
     gl.warp_specialize([
-        (fwd_scores, (lse, scale_log2, sL, sR, sP, sIdx, qL, qR, qP, sA, sF, fK, fR, fQ, eQ, fS, fF, eF, nwork, K)),
-        (fwd_pv, (out, sL, sP, sA, sF, eK, eK, fS, fF, eF, nwork, 0, K)),
-        (fwd_pv, (out, sR, sP, sA, sF, eR, eK, fS, fF, eF, nwork, 256, K)),
-        (fwd_producer_fp8 if FP8 else fwd_producer, (q, latents, idx, sL, sR, sP, qL, qR, qP, sIdx, fK, eK, fR, eR, fQ, eQ, nwork, S, T, H, K)),
-    ], [4, 4, 4], [160, 160, RPROD])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backward, 1: scores.   P = exp2(scale_log2 q.k - lse_log2), dS = scale P (dout.v - delta), delta = sum(out dout)
-#
-# Work item: a query and 64 of its heads, Q and dO stay in shared memory (136 KB). Tile: 128 gathered tokens, 2 * 64 * 128 * (576 + 512)
-# operations, that pass through a ring of 128 x 64 pieces (16 KB): each piece serves S and dP and is gone. Three warpgroups:
-#   producer     gathers the pieces; with those of a query's first tile come Q and dO, piece by piece too
-#   consumer x 2 alternate over the tiles: one is in its softmax and stores while the other multiplies. A consumer starts when the other has seen
-#                its last piece (`turn`): a phase is one bit, so no one may wait for the use after next of a slot
-# The tokens of a tile lie in shared memory in an order in which a thread's results are 8 consecutive slots: 16-byte stores.
-
-@gluon.jit
-def slot_of(r):
-    """Row r of a tile holds this slot of the selection: a wgmma thread has columns 8 j + 2 c + (0, 1) of every 32."""
-    return (r & ~31) | ((r >> 1 & 3) * 8 + (r >> 3 & 3) * 2 + (r & 1))
-
-
-@gluon.jit
-def scores_producer(q, dout, latents, idx, sQ, sO, sK, fK, eK, eQ, s0, nwork, S, T, H: gl.constexpr, K: gl.constexpr, NK: gl.constexpr):
-    r = gl.arange(0, 64, gl.SliceLayout(1, COPY))
-    slot = slot_of(gl.arange(0, 128, gl.SliceLayout(1, COPY)))
-    k = 0
-    ph = 1
-    qp = 1
-    for w in range(gl.program_id(0), nwork, gl.num_programs(0)):
-        s = (w // (H // 64)).to(gl.int64)
-        ip = idx + s * K + slot
-        base = latents + ((s + s0) // S) * T * D
-        head = s * H + (w % (H // 64)) * 64 + r
-        nxt = gl.load(ip)
-        for t in range(K // 128):
-            cur = nxt
-            if t + 1 < K // 128:
-                nxt = gl.load(ip + (t + 1) * 128)
-            rows = base + gl.maximum(cur, 0).to(gl.int64) * D
-            for c in gl.static_range(9):
-                if t == 0:
-                    mbarrier.wait(eQ.index(c), qp)
-                    fill(sQ.index(c), q + head * D, c * 64)
-                    if c < 8:
-                        fill(sO.index(c), dout + head * LATENT, c * 64)
-                mbarrier.wait(eK.index(k), ph)
-                fill(sK.index(k), rows, c * 64)
-                ac.mbarrier_arrive(fK.index(k), increment_count=False)
-                k += 1
-                if k == NK:
-                    k = 0
-                    ph ^= 1
-        qp ^= 1
-
-
-@gluon.jit
-def scores_consumer(P, dS, idx, lse, delta, scale, sQ, sO, sK, fK, eK, eQ, turn, nwork, WHO: gl.constexpr, H: gl.constexpr, K: gl.constexpr,
-                    NK: gl.constexpr):
-    MS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    row: gl.constexpr = gl.SliceLayout(1, MS)
-    slot = slot_of(gl.arange(0, 128, gl.SliceLayout(0, MS)))
-    n = WHO * 9                                                # pieces before this tile's
-    tp = 1 - WHO
-    for w in range(gl.program_id(0), nwork, gl.num_programs(0)):
-        s = (w // (H // 64)).to(gl.int64)
-        head = s * H + (w % (H // 64)) * 64 + gl.arange(0, 64, row)
-        lse2 = gl.load(lse + head) * LOG2E
-        lse2 = gl.where(lse2 > float("-inf"), lse2, float("inf"))
-        dlt = gl.load(delta + head) * scale
-        zero = gl.zeros([64, 128], gl.float32, MS)
-        for t in range(WHO, K // 128, 2):
-            holes = gl.min(gl.load(idx + s * K + t * 128 + gl.arange(0, 128, EVERY4)), 0) < 0
-            x = zero
-            dp = zero
-            mbarrier.wait(turn.index(WHO), tp)
-            tp ^= 1
-            for c in gl.static_range(9):
-                k = (n + c) % NK
-                mbarrier.wait(fK.index(k), ((n + c) // NK) & 1)
-                fence_async_shared()
-                x = warpgroup_mma(sQ.index(c), sK.index(k).permute((1, 0)), x, use_acc=c > 0, is_async=True)
-                if c < 8:
-                    dp = warpgroup_mma(sO.index(c), sK.index(k).permute((1, 0)), dp, use_acc=c > 0, is_async=True)
-                if c == 8:
-                    mbarrier.arrive(turn.index(1 - WHO))
-                    x, dp = warpgroup_mma_wait(1, deps=[x, dp])
-                elif c > 0:
-                    x, dp = warpgroup_mma_wait(2, deps=[x, dp])
-                if c > 0:                                      # piece c - 1 is used up
-                    mbarrier.arrive(eK.index((n + c - 1) % NK))
-                    if t + 2 >= K // 128:
-                        mbarrier.arrive(eQ.index(c - 1))
-            x, dp = warpgroup_mma_wait(0, deps=[x, dp])
-            mbarrier.arrive(eK.index((n + 8) % NK))
-            if t + 2 >= K // 128:
-                mbarrier.arrive(eQ.index(8))
-            n += 18
-            if holes:
-                x = gl.where(gl.expand_dims(gl.load(idx + s * K + t * 128 + slot) >= 0, 0), x, float("-inf"))
-            p = gl.exp2(x * (scale * LOG2E) - gl.expand_dims(lse2, 1))
-            ds = p * (dp * scale - gl.expand_dims(dlt, 1))
-            # columns (32 b, 8 j, 2 c, 1 e) of the tile -> slots (32 b, 8 c, 2 j, 1 e): registers only
-            p = gl.reshape(gl.permute(gl.reshape(p.to(gl.bfloat16), [64, 4, 4, 4, 2]), [0, 1, 3, 2, 4]), [64, 128])
-            ds = gl.reshape(gl.permute(gl.reshape(ds.to(gl.bfloat16), [64, 4, 4, 4, 2]), [0, 1, 3, 2, 4]), [64, 128])
-            at = (w.to(gl.int64) * 64 + gl.arange(0, 64, gl.SliceLayout(1, BY8))) * K + t * 128
-            at = gl.expand_dims(at, 1) + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, BY8)), 0)
-            gl.store(P + at, gl.convert_layout(p, BY8))
-            gl.store(dS + at, gl.convert_layout(ds, BY8))
-
-
-@gluon.jit
-def bwd_scores(q, dout, latents, idx, lse, delta, P, dS, scale, s0, nwork, S, T, H: gl.constexpr, K: gl.constexpr, NK: gl.constexpr):
-    sQ = gl.allocate_shared_memory(gl.bfloat16, [9, 64, 64], S128)
-    sO = gl.allocate_shared_memory(gl.bfloat16, [8, 64, 64], S128)
-    sK = gl.allocate_shared_memory(gl.bfloat16, [NK, 128, 64], S128)
-    fK = gl.allocate_shared_memory(gl.int64, [NK, 1], BAR)
-    eK = gl.allocate_shared_memory(gl.int64, [NK, 1], BAR)
-    eQ = gl.allocate_shared_memory(gl.int64, [9, 1], BAR)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
-    for i in gl.static_range(NK):
-        mbarrier.init(fK.index(i), count=128)
-        mbarrier.init(eK.index(i), count=1)
-    for i in gl.static_range(9):
-        mbarrier.init(eQ.index(i), count=2)
-    gl.warp_specialize([
-        (scores_producer, (q, dout, latents, idx, sQ, sO, sK, fK, eK, eQ, s0, nwork, S, T, H, K, NK)),
-        (scores_consumer, (P, dS, idx, lse, delta, scale, sQ, sO, sK, fK, eK, eQ, turn, nwork, 0, H, K, NK)),
-        (scores_consumer, (P, dS, idx, lse, delta, scale, sQ, sO, sK, fK, eK, eQ, turn, nwork, 1, H, K, NK)),
-    ], [4, 4], [208, 208])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backward, 2: dq[s, h] = sum_j dS[s, h, j] k[idx[s, j]]
-#
-# Work item: a query, 128 of its heads and half of the columns (256 of the latent, 32 of the rope part). Tile: 64 gathered half rows
-# (36 KB) and 128 x 64 of dS (16 KB), four slots; 2 * 128 * 64 * 288 operations. Producer, and two consumers of 64 heads each with 144
-# registers of accumulator per thread.
-
-@gluon.jit
-def dq_producer(latents, idx, dS, sS, sK, sR, fT, eT, s0, nwork, S, T, H: gl.constexpr, K: gl.constexpr, NS: gl.constexpr):
-    r = gl.arange(0, 64, gl.SliceLayout(1, COPY))
-    k = 0
-    ph = 1
-    for w in range(gl.program_id(0), nwork, gl.num_programs(0)):
-        half = w % 2
-        s = (w // (H // 64)).to(gl.int64)                      # H // 128 groups of heads x 2 halves
-        ip = idx + s * K + r
-        base = latents + ((s + s0) // S) * T * D + half * 256
-        head = (w // 2).to(gl.int64) * 128 + r
-        nxt = gl.load(ip)
-        for t in range(K // 64):
-            cur = nxt
-            if t + 1 < K // 64:
-                nxt = gl.load(ip + (t + 1) * 64)
-            rows = base + gl.maximum(cur, 0).to(gl.int64) * D
-            mbarrier.wait(eT.index(k), ph)
-            fill(sS.index(2 * k), dS + head * K + t * 64, 0)
-            fill(sS.index(2 * k + 1), dS + (head + 64) * K + t * 64, 0)
-            fill(sK.index(k), rows, 0)
-            fill(sR.index(k), rows + (LATENT - half * 224), 0)
-            ac.mbarrier_arrive(fT.index(k), increment_count=False)
-            k += 1
-            if k == NS:
-                k = 0
-                ph ^= 1
-
-
-@gluon.jit
-def dq_consumer(dq, sS, sK, sR, fT, eT, nwork, WHO: gl.constexpr, K: gl.constexpr, NS: gl.constexpr):
-    MO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    MR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
-    k = 0
-    ph = 0
-    for w in range(gl.program_id(0), nwork, gl.num_programs(0)):
-        acc = gl.zeros([64, 256], gl.float32, MO)
-        rope = gl.zeros([64, 32], gl.float32, MR)
-        for t in range(K // 64):
-            mbarrier.wait(fT.index(k), ph)
-            fence_async_shared()
-            acc = warpgroup_mma(sS.index(2 * k + WHO), sK.index(k), acc, is_async=True)
-            rope = warpgroup_mma(sS.index(2 * k + WHO), sR.index(k), rope, is_async=True)
-            acc, rope = warpgroup_mma_wait(0, deps=[acc, rope])
-            mbarrier.arrive(eT.index(k))
-            k += 1
-            if k == NS:
-                k = 0
-                ph ^= 1
-        half = w % 2
-        head = (w // 2).to(gl.int64) * 128 + WHO * 64
-        at = (head + gl.arange(0, 64, gl.SliceLayout(1, MO))) * D
-        cols = half * 256 + gl.arange(0, 256, gl.SliceLayout(0, MO))
-        gl.store(dq + gl.expand_dims(at, 1) + gl.expand_dims(cols, 0), acc.to(gl.bfloat16))
-        at = (head + gl.arange(0, 64, gl.SliceLayout(1, MR))) * D
-        cols = LATENT + half * 32 + gl.arange(0, 32, gl.SliceLayout(0, MR))
-        gl.store(dq + gl.expand_dims(at, 1) + gl.expand_dims(cols, 0), rope.to(gl.bfloat16))
-
-
-@gluon.jit
-def bwd_dq(latents, idx, dS, dq, s0, nwork, S, T, H: gl.constexpr, K: gl.constexpr, NS: gl.constexpr):
-    sS = gl.allocate_shared_memory(gl.bfloat16, [2 * NS, 64, 64], S128)
-    sK = gl.allocate_shared_memory(gl.bfloat16, [NS, 64, 256], S128)
-    sR = gl.allocate_shared_memory(gl.bfloat16, [NS, 64, 32], S64)
-    fT = gl.allocate_shared_memory(gl.int64, [NS, 1], BAR)
-    eT = gl.allocate_shared_memory(gl.int64, [NS, 1], BAR)
-    for i in gl.static_range(NS):
-        mbarrier.init(fT.index(i), count=128)
-        mbarrier.init(eT.index(i), count=2)
-    gl.warp_specialize([
-        (dq_producer, (latents, idx, dS, sS, sK, sR, fT, eT, s0, nwork, S, T, H, K, NS)),
-        (dq_consumer, (dq, sS, sK, sR, fT, eT, nwork, 0, K, NS)),
-        (dq_consumer, (dq, sS, sK, sR, fT, eT, nwork, 1, K, NS)),
-    ], [4, 4], [208, 208])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backward, 3: dlatents[idx[s, j]] += sum_h dS[s, h, j] q[s, h] + [P[s, h, j] dout[s, h] | 0]
-#
-# Work item: a query, 128 of its heads and half of the columns: Q and dO (136 KB) stay in shared memory. Tile: 64 tokens, P and dS
-# 128 x 64 (32 KB); 2 * 64 * 128 * 544 operations, 64 * 288 float32 atomics. Producer, and two consumers, one slot each, that alternate
-# over the tiles: one sends its atomics while the other multiplies. Bound by the atomics: S K 576 of them at 0.95e12 per second.
-
-@gluon.jit
-def fill_pairs(dst, rows, C0: gl.constexpr):
-    """fill with columns (16 b, 4 c, 2 j, 1 e) at (16 b, 8 j, 2 c, 1 e): then a wgmma thread's results are 4 consecutive columns."""
-    W: gl.constexpr = dst.shape[1]
-    PAIR: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
-    n = gl.arange(0, W, gl.SliceLayout(0, PAIR))
-    cols = (n & ~15) | ((n >> 1 & 3) * 4 + (n >> 3 & 1) * 2 + (n & 1))
-    cols = gl.max_contiguous(gl.multiple_of(cols, 2), 2)
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, PAIR), assert_trivial=True)
-    ac.async_copy_global_to_shared(dst, gl.expand_dims(gl.multiple_of(rows, 16), 1) + gl.expand_dims(cols + C0, 0))
-
-
-@gluon.jit
-def dl_producer(q, dout, P, dS, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, nwork, K: gl.constexpr):
-    r = gl.arange(0, 128, gl.SliceLayout(1, COPY))
-    ph = 1
-    qp = 1
-    for w in range(gl.program_id(0), nwork, gl.num_programs(0)):
-        half = w % 2
-        head = (w // 2).to(gl.int64) * 128 + r
-        mbarrier.wait(eQ, qp)
-        qp ^= 1
-        fill_pairs(sQ, q + head * D + half * 256, 0)
-        fill_pairs(sR, q + head * D + half * 32, LATENT)
-        fill_pairs(sO, dout + head * LATENT + half * 256, 0)
-        ac.mbarrier_arrive(fQ, increment_count=False)
-        for t in range(0, K // 64, 2):
-            for k in gl.static_range(2):
-                mbarrier.wait(eT.index(k), ph)
-                fill(sS.index(k), dS + head * K + (t + k) * 64, 0)
-                fill(sP.index(k), P + head * K + (t + k) * 64, 0)
-                ac.mbarrier_arrive(fT.index(k), increment_count=False)
-            ph ^= 1
-
-
-@gluon.jit
-def add_rows(dlatents, rows, keep, x, MX: gl.constexpr):
-    """dlatents[rows, :] += x by float32 atomics, 16 bytes each (columns as in fill_pairs)."""
-    W: gl.constexpr = x.shape[1]
-    x = gl.convert_layout(gl.reshape(gl.permute(gl.reshape(x, [64, W // 16, 2, 4, 2]), [0, 1, 3, 2, 4]), [64, W]), MX)
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, MX), assert_trivial=True)
-    keep = gl.convert_layout(keep, gl.SliceLayout(1, MX), assert_trivial=True)
-    at = gl.expand_dims(gl.multiple_of(rows, 16), 1) + gl.expand_dims(gl.arange(0, W, gl.SliceLayout(0, MX)), 0)
-    gl.atomic_add(dlatents + at, x, mask=gl.expand_dims(keep, 1), sem="relaxed")
-
-
-@gluon.jit
-def dl_consumer(dlatents, idx, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, s0, nwork, S, T, WHO: gl.constexpr, H: gl.constexpr, K: gl.constexpr):
-    MO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    MR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
-    r = gl.arange(0, 64, gl.SliceLayout(1, MO))
-    ph = 0
-    qp = 0
-    for w in range(gl.program_id(0), nwork, gl.num_programs(0)):
-        half = w % 2
-        s = (w // (H // 64)).to(gl.int64)
-        ip = idx + s * K + r
-        mbarrier.wait(fQ, qp)
-        qp ^= 1
-        for t in range(WHO, K // 64, 2):
-            i = gl.load(ip + t * 64)
-            mbarrier.wait(fT.index(WHO), ph)
-            ph ^= 1
-            fence_async_shared()
-            zero = gl.zeros([64, 256], gl.float32, MO)
-            x = warpgroup_mma(sS.index(WHO).permute((1, 0)), sQ, zero, use_acc=False, is_async=True)
-            x = warpgroup_mma(sP.index(WHO).permute((1, 0)), sO, x, is_async=True)
-            y = warpgroup_mma(sS.index(WHO).permute((1, 0)), sR, gl.zeros([64, 32], gl.float32, MR), use_acc=False, is_async=True)
-            x, y = warpgroup_mma_wait(0, deps=[x, y])
-            mbarrier.arrive(eT.index(WHO))
-            if t + 2 >= K // 64:
-                mbarrier.arrive(eQ)
-            rows = ((s + s0) // S * T + gl.maximum(i, 0)) * D
-            add_rows(dlatents + half * 256, rows, i >= 0, x, BY4)
-            add_rows(dlatents + LATENT + half * 32, rows, i >= 0, y, BY4_32)
-
-
-@gluon.jit
-def bwd_dlatents(q, dout, P, dS, idx, dlatents, s0, nwork, S, T, H: gl.constexpr, K: gl.constexpr):
-    sQ = gl.allocate_shared_memory(gl.bfloat16, [128, 256], S128)
-    sR = gl.allocate_shared_memory(gl.bfloat16, [128, 32], S64)
-    sO = gl.allocate_shared_memory(gl.bfloat16, [128, 256], S128)
-    sP = gl.allocate_shared_memory(gl.bfloat16, [2, 128, 64], S128)
-    sS = gl.allocate_shared_memory(gl.bfloat16, [2, 128, 64], S128)
-    fT = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    eT = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    fQ = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    eQ = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    for i in gl.static_range(2):
-        mbarrier.init(fT.index(i), count=128)
-        mbarrier.init(eT.index(i), count=1)
-    mbarrier.init(fQ, count=128)
-    mbarrier.init(eQ, count=2)
-    gl.warp_specialize([
-        (dl_producer, (q, dout, P, dS, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, nwork, K)),
-        (dl_consumer, (dlatents, idx, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, s0, nwork, S, T, 0, H, K)),
-        (dl_consumer, (dlatents, idx, sQ, sR, sO, sP, sS, fQ, eQ, fT, eT, s0, nwork, S, T, 1, H, K)),
-    ], [4, 4], [216, 216])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Warm-up target.   p[t, s] = 1/H sum_h exp2(scale_log2 q[t, h] . k[s, h] - lse2[t, h]), of a chunk of 128-row blocks
-#
-# Program: 128 queries x 128 keys, all heads one after the other. Ring of NS pieces, 64 columns of a head: 128 x 64 of Q and of K (32 KB). Producer,
-# and two consumers of 64 rows each: while one takes exponentials the other multiplies. 2 D operations for 4 D / 128 bytes per pair and head:
-# bound by what L2 delivers (8 TB/s: 520 TFLOP/s); a tile that outgrows that would need more than 255 registers.
-
-@gluon.jit
-def target_producer(Q, K, sQ, sK, f, e, steps, sqs, sqh, skt, skh, rows, keys, C: gl.constexpr, NS: gl.constexpr):
-    i = gl.arange(0, 64, gl.SliceLayout(1, COPY))
-    n = gl.arange(0, 128, gl.SliceLayout(1, COPY))
-    q0 = Q + gl.minimum(i, rows - 1) * sqs
-    q1 = Q + gl.minimum(i + 64, rows - 1) * sqs
-    k0 = K + gl.minimum(n, keys - 1) * skt
-    k = 0
-    ph = 1
-    for t in range(steps):
-        mbarrier.wait(e.index(k), ph)
-        at = t // C * sqh + t % C * 64
-        fill(sQ.index(2 * k), q0 + at, 0)
-        fill(sQ.index(2 * k + 1), q1 + at, 0)
-        fill(sK.index(k), k0 + (t // C * skh + t % C * 64), 0)
-        ac.mbarrier_arrive(f.index(k), increment_count=False)
-        k += 1
-        if k == NS:
-            k = 0
-            ph ^= 1
-
-
-@gluon.jit
-def target_consumer(P, LSE2, sQ, sK, f, e, steps, scale_log2, S, TP, rows, inverse, WHO: gl.constexpr, C: gl.constexpr, NS: gl.constexpr):
-    MS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    i = WHO * 64 + gl.arange(0, 64, gl.SliceLayout(1, MS))
-    p = gl.zeros([64, 128], gl.float32, MS)
-    zero = gl.zeros([64, 128], gl.float32, MS)
-    lse = LSE2 + gl.minimum(i, rows - 1)
-    n = 0
-    for h in range(steps // C):
-        l = gl.load(lse)
-        lse += S
-        x = zero
-        for c in gl.static_range(C):
-            k = (n + c) % NS
-            mbarrier.wait(f.index(k), ((n + c) // NS) & 1)
-            fence_async_shared()
-            x = warpgroup_mma(sQ.index(2 * k + WHO), sK.index(k).permute((1, 0)), x, use_acc=c > 0, is_async=True)
-            if c > 0:
-                x = warpgroup_mma_wait(1, deps=[x])
-                mbarrier.arrive(e.index((n + c - 1) % NS))
-        x = warpgroup_mma_wait(0, deps=[x])
-        mbarrier.arrive(e.index((n + C - 1) % NS))
-        n += C
-        p += gl.exp2(x * scale_log2 - gl.expand_dims(l, 1))
-    if steps > 0:
-        at = gl.expand_dims(i.to(gl.int64) * TP, 1) + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, MS)), 0)
-        gl.store(P + at, p * inverse)
-
-
-@gluon.jit
-def loss_target_kernel(Q, K, LSE2, P, FIRST, LAST, sqb, sqs, sqh, skb, skt, skh, scale_log2, inverse, S, T, TP, block0, BLOCKS, KEYS, H,
-                       C: gl.constexpr, NS: gl.constexpr):
-    pid = gl.program_id(0)
-    group = pid // (8 * KEYS) * 8
-    size = gl.minimum(8, BLOCKS - group)
-    block = group + pid % (8 * KEYS) % size
-    n0 = pid % (8 * KEYS) // size * 128
-    per_batch = (S + 127) // 128
-    b = ((block0 + block) // per_batch).to(gl.int64)
-    i0 = (block0 + block) % per_batch * 128
-    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    i = i0 + gl.arange(0, 128, ROW)
-    first = gl.maximum(gl.load(FIRST + b * S + i, mask=i < S, other=0), 0)
-    last = gl.minimum(gl.load(LAST + b * S + i, mask=i < S, other=-1), T - 1)
-    lo = gl.min(gl.where(first <= last, first, T), 0)
-    hi = gl.max(gl.where(first <= last, last + 1, 0), 0)
-    steps = gl.where((lo < n0 + 128) & (hi > n0), H * C, 0)
-    sQ = gl.allocate_shared_memory(gl.bfloat16, [2 * NS, 64, 64], S128)
-    sK = gl.allocate_shared_memory(gl.bfloat16, [NS, 128, 64], S128)
-    f = gl.allocate_shared_memory(gl.int64, [NS, 1], BAR)
-    e = gl.allocate_shared_memory(gl.int64, [NS, 1], BAR)
-    for s in gl.static_range(NS):
-        mbarrier.init(f.index(s), count=128)
-        mbarrier.init(e.index(s), count=2)
-    Q += b * sqb + i0.to(gl.int64) * sqs
-    K += b * skb + n0.to(gl.int64) * skt
-    P += block.to(gl.int64) * 128 * TP + n0
-    LSE2 += b * H * S + i0
-    gl.warp_specialize([
-        (target_producer, (Q, K, sQ, sK, f, e, steps, sqs, sqh, skt, skh, S - i0, T - n0, C, NS)),
-        (target_consumer, (P, LSE2, sQ, sK, f, e, steps, scale_log2, S, TP, S - i0, inverse, 0, C, NS)),
-        (target_consumer, (P, LSE2, sQ, sK, f, e, steps, scale_log2, S, TP, S - i0, inverse, 1, C, NS)),
-    ], [4, 4], [216, 216])
-
-
-@triton.jit
-def bwd_delta(out, dout, delta, n, V: tl.constexpr, R: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    at = r[:, None] * V + tl.arange(0, V)[None, :]
-    o = tl.load(out + at, mask=r[:, None] < n, other=0.).to(tl.float32)
-    tl.store(delta + r, tl.sum(o * tl.load(dout + at, mask=r[:, None] < n, other=0.).to(tl.float32), 1), mask=r < n)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers
-
-def target_supported(q):
-    """Whether loss_target takes these queries (B,S,H,D): bf16 on a Hopper GPU, heads of 64, 128 or 192 numbers, enough of them to fill a ring."""
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.dtype == torch.bfloat16 and q.shape[3] in (64, 128, 192) and q.shape[2] >= 16
-
-
-def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
-    """p (rows,TP) float32 of `blocks` blocks of 128 rows from block0 on; q (B,S,H,D), k (B,T,H or 1,D) bf16, lse2 (B,H,S) in base 2, first, last (B,S) int32.
-    Tiles that no row sees are left as they were. Deterministic."""
-    (B, S, H, D), T, TP = q.shape, k.shape[1], p.shape[1]
-    keys = triton.cdiv(T, 128)
-    loss_target_kernel[(blocks * keys,)](q, k, lse2, p, first, last, *q.stride()[:3], *k.stride()[:2], 0 if k.shape[2] == 1 else k.stride(2), scale * LOG2E.value,
-                                         1 / H, S, T, TP, block0, blocks, keys, H, D // 64, 6, num_warps=4)
+        (forward_scores, (
+            lse_ptr, scale_log2,
+            k_left, k_right, k_rope, tokens, q_left, q_right, q_rope, alpha, inverse,
+            full_left, full_right, full_q, empty_q, full_p, full_inverse, empty_inverse,
+            items, K)),
+        (forward_pv, (
+            out_ptr,
+            k_left, k_rope, alpha, inverse,
+            empty_left, empty_right, full_p, full_inverse, empty_inverse,
+            items, 0, K)),
+        (forward_pv, (
+            out_ptr,
+            k_right, k_rope, alpha, inverse,
+            empty_left, empty_right, full_p, full_inverse, empty_inverse,
+            items, HALF, K)),
+        (forward_producer_fp8 if FP8 else forward_producer, (
+            q_ptr, latents_ptr, indices_ptr,
+            k_left, k_right, k_rope, q_left, q_right, q_rope, tokens,
+            full_left, empty_left, full_right, empty_right, full_q, empty_q,
+            items, S, T, H, K)),
+    ], [4, 4, 4], [PV_REGISTERS, PV_REGISTERS, PRODUCER_FP8_REGISTERS if FP8 else PRODUCER_REGISTERS])
 
 
 def supported(q, latents, indices, value_dim):
-    """Whether the kernels of this file take these arguments: bf16 on a Hopper GPU, latents 512 + 64, at least 64 heads."""
-    entry = {torch.bfloat16: D.value, torch.uint8: ENTRY.value}.get(latents.dtype)
-    return (q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.dtype == torch.bfloat16 and latents.shape[-1] == entry
-            and value_dim == LATENT.value and q.shape[-1] == D.value and q.shape[2] >= 64 and indices.shape[-1] > 0)
+    """Do the attention kernels take q (B,S,H,D), latents (B,T,D or bytes), indices (B,S,K)? On a Hopper GPU:
+    bf16, latents also as the packed FP8 cache, 512 + 64 dimensions, at least 64 heads, T and K not 0."""
+    widths = {torch.bfloat16: D.value, torch.uint8: ENTRY.value}
+    if not is_hopper(q) or q.dtype != torch.bfloat16 or latents.dtype not in widths:
+        return False
+    if value_dim != V.value or q.shape[3] != D.value or latents.shape[2] != widths[latents.dtype]:
+        return False
+    return q.shape[2] >= HEADS.value and latents.shape[1] > 0 and indices.shape[2] > 0
 
 
-def _check(q, latents, indices):
-    if q.dim() != 4 or latents.dim() != 3 or indices.dim() != 3 or indices.shape[:2] != q.shape[:2] or latents.shape[0] != q.shape[0]:
-        raise ValueError(f"shapes must be q (B,S,H,{D.value}), latents (B,T,{D.value}), indices (B,S,K); got {tuple(q.shape)}, "
-                         f"{tuple(latents.shape)}, {tuple(indices.shape)}")
-    if not supported(q, latents, indices, LATENT.value):
-        raise ValueError(f"the Hopper kernels take bf16 on an sm_90 GPU with {LATENT.value} + {ROPE.value} latents (bf16 or packed FP8) and 64 or "
-                         f"more heads; got {q.dtype} {tuple(q.shape)}, {latents.dtype} {tuple(latents.shape)} on {q.device}; use the portable kernels")
-
-
-def _pad(x, dim, multiple, value=0):
-    """x, contiguous, with `dim` padded up to the next multiple."""
-    missing = -x.shape[dim] % multiple
+def padded(x, multiple, value=0.0):
+    """x, contiguous, its dimension 2 (heads, or slots) padded to a multiple."""
+    missing = -x.shape[2] % multiple
     if missing:
-        x = torch.cat([x, x.new_full([missing if d == dim % x.dim() else n for d, n in enumerate(x.shape)], value)], dim)
+        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing), value=value)
     return x.contiguous()
 
 
 def sparse_forward(q, latents, indices, scale):
-    """q (B,S,H,576) bf16, latents (B,T,576) bf16 or the packed FP8 cache (B,T,656) uint8, indices (B,S,K) int32, -1 empty
-    -> out (B,S,H,512) bf16, lse (B,S,H) float32, natural log. An FP8 entry enters as bf16(value x scale): exact for scales that are powers of two.
-
-    Softmax over the selected tokens only; a row that selected nothing gives out 0, lse -inf. Deterministic. ValueError on other shapes or dtypes.
-    """
-    _check(q, latents, indices)
+    """q (B,S,H,576) bf16, latents (B,T,576) bf16 or the packed FP8 cache (B,T,656) uint8, indices (B,S,K)
+    int32, -1 empty, as `supported` wants them -> out (B,S,H,512) bf16, lse (B,S,H) float32, natural
+    logarithm, both contiguous. Deterministic."""
     B, S, H, _ = q.shape
-    q, indices, latents = _pad(q, 2, 64), _pad(indices.int(), 2, 64, -1), latents.contiguous()
+    q = padded(q, HEADS.value)  # (B, S, HP, 576)
+    indices = padded(indices, SLOTS.value, -1)  # (B, S, KP)
     HP = q.shape[2]
-    out = q.new_empty(B, S, HP, LATENT.value)
-    lse = q.new_empty(B, S, HP, dtype=torch.float32)
-    work = B * S * HP // 64
-    if work:
-        fwd[(min(work, limits(q.device)[1]),)](q, latents, indices, out, lse, scale * LOG2E.value, work, S, latents.shape[1], HP, indices.shape[2],
-                                               latents.dtype == torch.uint8, num_warps=4)
-    return out[:, :, :H], lse[:, :, :H]
+    out = torch.empty(B, S, HP, V.value, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, S, HP, dtype=torch.float32, device=q.device)
+    items = B * S * HP // HEADS.value
+    if items:
+        sparse_forward_kernel[(min(items, limits(q.device)[1]),)](
+            q_ptr=q, latents_ptr=latents.contiguous(), indices_ptr=indices, out_ptr=out, lse_ptr=lse,
+            scale_log2=scale * LOG2E.value, items=items, S=S, T=latents.shape[1],
+            H=HP, K=indices.shape[2], FP8=latents.dtype == torch.uint8,
+            num_warps=4)
+    return out[:, :, :H].contiguous(), lse[:, :, :H].contiguous()
 
 
-def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=2**30):
-    """The gradients of sparse_forward's out: -> dq (B,S,H,576) bf16, dlatents (B,T,576) float32. lse is not differentiated.
+# ---- sparse_backward ----
+# contract    kernels.sparse_attention: its gradients
+# in PyTorch  p = softmax(x, -1);  ds = scale * p * (dout @ k[idx, :512].T - (out * dout).sum(-1))
+#             dq = ds @ k[idx];  dlatents[idx] += ds.T @ q;  dlatents[idx, :512] += p.T @ dout
+# tiling      three kernels over a chunk of queries at a time; between them P and dS lie in memory, in bf16
+# FLOPs       2 S H K (3 D + 2 V)
 
-    dq is deterministic; dlatents is summed by float32 atomics, whose order varies. Up to `scratch_bytes` hold P and dS of a chunk of queries.
-    """
-    _check(q, latents, indices)
+# ---- backward, 1: scores ----
+# equation    P[s,h,j] = exp(scale q[s,h] . k[idx_j] - lse[s,h]), dS = scale P (dout . v - delta),
+#             delta[s,h] = sum(out dout)
+# tiling      an item is 64 heads of a query; their Q and dO stay in shared memory (136 KB). A tile is 128
+#             slots, which pass through the ring in pieces, 128 x 64 (16 KB): each serves S and dP and is
+#             gone. The consumers take turns, one in its softmax and its stores while the other multiplies:
+#             one begins when the other has seen the last piece of its tile, so that it never waits for the
+#             use after next of a stage. Q and dO come piece by piece, too, with those of the item's first
+#             tile. The slots of a tile lie in shared memory in an order in which a lane's results are 8
+#             consecutive ones: 16-byte stores.
+# FLOPs       2 S H K (D + V)
+# bytes       2 D for every slot and 64 heads, from L2; 4 S H K written
+
+
+@gluon.jit
+def slot_of(r):
+    """The slot that row r of a tile holds: of every 32, row 8 j + 2 c + e (column c of wgmma's lanes) holds
+    slot 8 c + 2 j + e. Lane 0 has the rows 0, 1, 8, 9, 16, 17, 24, 25: they hold slots 0 ... 7."""
+    return (r & ~31) | ((r >> 1 & 3) * 8 + (r >> 3 & 3) * 2 + (r & 1))
+
+
+@gluon.jit
+def in_slot_order(x):
+    """(64, 128), columns as `slot_of` has them -> in the order of the slots, 8 of every 32 in a lane.
+    Registers are only renamed."""
+    x = gl.reshape(x, [HEADS, 4, 4, 4, 2])  # columns (32 b, 8 j, 2 c, e)
+    x = gl.reshape(gl.permute(x, [0, 1, 3, 2, 4]), [HEADS, SCORE_SLOTS])  # (32 b, 8 c, 2 j, e)
+    return gl.convert_layout(x, BY_8)
+
+
+@gluon.jit
+def scores_producer(
+        q_ptr, dout_ptr, latents_ptr, indices_ptr,
+        q, dout, k,
+        full_piece, empty_piece, empty_q,
+        start, items, S, T,
+        H: gl.constexpr, K: gl.constexpr):
+    """Gather the tiles, piece by piece, and with those of an item's first tile its Q and dO: full_piece
+    speaks for all copies before it."""
+    r = gl.arange(0, HEADS, gl.SliceLayout(1, COPY))
+    slot = slot_of(gl.arange(0, SCORE_SLOTS, gl.SliceLayout(1, COPY)))
+    stage = 0
+    phase = 1
+    q_phase = 1
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        s = (item // (H // HEADS)).to(gl.int64)
+        index_ptr = indices_ptr + s * K + slot
+        base_ptr = latents_ptr + ((s + start) // S) * T * D
+        row = item.to(gl.int64) * HEADS + r
+        following = gl.load(index_ptr)
+        for tile in range(K // SCORE_SLOTS):
+            token = following
+            if tile + 1 < K // SCORE_SLOTS:
+                following = gl.load(index_ptr + (tile + 1) * SCORE_SLOTS)
+            row_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * D
+            for c in gl.static_range(D // PIECE):
+                if tile == 0:
+                    mbarrier.wait(empty_q.index(c), q_phase)
+                    copy_rows(q.index(c), q_ptr + row * D, c * PIECE)
+                    if c < V // PIECE:
+                        copy_rows(dout.index(c), dout_ptr + row * V, c * PIECE)
+                mbarrier.wait(empty_piece.index(stage), phase)
+                copy_rows(k.index(stage), row_ptr, c * PIECE)
+                async_copy.mbarrier_arrive(full_piece.index(stage), increment_count=False)
+                stage += 1
+                if stage == SCORE_STAGES:
+                    stage = 0
+                    phase ^= 1
+        q_phase ^= 1
+
+
+@gluon.jit
+def scores_consumer(
+        p_ptr, ds_ptr, indices_ptr, lse_ptr, delta_ptr, scale,
+        q, dout, k,
+        full_piece, empty_piece, empty_q, turn,
+        items,
+        WHO: gl.constexpr, H: gl.constexpr, K: gl.constexpr):
+    """P and dS of every second tile, from tile WHO on."""
+    ROW: gl.constexpr = gl.SliceLayout(1, WGMMA_128)
+    PIECES: gl.constexpr = D // PIECE
+    slot = slot_of(gl.arange(0, SCORE_SLOTS, gl.SliceLayout(0, WGMMA_128)))
+    n = WHO * PIECES  # pieces before this tile's
+    turn_phase = 1 - WHO
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        s = (item // (H // HEADS)).to(gl.int64)
+        row = item.to(gl.int64) * HEADS + gl.arange(0, HEADS, ROW)
+        lse2 = gl.load(lse_ptr + row) * LOG2E
+        lse2 = gl.where(lse2 == float("-inf"), float("inf"), lse2)
+        delta = gl.load(delta_ptr + row) * scale
+        zero = gl.zeros([HEADS, SCORE_SLOTS], gl.float32, WGMMA_128)
+        for tile in range(WHO, K // SCORE_SLOTS, 2):
+            tile_ptr = indices_ptr + s * K + tile * SCORE_SLOTS
+            holes = gl.min(gl.load(tile_ptr + gl.arange(0, SCORE_SLOTS, EVERY_WARP_128)), 0) < 0
+
+            # S and dP, from the same pieces; a piece is given back once the next one's products are under way
+            x = zero
+            dp = zero
+            mbarrier.wait(turn.index(WHO), turn_phase)
+            turn_phase ^= 1
+            for c in gl.static_range(PIECES):
+                stage = (n + c) % SCORE_STAGES
+                mbarrier.wait(full_piece.index(stage), ((n + c) // SCORE_STAGES) & 1)
+                fence_async_shared()
+                piece = k.index(stage).permute((1, 0))
+                x = warpgroup_mma(q.index(c), piece, x, use_acc=c > 0, is_async=True)
+                if c < PIECES - 1:
+                    dp = warpgroup_mma(dout.index(c), piece, dp, use_acc=c > 0, is_async=True)
+                if c == PIECES - 1:
+                    mbarrier.arrive(turn.index(1 - WHO))
+                    x, dp = warpgroup_mma_wait(1, deps=[x, dp])
+                elif c > 0:
+                    x, dp = warpgroup_mma_wait(2, deps=[x, dp])
+                if c > 0:
+                    mbarrier.arrive(empty_piece.index((n + c - 1) % SCORE_STAGES))
+                    if tile + 2 >= K // SCORE_SLOTS:
+                        mbarrier.arrive(empty_q.index(c - 1))
+            x, dp = warpgroup_mma_wait(0, deps=[x, dp])
+            mbarrier.arrive(empty_piece.index((n + PIECES - 1) % SCORE_STAGES))
+            if tile + 2 >= K // SCORE_SLOTS:
+                mbarrier.arrive(empty_q.index(PIECES - 1))
+            n += 2 * PIECES
+
+            # P and dS
+            if holes:
+                x = gl.where(gl.expand_dims(gl.load(tile_ptr + slot) >= 0, 0), x, float("-inf"))
+            p = gl.exp2(x * (scale * LOG2E) - gl.expand_dims(lse2, 1))
+            ds = p * (dp * scale - gl.expand_dims(delta, 1))
+            p = in_slot_order(p.to(gl.bfloat16))
+            ds = in_slot_order(ds.to(gl.bfloat16))
+            at = (item.to(gl.int64) * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, BY_8))) * K
+            at = gl.expand_dims(at + tile * SCORE_SLOTS, 1)
+            at = at + gl.expand_dims(gl.arange(0, SCORE_SLOTS, gl.SliceLayout(0, BY_8)), 0)
+            gl.store(p_ptr + at, p)
+            gl.store(ds_ptr + at, ds)
+
+
+@gluon.jit
+def backward_scores_kernel(
+        q_ptr, dout_ptr, latents_ptr, indices_ptr, lse_ptr, delta_ptr, p_ptr, ds_ptr,
+        scale, start, items, S, T,
+        H: gl.constexpr, K: gl.constexpr):
+    q = gl.allocate_shared_memory(gl.bfloat16, [D // PIECE, HEADS, PIECE], SHARED_128)
+    dout = gl.allocate_shared_memory(gl.bfloat16, [V // PIECE, HEADS, PIECE], SHARED_128)
+    k = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES, SCORE_SLOTS, PIECE], SHARED_128)
+    full_piece = gl.allocate_shared_memory(gl.int64, [SCORE_STAGES, 1], BARRIER)
+    empty_piece = gl.allocate_shared_memory(gl.int64, [SCORE_STAGES, 1], BARRIER)
+    empty_q = gl.allocate_shared_memory(gl.int64, [D // PIECE, 1], BARRIER)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
+    for i in gl.static_range(SCORE_STAGES):
+        mbarrier.init(full_piece.index(i), count=THREADS)
+        mbarrier.init(empty_piece.index(i), count=1)
+    for i in gl.static_range(D // PIECE):
+        mbarrier.init(empty_q.index(i), count=2)
+
+    gl.warp_specialize([
+        (scores_producer, (
+            q_ptr, dout_ptr, latents_ptr, indices_ptr,
+            q, dout, k,
+            full_piece, empty_piece, empty_q,
+            start, items, S, T, H, K)),
+        (scores_consumer, (
+            p_ptr, ds_ptr, indices_ptr, lse_ptr, delta_ptr, scale,
+            q, dout, k,
+            full_piece, empty_piece, empty_q, turn,
+            items, 0, H, K)),
+        (scores_consumer, (
+            p_ptr, ds_ptr, indices_ptr, lse_ptr, delta_ptr, scale,
+            q, dout, k,
+            full_piece, empty_piece, empty_q, turn,
+            items, 1, H, K)),
+    ], [4, 4], [SCORE_REGISTERS, SCORE_REGISTERS])
+
+
+# ---- backward, 2: dq ----
+# equation    dq[s,h] = sum_j dS[s,h,j] k[idx_j]
+# tiling      items 2 i and 2 i + 1 are the same 128 heads of a query and either half of the columns: 256 of
+#             the latent, 32 of the rope part. A tile is 64 slots, gathered half rows (36 KB) and dS (16 KB),
+#             in four stages. Each consumer has 64 heads: 144 registers of accumulator a thread
+# FLOPs       2 S H K D
+# bytes       2 D for every slot and 128 heads, from L2; 4 S H K, as dS is read for either half
+
+
+@gluon.jit
+def dq_producer(
+        latents_ptr, indices_ptr, ds_ptr,
+        ds, k, k_rope,
+        full_tile, empty_tile,
+        start, items, S, T,
+        H: gl.constexpr, K: gl.constexpr):
+    """Gather half rows of the tiles, and dS of both consumers."""
+    r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
+    stage = 0
+    phase = 1
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        half = item % 2
+        s = (item // (H // HEADS)).to(gl.int64)  # H // 128 pairs x 2 halves
+        index_ptr = indices_ptr + s * K + r
+        base_ptr = latents_ptr + ((s + start) // S) * T * D + half * HALF
+        row = (item // 2).to(gl.int64) * PAIR + r
+        following = gl.load(index_ptr)
+        for tile in range(K // SLOTS):
+            token = following
+            if tile + 1 < K // SLOTS:
+                following = gl.load(index_ptr + (tile + 1) * SLOTS)
+            row_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * D
+            mbarrier.wait(empty_tile.index(stage), phase)
+            copy_rows(ds.index(2 * stage), ds_ptr + row * K + tile * SLOTS, 0)
+            copy_rows(ds.index(2 * stage + 1), ds_ptr + (row + HEADS) * K + tile * SLOTS, 0)
+            copy_rows(k.index(stage), row_ptr, 0)
+            copy_rows(k_rope.index(stage), row_ptr + (V - half * (HALF - R // 2)), 0)
+            async_copy.mbarrier_arrive(full_tile.index(stage), increment_count=False)
+            stage += 1
+            if stage == DQ_STAGES:
+                stage = 0
+                phase ^= 1
+
+
+@gluon.jit
+def dq_consumer(
+        dq_ptr,
+        ds, k, k_rope,
+        full_tile, empty_tile,
+        items,
+        WHO: gl.constexpr, K: gl.constexpr):
+    """dq of the heads 64 WHO ... of the item's 128."""
+    stage = 0
+    phase = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        acc = gl.zeros([HEADS, HALF], gl.float32, WGMMA_256)
+        rope = gl.zeros([HEADS, R // 2], gl.float32, WGMMA_32)
+        for tile in range(K // SLOTS):
+            mbarrier.wait(full_tile.index(stage), phase)
+            fence_async_shared()
+            acc = warpgroup_mma(ds.index(2 * stage + WHO), k.index(stage), acc, is_async=True)
+            rope = warpgroup_mma(ds.index(2 * stage + WHO), k_rope.index(stage), rope, is_async=True)
+            acc, rope = warpgroup_mma_wait(0, deps=[acc, rope])
+            mbarrier.arrive(empty_tile.index(stage))
+            stage += 1
+            if stage == DQ_STAGES:
+                stage = 0
+                phase ^= 1
+
+        half = item % 2
+        row = (item // 2).to(gl.int64) * PAIR + WHO * HEADS
+        at = (row + gl.arange(0, HEADS, gl.SliceLayout(1, WGMMA_256))) * D
+        d = half * HALF + gl.arange(0, HALF, gl.SliceLayout(0, WGMMA_256))
+        gl.store(dq_ptr + gl.expand_dims(at, 1) + gl.expand_dims(d, 0), acc.to(gl.bfloat16))
+        at = (row + gl.arange(0, HEADS, gl.SliceLayout(1, WGMMA_32))) * D
+        d = V + half * (R // 2) + gl.arange(0, R // 2, gl.SliceLayout(0, WGMMA_32))
+        gl.store(dq_ptr + gl.expand_dims(at, 1) + gl.expand_dims(d, 0), rope.to(gl.bfloat16))
+
+
+@gluon.jit
+def backward_dq_kernel(
+        latents_ptr, indices_ptr, ds_ptr, dq_ptr,
+        start, items, S, T,
+        H: gl.constexpr, K: gl.constexpr):
+    ds = gl.allocate_shared_memory(gl.bfloat16, [2 * DQ_STAGES, HEADS, SLOTS], SHARED_128)
+    k = gl.allocate_shared_memory(gl.bfloat16, [DQ_STAGES, SLOTS, HALF], SHARED_128)
+    k_rope = gl.allocate_shared_memory(gl.bfloat16, [DQ_STAGES, SLOTS, R // 2], SHARED_64)
+    full_tile = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], BARRIER)
+    empty_tile = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], BARRIER)
+
+    for i in gl.static_range(DQ_STAGES):
+        mbarrier.init(full_tile.index(i), count=THREADS)
+        mbarrier.init(empty_tile.index(i), count=2)
+
+    gl.warp_specialize([
+        (dq_producer, (
+            latents_ptr, indices_ptr, ds_ptr,
+            ds, k, k_rope,
+            full_tile, empty_tile,
+            start, items, S, T, H, K)),
+        (dq_consumer, (
+            dq_ptr,
+            ds, k, k_rope,
+            full_tile, empty_tile,
+            items, 0, K)),
+        (dq_consumer, (
+            dq_ptr,
+            ds, k, k_rope,
+            full_tile, empty_tile,
+            items, 1, K)),
+    ], [4, 4], [DQ_REGISTERS, DQ_REGISTERS])
+
+
+# ---- backward, 3: dlatents ----
+# equation    dlatents[idx_j] += sum_h dS[s,h,j] q[s,h] + [P[s,h,j] dout[s,h] | 0]
+# tiling      items as in dq; their Q and dO stay in shared memory (136 KB). A tile is 64 slots of P and dS
+#             (32 KB), one stage for each consumer; they alternate: one sends its atomics while the other
+#             multiplies. All 128 heads are summed before they leave: it is bound by the atomics
+# FLOPs       2 S H K (D + V)
+# bytes       8 S H K, as P and dS are read for either half; D float32 atomics for every slot and 128 heads
+
+
+@gluon.jit
+def copy_pairs(to, row_ptr, COLUMN: gl.constexpr):
+    """copy_rows with the columns in another order: of every 16, position 8 j + 2 c + e gets column 4 c + 2 j
+    + e. Then lane c of wgmma's results has 4 consecutive columns: lane 0 has positions 0, 1, 8, 9, which are
+    0 ... 3."""
+    WIDTH: gl.constexpr = to.shape[1]
+    d = gl.arange(0, WIDTH, gl.SliceLayout(0, COPY_PAIRS))
+    d = (d & ~15) | ((d >> 1 & 3) * 4 + (d >> 3 & 1) * 2 + (d & 1))
+    d = gl.max_contiguous(gl.multiple_of(d, 2), 2)
+    row_ptr = gl.convert_layout(row_ptr, gl.SliceLayout(1, COPY_PAIRS), assert_trivial=True)
+    row_ptr = gl.expand_dims(gl.multiple_of(row_ptr, 16), 1)
+    async_copy.async_copy_global_to_shared(to, row_ptr + gl.expand_dims(d + COLUMN, 0))
+
+
+@gluon.jit
+def dlatents_producer(
+        q_ptr, dout_ptr, p_ptr, ds_ptr,
+        q, q_rope, dout, p, ds,
+        full_q, empty_q, full_tile, empty_tile,
+        items,
+        K: gl.constexpr):
+    """Q and dO of an item, then its P and dS by tiles, for the consumers in turn."""
+    r = gl.arange(0, PAIR, gl.SliceLayout(1, COPY))
+    phase = 1
+    q_phase = 1
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        half = item % 2
+        row = (item // 2).to(gl.int64) * PAIR + r
+        mbarrier.wait(empty_q, q_phase)
+        q_phase ^= 1
+        copy_pairs(q, q_ptr + row * D + half * HALF, 0)
+        copy_pairs(q_rope, q_ptr + row * D + half * (R // 2), V)
+        copy_pairs(dout, dout_ptr + row * V + half * HALF, 0)
+        async_copy.mbarrier_arrive(full_q, increment_count=False)
+        for tile in range(0, K // SLOTS, 2):
+            for who in gl.static_range(2):
+                mbarrier.wait(empty_tile.index(who), phase)
+                copy_rows(ds.index(who), ds_ptr + row * K + (tile + who) * SLOTS, 0)
+                copy_rows(p.index(who), p_ptr + row * K + (tile + who) * SLOTS, 0)
+                async_copy.mbarrier_arrive(full_tile.index(who), increment_count=False)
+            phase ^= 1
+
+
+@gluon.jit
+def add_rows(to_ptr, row, keep, x, LAYOUT: gl.constexpr):
+    """to_ptr[row, ...] += x (64, n), columns as copy_pairs left them, by float32 atomics of 16 bytes."""
+    WIDTH: gl.constexpr = x.shape[1]
+    x = gl.reshape(x, [SLOTS, WIDTH // 16, 2, 4, 2])  # columns (16 b, 8 j, 2 c, e)
+    x = gl.reshape(gl.permute(x, [0, 1, 3, 2, 4]), [SLOTS, WIDTH])  # (16 b, 4 c, 2 j, e)
+    x = gl.convert_layout(x, LAYOUT)
+    row = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    keep = gl.convert_layout(keep, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    d = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    at = gl.expand_dims(gl.multiple_of(row, 16), 1) + gl.expand_dims(d, 0)
+    gl.atomic_add(to_ptr + at, x, mask=gl.expand_dims(keep, 1), sem="relaxed")
+
+
+@gluon.jit
+def dlatents_consumer(
+        dlatents_ptr, indices_ptr,
+        q, q_rope, dout, p, ds,
+        full_q, empty_q, full_tile, empty_tile,
+        start, items, S, T,
+        WHO: gl.constexpr, H: gl.constexpr, K: gl.constexpr):
+    """Gradients of every second tile, from tile WHO on."""
+    r = gl.arange(0, SLOTS, gl.SliceLayout(1, WGMMA_256))
+    phase = 0
+    q_phase = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        half = item % 2
+        s = (item // (H // HEADS)).to(gl.int64)
+        index_ptr = indices_ptr + s * K + r
+        mbarrier.wait(full_q, q_phase)
+        q_phase ^= 1
+        for tile in range(WHO, K // SLOTS, 2):
+            token = gl.load(index_ptr + tile * SLOTS)
+
+            # the products
+            mbarrier.wait(full_tile.index(WHO), phase)
+            phase ^= 1
+            fence_async_shared()
+            ds_t = ds.index(WHO).permute((1, 0))
+            p_t = p.index(WHO).permute((1, 0))
+            zero = gl.zeros([SLOTS, HALF], gl.float32, WGMMA_256)
+            x = warpgroup_mma(ds_t, q, zero, use_acc=False, is_async=True)
+            x = warpgroup_mma(p_t, dout, x, is_async=True)
+            zero = gl.zeros([SLOTS, R // 2], gl.float32, WGMMA_32)
+            rope = warpgroup_mma(ds_t, q_rope, zero, use_acc=False, is_async=True)
+            x, rope = warpgroup_mma_wait(0, deps=[x, rope])
+            mbarrier.arrive(empty_tile.index(WHO))
+            if tile + 2 >= K // SLOTS:
+                mbarrier.arrive(empty_q)
+
+            # the atomics
+            row = ((s + start) // S * T + gl.maximum(token, 0)) * D
+            add_rows(dlatents_ptr + half * HALF, row, token >= 0, x, BY_4)
+            add_rows(dlatents_ptr + V + half * (R // 2), row, token >= 0, rope, BY_4_ROPE)
+
+
+@gluon.jit
+def backward_dlatents_kernel(
+        q_ptr, dout_ptr, p_ptr, ds_ptr, indices_ptr, dlatents_ptr,
+        start, items, S, T,
+        H: gl.constexpr, K: gl.constexpr):
+    q = gl.allocate_shared_memory(gl.bfloat16, [PAIR, HALF], SHARED_128)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [PAIR, R // 2], SHARED_64)
+    dout = gl.allocate_shared_memory(gl.bfloat16, [PAIR, HALF], SHARED_128)
+    p = gl.allocate_shared_memory(gl.bfloat16, [2, PAIR, SLOTS], SHARED_128)
+    ds = gl.allocate_shared_memory(gl.bfloat16, [2, PAIR, SLOTS], SHARED_128)
+    full_tile = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    empty_tile = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    full_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    empty_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+
+    for i in gl.static_range(2):
+        mbarrier.init(full_tile.index(i), count=THREADS)
+        mbarrier.init(empty_tile.index(i), count=1)
+    mbarrier.init(full_q, count=THREADS)
+    mbarrier.init(empty_q, count=2)
+
+    gl.warp_specialize([
+        (dlatents_producer, (
+            q_ptr, dout_ptr, p_ptr, ds_ptr,
+            q, q_rope, dout, p, ds,
+            full_q, empty_q, full_tile, empty_tile,
+            items, K)),
+        (dlatents_consumer, (
+            dlatents_ptr, indices_ptr,
+            q, q_rope, dout, p, ds,
+            full_q, empty_q, full_tile, empty_tile,
+            start, items, S, T, 0, H, K)),
+        (dlatents_consumer, (
+            dlatents_ptr, indices_ptr,
+            q, q_rope, dout, p, ds,
+            full_q, empty_q, full_tile, empty_tile,
+            start, items, S, T, 1, H, K)),
+    ], [4, 4], [DLATENTS_REGISTERS, DLATENTS_REGISTERS])
+
+
+def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SCRATCH_BYTES):
+    """The gradients of sparse_forward's out, bf16 latents only: its arguments and results, dout (B,S,H,512)
+    bf16
+    -> dq (B,S,H,576) bf16, dlatents (B,T,576) float32, both contiguous. lse is not differentiated.
+
+    dq is deterministic; dlatents is summed by float32 atomics, whose order varies. Up to `scratch_bytes` hold
+    P and dS of a chunk of queries."""
     B, S, H, _ = q.shape
     T = latents.shape[1]
-    q, dout, out = _pad(q, 2, 128), _pad(dout.to(q.dtype), 2, 128), _pad(out, 2, 128)
-    lse, indices, latents = _pad(lse, 2, 128, float("-inf")), _pad(indices.int(), 2, 256, -1), latents.contiguous()
-    HP, K = q.shape[2], indices.shape[2]
+    q = padded(q, PAIR.value)  # (B, S, HP, 576)
+    out = padded(out, PAIR.value)  # (B, S, HP, 512)
+    dout = padded(dout, PAIR.value)  # (B, S, HP, 512)
+    lse = padded(lse, PAIR.value, float("-inf"))  # (B, S, HP)
+    indices = padded(indices, 2 * SCORE_SLOTS.value, -1)  # (B, S, KP): whole tiles for either consumer
+    latents = latents.contiguous()
+    HP = q.shape[2]
+    K = indices.shape[2]
     dq = torch.empty_like(q)
-    dlatents = latents.new_zeros(B, T, D.value, dtype=torch.float32)
-    delta = torch.empty_like(lse)
-    if not delta.numel():
-        return dq[:, :, :H], dlatents
-    bwd_delta[(triton.cdiv(delta.numel(), 16),)](out, dout, delta, delta.numel(), LATENT.value, 16)
-    sms = limits(q.device)[1]
-    chunk = max(1, scratch_bytes // (4 * HP * K))
-    chunk = min(chunk - chunk % sms if chunk > sms else chunk, B * S)           # whole waves of programs
-    P = q.new_empty(chunk, HP, K)
-    dS = torch.empty_like(P)
-    flat = [x.flatten(0, 1) for x in (q, dout, indices, lse, delta, dq)]
-    for s0 in range(0, B * S, chunk):
-        qc, doutc, idx, lsec, deltac, dqc = (x[s0:s0 + chunk] for x in flat)
-        work = len(qc) * HP // 64
-        grid = (min(work, sms),)
-        bwd_scores[grid](qc, doutc, latents, idx, lsec, deltac, P, dS, scale, s0, work, S, T, HP, K, 5, num_warps=4)
-        bwd_dq[grid](latents, idx, dS, dqc, s0, work, S, T, HP, K, 4, num_warps=4)
-        bwd_dlatents[grid](qc, doutc, P, dS, idx, dlatents, s0, work, S, T, HP, K, num_warps=4)
-    return dq[:, :, :H], dlatents
+    dlatents = torch.zeros(B, T, D.value, dtype=torch.float32, device=q.device)
+    delta, _ = launch_delta(out, dout)  # (B, S, HP)
+
+    # a chunk of queries at a time, in whole waves of programs
+    multiprocessors = limits(q.device)[1]
+    chunk = scratch_bytes // (4 * HP * K)
+    if chunk > multiprocessors:
+        chunk -= chunk % multiprocessors
+    chunk = max(1, min(chunk, B * S))
+    p = torch.empty(chunk, HP, K, dtype=q.dtype, device=q.device)
+    ds = torch.empty_like(p)
+    for start in range(0, B * S, chunk):
+        rows = slice(start, start + chunk)
+        q_rows = q.flatten(0, 1)[rows]  # (chunk, HP, 576)
+        dout_rows = dout.flatten(0, 1)[rows]  # (chunk, HP, 512)
+        indices_rows = indices.flatten(0, 1)[rows]  # (chunk, K)
+        items = len(q_rows) * HP // HEADS.value
+        grid = (min(items, multiprocessors),)
+        backward_scores_kernel[grid](
+            q_ptr=q_rows, dout_ptr=dout_rows, latents_ptr=latents, indices_ptr=indices_rows,
+            lse_ptr=lse.flatten(0, 1)[rows], delta_ptr=delta.flatten(0, 1)[rows], p_ptr=p, ds_ptr=ds,
+            scale=scale, start=start, items=items, S=S, T=T,
+            H=HP, K=K,
+            num_warps=4)
+        backward_dq_kernel[grid](
+            latents_ptr=latents, indices_ptr=indices_rows, ds_ptr=ds, dq_ptr=dq.flatten(0, 1)[rows],
+            start=start, items=items, S=S, T=T,
+            H=HP, K=K,
+            num_warps=4)
+        backward_dlatents_kernel[grid](
+            q_ptr=q_rows, dout_ptr=dout_rows, p_ptr=p, ds_ptr=ds, indices_ptr=indices_rows,
+            dlatents_ptr=dlatents,
+            start=start, items=items, S=S, T=T,
+            H=HP, K=K,
+            num_warps=4)
+    return dq[:, :, :H].contiguous(), dlatents
+
+
+# ---- loss_target ----
+# contract    p of the warm-up loss (kernels.indexer_loss_dense), of a chunk of blocks of 128 queries
+# in PyTorch  p = torch.exp2(scale * LOG2E * q @ k.T - lse2).mean(heads)
+# equation    p[t,s] = 1 / H sum_h exp(scale q[t,h] . k[s,h] - lse[t,h])
+# tiling      a program takes 128 queries x 128 keys, all heads one after the other, in pieces of 64 columns
+#             of a head: 128 x 64 of Q and of K (32 KB), six stages. Each consumer has 64 queries: while one
+#             takes exponentials the other multiplies. It is bound by what L2 delivers; a tile that outgrows
+#             that would need more than 255 registers a thread
+# FLOPs       2 H D per pair
+# bytes       H D / 32 per pair, from L2; 4 written
+
+
+@gluon.jit
+def target_producer(
+        q_ptr, k_ptr,
+        q, k,
+        full_piece, empty_piece,
+        pieces, stride_qs, stride_qh, stride_kt, stride_kh, queries, keys,
+        PIECES: gl.constexpr):
+    """The pieces of all heads; rows beyond the last repeat it."""
+    i = gl.arange(0, TARGET_ROWS, gl.SliceLayout(1, COPY))
+    t = gl.arange(0, TARGET_BLOCK, gl.SliceLayout(1, COPY))
+    upper_ptr = q_ptr + gl.minimum(i, queries - 1) * stride_qs
+    lower_ptr = q_ptr + gl.minimum(i + TARGET_ROWS, queries - 1) * stride_qs
+    key_ptr = k_ptr + gl.minimum(t, keys - 1) * stride_kt
+    stage = 0
+    phase = 1
+    for n in range(pieces):
+        mbarrier.wait(empty_piece.index(stage), phase)
+        at = n // PIECES * stride_qh + n % PIECES * PIECE
+        copy_rows(q.index(2 * stage), upper_ptr + at, 0)
+        copy_rows(q.index(2 * stage + 1), lower_ptr + at, 0)
+        copy_rows(k.index(stage), key_ptr + (n // PIECES * stride_kh + n % PIECES * PIECE), 0)
+        async_copy.mbarrier_arrive(full_piece.index(stage), increment_count=False)
+        stage += 1
+        if stage == TARGET_STAGES:
+            stage = 0
+            phase ^= 1
+
+
+@gluon.jit
+def target_consumer(
+        p_ptr, lse2_ptr,
+        q, k,
+        full_piece, empty_piece,
+        pieces, scale_log2, S, TP, queries, inverse,
+        WHO: gl.constexpr, PIECES: gl.constexpr):
+    """p of the queries 64 WHO ... of the block; without pieces it leaves p as it is."""
+    i = WHO * TARGET_ROWS + gl.arange(0, TARGET_ROWS, gl.SliceLayout(1, WGMMA_128))
+    p = gl.zeros([TARGET_ROWS, TARGET_BLOCK], gl.float32, WGMMA_128)
+    zero = gl.zeros([TARGET_ROWS, TARGET_BLOCK], gl.float32, WGMMA_128)
+    row_ptr = lse2_ptr + gl.minimum(i, queries - 1)
+    n = 0
+    for h in range(pieces // PIECES):
+        lse2 = gl.load(row_ptr)
+        row_ptr += S
+        x = zero
+        for c in gl.static_range(PIECES):
+            stage = (n + c) % TARGET_STAGES
+            mbarrier.wait(full_piece.index(stage), ((n + c) // TARGET_STAGES) & 1)
+            fence_async_shared()
+            x = warpgroup_mma(
+                q.index(2 * stage + WHO), k.index(stage).permute((1, 0)), x, use_acc=c > 0, is_async=True)
+            if c > 0:
+                x = warpgroup_mma_wait(1, deps=[x])
+                mbarrier.arrive(empty_piece.index((n + c - 1) % TARGET_STAGES))
+        x = warpgroup_mma_wait(0, deps=[x])
+        mbarrier.arrive(empty_piece.index((n + PIECES - 1) % TARGET_STAGES))
+        n += PIECES
+        p += gl.exp2(x * scale_log2 - gl.expand_dims(lse2, 1))
+    if pieces > 0:
+        at = gl.expand_dims(i.to(gl.int64) * TP, 1)
+        at = at + gl.expand_dims(gl.arange(0, TARGET_BLOCK, gl.SliceLayout(0, WGMMA_128)), 0)
+        gl.store(p_ptr + at, p * inverse)
+
+
+@gluon.jit
+def loss_target_kernel(
+        q_ptr, k_ptr, lse2_ptr, p_ptr, first_ptr, last_ptr,
+        scale_log2, inverse, S, T, TP, H, block0, blocks, key_blocks,
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh,
+        PIECES: gl.constexpr):
+    # this program's tile: block of queries `block` of the chunk, keys from t0 on
+    pid = gl.program_id(0)
+    group = pid // (TARGET_GROUP * key_blocks) * TARGET_GROUP
+    size = gl.minimum(TARGET_GROUP, blocks - group)
+    block = group + pid % (TARGET_GROUP * key_blocks) % size
+    t0 = pid % (TARGET_GROUP * key_blocks) // size * TARGET_BLOCK
+    per_sequence = (S + TARGET_BLOCK - 1) // TARGET_BLOCK
+    b = ((block0 + block) // per_sequence).to(gl.int64)
+    s0 = (block0 + block) % per_sequence * TARGET_BLOCK
+
+    # nothing to do where none of its queries sees one of its keys
+    s = s0 + gl.arange(0, TARGET_BLOCK, ONE)
+    first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+    lo, hi = visible_range(first, last, T)
+    pieces = gl.where((lo < t0 + TARGET_BLOCK) & (hi > t0), H * PIECES, 0)
+
+    q = gl.allocate_shared_memory(gl.bfloat16, [2 * TARGET_STAGES, TARGET_ROWS, PIECE], SHARED_128)
+    k = gl.allocate_shared_memory(gl.bfloat16, [TARGET_STAGES, TARGET_BLOCK, PIECE], SHARED_128)
+    full_piece = gl.allocate_shared_memory(gl.int64, [TARGET_STAGES, 1], BARRIER)
+    empty_piece = gl.allocate_shared_memory(gl.int64, [TARGET_STAGES, 1], BARRIER)
+    for i in gl.static_range(TARGET_STAGES):
+        mbarrier.init(full_piece.index(i), count=THREADS)
+        mbarrier.init(empty_piece.index(i), count=2)
+
+    q_ptr += b * stride_qb + s0.to(gl.int64) * stride_qs
+    k_ptr += b * stride_kb + t0.to(gl.int64) * stride_kt
+    p_ptr += block.to(gl.int64) * TARGET_BLOCK * TP + t0
+    lse2_ptr += b * H * S + s0
+    gl.warp_specialize([
+        (target_producer, (
+            q_ptr, k_ptr,
+            q, k,
+            full_piece, empty_piece,
+            pieces, stride_qs, stride_qh, stride_kt, stride_kh, S - s0, T - t0, PIECES)),
+        (target_consumer, (
+            p_ptr, lse2_ptr,
+            q, k,
+            full_piece, empty_piece,
+            pieces, scale_log2, S, TP, S - s0, inverse, 0, PIECES)),
+        (target_consumer, (
+            p_ptr, lse2_ptr,
+            q, k,
+            full_piece, empty_piece,
+            pieces, scale_log2, S, TP, S - s0, inverse, 1, PIECES)),
+    ], [4, 4], [TARGET_REGISTERS, TARGET_REGISTERS])
+
+
+def target_supported(q):
+    """Does loss_target take these queries (B,S,H,D)? bf16 on a Hopper GPU, heads of 64, 128 or 192
+    dimensions, and 16 of them or more, enough to fill the ring."""
+    return is_hopper(q) and q.dtype == torch.bfloat16 and q.shape[3] in (64, 128, 192) and q.shape[2] >= 16
+
+
+def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
+    """Write p (128 blocks,TP) float32 of `blocks` blocks of 128 queries from block0 on, as target_supported
+    wants them. Blocks are numbered through the sequences, each of which begins a new one; TP is T rounded up
+    to 128.
+
+    q (B,S,H,D), k (B,T,H or 1,D) bf16, last dimension contiguous, lse2 (B,H,S) float32 contiguous, in base 2;
+    first, last (B,S) int32 contiguous, the visible range, or None: 0 and T - S + i. Tiles that no query sees
+    are left as they were. Deterministic."""
+    _, S, H, D = q.shape
+    T = k.shape[1]
+    key_blocks = triton.cdiv(T, TARGET_BLOCK.value)
+    stride_qb, stride_qs, stride_qh, _ = q.stride()
+    stride_kb, stride_kt, stride_kh, _ = k.stride()
+    if k.shape[2] == 1:
+        stride_kh = 0
+    loss_target_kernel[(blocks * key_blocks,)](
+        q_ptr=q, k_ptr=k, lse2_ptr=lse2, p_ptr=p, first_ptr=first, last_ptr=last,
+        scale_log2=scale * LOG2E.value, inverse=1 / H, S=S, T=T, TP=p.shape[1], H=H,
+        block0=block0, blocks=blocks, key_blocks=key_blocks,
+        stride_qb=stride_qb, stride_qs=stride_qs, stride_qh=stride_qh,
+        stride_kb=stride_kb, stride_kt=stride_kt, stride_kh=stride_kh,
+        PIECES=D // PIECE.value,
+        num_warps=4)
