@@ -576,7 +576,7 @@ def speed_rows(table, name, T, batch, speeds):
     for attention in ("dense", "sparse"):
         for compiled in (False, True):
             speed = speeds[attention, compiled]
-            what = f"{name}, {attention}" + ", --compile" * compiled
+            what = f"{name}, {attention}" + (", --compile" if compiled else "")
             ms = 1000 * T / speed.tokens
             if attention == "dense":
                 table.add(what, ms, speed.tokens, f"tokens/s ({speed.memory:.0f} GB)")
@@ -585,7 +585,7 @@ def speed_rows(table, name, T, batch, speeds):
                           f"{speed.memory:.0f} GB)")
     for compiled in (False, True):
         speed = speeds["sparse", compiled]
-        what = f"{name}, memory of a sparse step" + ", --compile" * compiled
+        what = f"{name}, memory of a sparse step" + (", --compile" if compiled else "")
         memory = speed.memory * STEP_TOKENS / (batch * T)
         table.add(what, 1000 * batch * T / speed.tokens, memory, f"GB per {STEP_TOKENS} tokens")
 
@@ -611,7 +611,9 @@ def bench_train(table, T):
     else:
         print(f"{name}: out of GPU memory, left out")
         return
-    speed_rows(table, name + ", recompute" * model.recompute, T, batch, speeds)
+    if model.recompute:
+        name += ", recompute"
+    speed_rows(table, name, T, batch, speeds)
     for attention in ("dense", "sparse"):
         table.point("train", f"training, {attention}", T, speeds[attention, False].memory)
 
@@ -775,7 +777,9 @@ def bench_graft(table):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         ms = milliseconds(step)
-        what = f"{stage} step, 15.7B twin, {T} tokens, --train={learn}" + " --recompute" * model.recompute
+        what = f"{stage} step, 15.7B twin, {T} tokens, --train={learn}"
+        if model.recompute:
+            what += " --recompute"
         table.add(what, ms, torch.cuda.max_memory_allocated() / 1e9, "GB peak")
         del optimizer
 

@@ -257,6 +257,21 @@ def test_sparse_rows_stand_beside_the_better_dense_one(table):
     assert rows["training, sparse"]["ms"] == pytest.approx(1000 * 2 * bench.STEP_TOKENS / 150)
 
 
+def test_baselines(monkeypatch):
+    """Two FLOPs per multiplication, in TFLOP/s; bytes read and written, in GB/s: of functions that take 2
+    ms."""
+
+    def two(function):
+        function()
+        return 2.0
+
+    monkeypatch.setattr(bench, "MATMUL", 64)
+    monkeypatch.setattr(bench, "milliseconds", two)
+    product = 2 * 64**3 / 2e-3 / 1e12
+    assert bench.measure_baselines() == pytest.approx(
+        dict(bf16=product, fp8=product, copy=2 * (8 * 64 * 64 * 2) / 2e-3 / 1e9))
+
+
 # ---- the command line ----
 
 def test_parts_are_chosen_by_name():
@@ -283,6 +298,32 @@ def test_refusal_without_a_gpu(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "bench.py: no CUDA GPU here, and without one there is nothing to time\n"
     assert not (tmp_path / "new").exists()
+
+
+def test_parts_go_on_after_one_that_is_too_large(monkeypatch, tmp_path, capsys):
+    """Its rows so far stay, and every part leaves bench.json behind."""
+
+    def too_large(table):
+        table.add("a row before", 1.0, 2.0, "x")
+        raise torch.OutOfMemoryError("CUDA out of memory.\nAnd more")
+
+    def fits(table):
+        assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == table.rows
+        table.add("a row behind", 1.0, 2.0, "x")
+        table.point("train", "dense", 10, 1.0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.report, "machine", lambda device: dict(device="none"))
+    monkeypatch.setattr(bench, "measure_baselines", lambda: BASELINES)
+    monkeypatch.setattr(bench, "parts", lambda checkpoint: dict(large=too_large, small=fits, other=None))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--only=large,small", f"--out_dir={tmp_path}/out"])
+    assert bench.main() == 0
+    out = capsys.readouterr().out
+    assert "large: out of GPU memory, the rest of this part is left out (CUDA out of memory.)" in out
+    results = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [row["what"] for row in results["rows"]] == ["a row before", "a row behind"]
+    assert results["machine"].keys() == {"device", "commit"}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "memory.png"]
 
 
 # ---- every part, in small ----
@@ -320,6 +361,8 @@ def small(monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
         monkeypatch.setattr(bench, "wall_seconds", lambda function, settle=0: bench.seconds_of(function))
         monkeypatch.setattr(bench, "launches", lambda function: 1)
+        # Triton's interpreter multiplies bf16 wrongly
+        monkeypatch.setattr(bench, "randn", functools.partial(bench.randn, dtype=torch.float32))
     return bench.Table(BASELINES)
 
 
