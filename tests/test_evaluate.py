@@ -281,10 +281,11 @@ def test_no_hook_stays(attention):
 
 
 def text_tokens(n=4000):
-    """(n,) uint16: four documents of ten different characters."""
+    """(n,) uint16: documents of ten different characters, some as long as a window, one of 30, two long
+    ones."""
     random = np.random.RandomState(0)
     tokens = random.choice(np.frombuffer(b"abcdefgh \n", np.uint8), n).astype(np.uint16)
-    tokens[[1500, 1530, 2600, n - 1]] = EOT
+    tokens[list(range(40, 1500, 43)) + [1530, 2600, n - 1]] = EOT
     return tokens
 
 
@@ -325,6 +326,20 @@ def test_measure_text(kinds):
     assert all(1 <= share <= 8 for share in by_layer["union/k"])
     for name, shares in results["distances"].items():
         assert name == "back" or sum(shares) == pytest.approx(1, rel=1e-4)
+
+
+def test_only_queries_that_choose_are_measured():
+    """All that see more than K tokens, if as many are asked for; the loss is of every token."""
+    batches = data.Batches(text_tokens(), T, 3, EOT)
+    every_row = SimpleNamespace(**vars(OPTIONS) | dict(rows=T, batches=2))
+    with torch.no_grad():
+        measures = evaluate.measure_text(tiny(), batches, every_row, torch.device("cpu"))
+    sights = []
+    for number in range(2):
+        first = batches.batch(number)[2].tolist()
+        sights += [t - first[b][t] + 1 for b in range(3) for t in range(T)]
+    assert measures.sight.tolist() == sights and K in sights
+    assert sorted(measures.row_sight.tolist()) == sorted(sight for sight in sights if sight > K)
 
 
 # ---- copying ----
