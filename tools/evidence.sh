@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The experiments of results/16k, in order, on one GPU: bash tools/evidence.sh. Or some of them, each below 8 minutes on
-# an H200, the seeds first; on two GPUs:
+# The experiments of results/16k, in order, on one GPU: bash tools/evidence.sh. Or some of them, each below
+# 8 minutes on an H200, the seeds first; on two GPUs:
 #   CUDA_VISIBLE_DEVICES=0 bash tools/evidence.sh seed-1337 control-1337 no-warmup &
 #   CUDA_VISIBLE_DEVICES=1 bash tools/evidence.sh seed-1338 control-1338
-# EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON, RUNS,
-# RESULTS: interpreter, checkpoints, what is kept.
+# EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON,
+# RUNS, RESULTS: interpreter, checkpoints, what is kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -73,8 +73,8 @@ backends() {
   $python -m tools.report "$RESULTS/triton" --compare="$RESULTS/torch"
 }
 
-everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338 no-warmup topk-512 topk-2048
-  no-detach no-fp8 heads-4 heads-16 copy long backends table"
+everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338
+  no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 copy long backends table"
 for name in ${@:-$everything}; do
   echo "=== $name"
   run=$name
