@@ -4,17 +4,22 @@
     python evaluate.py --checkpoint=DIR --block_size=16384
 
 Measures (results as tables, evaluation.json and four plots in --out_dir):
-  loss      validation loss by tokens in sight (of the same document, itself included); up to k, sparse attention is dense attention
-  recall    share of the dense attention's mass, mean over heads, that the selection holds; beside it, for the same k, the last k
-            tokens and the oracle, which takes the k largest of that mass
-  entropy   of softmax(I) over everything in sight and over the selection, and of the attention (head mean): e^entropy tokens count
+  loss      validation loss by tokens in sight (of the same document, itself included); up to k, sparse
+            attention is dense attention
+  recall    share of the dense attention's mass, mean over heads, that the selection holds; beside it, for the
+            same k, the last k tokens and the oracle, which takes the k largest of that mass
+  entropy   of softmax(I) over everything in sight and over the selection, and of the attention (head mean):
+            e^entropy tokens count
   distance  how far back the selected tokens lie, and the attention's mass, in tokens; 1 is the query itself
-  overlap   of neighbouring queries: the share of its selection that a query has in common with the one before, and the union of the
-            selections of 8 in a row over k (1: all select the same, 8: nothing in common)
-  copy      text that ends in the first half of a random string that it holds once before: is the second half predicted?
-            (share of tokens whose argmax is right given the true ones before, by distance from string to string)
-Recall, entropy, distance and overlap are taken in the sparse forward, whose hidden states are those in use, at a random sample of the queries that
-see more than k tokens: below, nothing is chosen (overlap: all 8 queries do). Buckets are named by their upper bounds: 64 means 33..64.
+  overlap   of neighbouring queries: the share of its selection that a query has in common with the one
+            before, and the union of the selections of 8 in a row over k (1: all select the same, 8: nothing
+            in common)
+  copy      text that ends in the first half of a random string that it holds once before: is the second half
+            predicted? (share of tokens whose argmax is right given the true ones before, by distance from
+            string to string)
+Recall, entropy, distance and overlap are taken in the sparse forward, whose hidden states are those in use,
+at a random sample of the queries that see more than k tokens: below, nothing is chosen (overlap: all 8
+queries do). Buckets are named by their upper bounds: 64 means 33..64.
 """
 import functools
 import json
@@ -22,250 +27,495 @@ import math
 import os
 import shutil
 import sys
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-from support import files
-from support import tokenizer
-from support import checkpoint
-from support import cli
 import data
 import indexer
-from support import report
-from config import Config
-from model import Transformer
+from model import Transformer, exact
+from support import checkpoint, cli, files, report, tokenizer
 
-YARDSTICKS = ("selected", "last k", "oracle")
+ATTENTIONS = ("dense", "sparse")
+BASELINES = ("selected", "last k", "oracle")  # the selection itself, and what it is held against
 ENTROPIES = ("indexer", "selection", "attention")
+DISTANCES = ("selected", "attention")
 NEIGHBOURS = {"overlap": 2, "union/k": 8}  # queries in a row
 
 
-def options(argv):
-    """-> the command line, completed by the run.json beside the checkpoint, and the Config. FileNotFoundError, ValueError: one line naming value and fix."""
+# ---- options ----
+
+def parse(argv):
+    """-> the command line as given, None where nothing was."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--checkpoint", default="out/sparse", help="folder with config.json and weights, ours or a published one (default %(default)s)")
-    parser.add_argument("--data", help="python, packages, shakespeare, web[:N], or a text file or folder (default: that of the run, else python)")
-    parser.add_argument("--tokenizer", help="bytes, a tiktoken name, or a folder with tokenizer.json (default: the checkpoint's)")
-    parser.add_argument("--block_size", type=int, help="context length in tokens (default: that of the run, else 4 k)")
-    parser.add_argument("--batch_size", type=int, help="sequences at a time (default: that of the run, else 8)")
-    parser.add_argument("--batches", type=int, default=8, help="validation batches (default %(default)s); the first ones are train.py's")
-    parser.add_argument("--rows", type=int, default=64, help="queries per sequence for recall, entropy and distance (default %(default)s)")
-    parser.add_argument("--copies", type=int, default=32, help="random strings to copy, at each distance (default %(default)s)")
+    parser.add_argument(
+        "--checkpoint", default="out/sparse",
+        help="folder with config.json and weights, ours or a published one (default %(default)s)")
+    parser.add_argument(
+        "--data",
+        help="python, packages, shakespeare, web[:N], or a text file or folder (default: that of the run, "
+        "else python)")
+    parser.add_argument(
+        "--tokenizer",
+        help="bytes, a tiktoken name, or a folder with tokenizer.json (default: the checkpoint's)")
+    parser.add_argument(
+        "--block_size", type=int, help="context length in tokens (default: that of the run, else 4 k)")
+    parser.add_argument(
+        "--batch_size", type=int, help="sequences at a time (default: that of the run, else 8)")
+    parser.add_argument(
+        "--batches", type=int, default=8,
+        help="validation batches (default %(default)s); the first ones are train.py's")
+    parser.add_argument(
+        "--rows", type=int, default=64,
+        help="queries per sequence for recall, entropy and distance (default %(default)s)")
+    parser.add_argument(
+        "--copies", type=int, default=32,
+        help="random strings to copy, at each distance (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--index_fp8", type=cli.boolean, help="score quantised indexer keys and queries (default: as the run, else true)")
-    parser.add_argument("--out_dir", help="folder for the results (default: evaluation-NAME beside the checkpoint NAME)")
+    parser.add_argument(
+        "--index_fp8", type=cli.boolean,
+        help="score quantised indexer keys and queries (default: as the run, else true)")
+    parser.add_argument(
+        "--out_dir", help="folder for the results (default: evaluation-NAME beside the checkpoint NAME)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the linear layers, autocast (default: bfloat16 on a GPU, else float32)")
-    parser.add_argument("--backend", choices=["auto", "torch", "triton"], default="auto", help="attention path (auto: triton on a CUDA GPU)")
-    o = parser.parse_args(argv)
-    folder = files.locate(o.checkpoint)
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"],
+        help="of the linear layers, autocast (default: bfloat16 on a GPU, else float32)")
+    parser.add_argument(
+        "--backend", choices=["auto", "torch", "triton"], default="auto",
+        help="attention path (auto: triton on a CUDA GPU)")
+    return parser.parse_args(argv)
+
+
+def resolve(argv):
+    """-> the command line, completed by the run.json beside the checkpoint, and the Config.
+    FileNotFoundError, ValueError: one line naming value and fix."""
+    options = parse(argv)
+    folder = files.locate(options.checkpoint)
     config = checkpoint.read_config(folder)
     if not config.index_topk:
-        raise ValueError(f"--checkpoint={o.checkpoint}: has no indexer (index_topk=0); train one: train.py --stage=warmup --init_from={o.checkpoint}")
-    run = dict(data="python", block_size=min(4 * config.index_topk, config.max_position_embeddings), batch_size=8, index_fp8=True) | files.run_options(folder.parent)
-    o.tokenizer = o.tokenizer or run.get("tokenizer") or tokenizer.tokenizer_name(folder)
-    o.out_dir = o.out_dir or str(folder.parent / f"evaluation-{folder.name}")
+        raise ValueError(f"--checkpoint={options.checkpoint}: has no indexer (index_topk=0); train one: "
+                         f"train.py --stage=warmup --init_from={options.checkpoint}")
+    context = min(4 * config.index_topk, config.max_position_embeddings)
+    run = dict(data="python", block_size=context, batch_size=8, index_fp8=True)
+    run |= files.run_options(folder.parent)
+    options.tokenizer = options.tokenizer or run.get("tokenizer") or tokenizer.tokenizer_name(folder)
+    options.out_dir = options.out_dir or str(folder.parent / f"evaluation-{folder.name}")
     for name in ("data", "block_size", "batch_size", "index_fp8"):
-        setattr(o, name, run[name] if getattr(o, name) is None else getattr(o, name))
+        if getattr(options, name) is None:
+            setattr(options, name, run[name])
+    check(options, config)
+    return options, config
+
+
+def check(options, config):
+    """ValueError for numbers that are too small or too large, and for an out_dir that cannot be written."""
     for name, low in (("block_size", 8), ("batch_size", 1), ("batches", 1), ("rows", 1), ("copies", 1)):
-        if getattr(o, name) < low:
-            raise ValueError(f"--{name}={getattr(o, name)}: must be at least {low}")
-    if o.block_size > config.max_position_embeddings:
-        raise ValueError(f"--block_size={o.block_size}: longer than the model's max_position_embeddings={config.max_position_embeddings}")
-    if o.block_size <= config.index_topk:
-        raise ValueError(f"--block_size={o.block_size}: not longer than index_topk={config.index_topk}, so everything would be selected; raise --block_size")
-    there = next(p for p in (Path(o.out_dir).absolute(), *Path(o.out_dir).absolute().parents) if p.exists())
+        value = getattr(options, name)
+        if value < low:
+            raise ValueError(f"--{name}={value}: must be at least {low}")
+    if options.block_size > config.max_position_embeddings:
+        raise ValueError(f"--block_size={options.block_size}: longer than the model's "
+                         f"max_position_embeddings={config.max_position_embeddings}")
+    if options.block_size <= config.index_topk:
+        raise ValueError(f"--block_size={options.block_size}: not longer than "
+                         f"index_topk={config.index_topk}, so everything would be selected; raise "
+                         "--block_size")
+    out = Path(options.out_dir).absolute()
+    there = next(path for path in (out, *out.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--out_dir={o.out_dir}: cannot write to {there}; choose another folder")
-    return o, config
+        raise ValueError(f"--out_dir={options.out_dir}: cannot write to {there}; choose another folder")
 
 
-def bounds(n):
-    """-> (buckets,) int64: 1, 2, 4, ... up to the first power of two >= n; bucket b holds the numbers above bound b - 1, up to bound b."""
+# ---- buckets ----
+
+def bucket_bounds(n):
+    """-> (buckets,) int64: 1, 2, 4, ... up to the first power of two >= n; bucket b holds the numbers above
+    bound b - 1, up to bound b."""
     return 2 ** torch.arange(math.ceil(math.log2(n)) + 1)
 
 
 def by_bucket(values, n, edges):
-    """Sum values (..., N) over the places in each bucket (see `bounds`) of n (..., N) -> (..., buckets). No atomics: runs repeat bit by bit."""
-    bucket = torch.bucketize(n, edges.to(n.device))
-    return torch.stack([values.masked_fill(bucket != b, 0).sum(-1) for b in range(len(edges))], -1)
+    """Sum values (..., N) whose n (..., N) lies in each bucket (see `bucket_bounds`) -> (..., buckets). No
+    atomics: runs repeat bit by bit."""
+    bucket = torch.bucketize(n, edges.to(n.device))  # (..., N)
+    sums = [values.masked_fill(bucket != b, 0).sum(-1) for b in range(len(edges))]
+    return torch.stack(sums, -1)
 
 
+def bucketed(name, n, values):
+    """Means of values {name: (N,)} per bucket of n (N,) that is not empty, and over all -> columns {name:
+    bounds, "count", **means}."""
+    edges = bucket_bounds(int(n.max()))
+    counts = by_bucket(torch.ones(len(n), dtype=torch.double), n, edges)  # (buckets,)
+    full = counts > 0
+    columns = {
+        name: [*edges[full].tolist(), "all"],
+        "count": [*counts[full].long().tolist(), len(n)]}
+    for key, x in values.items():
+        x = x.double()
+        means = by_bucket(x, n, edges) / counts  # (buckets,)
+        columns[key] = [*means[full].tolist(), x.mean().item()]
+    return columns
+
+
+# ---- what a layer selects ----
+
+class SelectArguments(NamedTuple):
+    """Of a layer's `select`, see indexer.py."""
+    q: Tensor  # (B, S, HI, DI)
+    k: Tensor  # (B, T, DI)
+    w: Tensor  # (B, S, HI)
+    topk: int
+    k_scale: Tensor | None  # (B, T)
+    first: Tensor | None  # (B, S)
+    last: Tensor | None  # (B, S)
+
+
+class AttentionArguments(NamedTuple):
+    """Of a layer's `sparse_attention`, see sparse_attn.py."""
+    q: Tensor  # (B, S, H, D)
+    latents: Tensor  # (B, T, D)
+    indices: Tensor  # (B, S, K)
+    scale: float
+    value_dim: int
+
+
+class Statistics(NamedTuple):
+    """Of a layer, at R queries of B sequences."""
+    recall: Tensor  # (B, R, 3): BASELINES
+    entropy: Tensor  # (B, R, 3) nats: ENTROPIES
+    distance: Tensor  # (B, R, 2, buckets): DISTANCES, shares that sum to one
+    neighbours: Tensor  # (B, R, 2): NEIGHBOURS, NaN unless all 8 see more than k tokens of one document
+
+
+@contextmanager
 def watching(model, record):
-    """-> a context in which each layer of a sparse forward, whatever the backend, calls record(layer, index, attention) with the arguments of
-    `select` (in a layer that shares a selection: those of the layer it comes from) and of `sparse_attention`."""
-    index = []
+    """A context in which each layer of a sparse forward, whatever the backend, calls record(layer,
+    SelectArguments, AttentionArguments); in a layer that shares a selection, the former are those of the
+    layer it comes from."""
+    selecting = None
 
     def watch(module, args, layer):
         h, run, *rest = args
 
         def select(*arguments):
-            index[:] = arguments
+            nonlocal selecting
+            selecting = SelectArguments(*arguments)
             return run.ops.select(*arguments)
 
         def sparse_attention(*arguments):
-            with torch.autocast(h.device.type, enabled=False):
-                record(layer, index, arguments)
+            with exact(h):
+                record(layer, selecting, AttentionArguments(*arguments))
             return run.ops.sparse_attention(*arguments)
 
         ops = run.ops._replace(select=select, sparse_attention=sparse_attention)
         return h, replace(run, ops=ops), *rest
 
-    hooks = ExitStack()
+    hooks = []
     for layer, block in enumerate(model.model.layers):
-        hooks.enter_context(block.self_attn.register_forward_pre_hook(functools.partial(watch, layer=layer)))
-    return hooks
+        hooks.append(block.self_attn.register_forward_pre_hook(functools.partial(watch, layer=layer)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def layer_statistics(index, attention, rows, edges):
-    """What `watching` saw of a layer, at the queries rows (R,) int64 -> recall by YARDSTICKS (B,R,3), ENTROPIES in nats (B,R,3),
-    share of each bucket of distances in the selection and in the attention's mass (B,R,2,buckets), NEIGHBOURS (B,R,2), NaN unless all
-    queries see more than k tokens of one document. A tensor holds near indexer.SLICE elements."""
-    (q_index, k_index, w, topk, k_scale, first, _), (q, latents, indices, scale, _) = index, attention
-    q, q_index, w, all_indices, indices = q[:, rows], q_index[:, rows], w[:, rows], indices, indices[:, rows]
-    (B, R, H, _), T = q.shape, latents.shape[1]
-    last = rows.expand(B, -1)
-    first = torch.zeros_like(last) if first is None else first[:, rows]
-    row = rows[:, None] - torch.arange(max(NEIGHBOURS.values()), device=rows.device)  # (R,8): a query and those before it
-    alike = row[:, -1] - first >= topk  # (B,R): the farthest sees more than k tokens of the query's document, so they all do
-    entropy = lambda p: torch.special.entr(p).sum(-1)
+def attention_mass(q, latents, scale, seen):
+    """What dense attention looks at, mean over heads: q (B,R,H,D), latents (B,T,D), seen (1 or B,R,T) ->
+    (B,R,T) probabilities."""
+    logits = torch.einsum("bshd,btd->bsht", q.float(), latents.float()) * scale  # (B, R, H, T)
+    return logits.masked_fill(~seen[:, :, None], float("-inf")).softmax(-1).mean(2)
+
+
+def selected(x, chosen, empty):
+    """x (B,R,T) at the tokens chosen (B,R,k), `empty` in an empty slot -> (B,R,k)"""
+    return x.gather(-1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, empty)
+
+
+def entropy(p):
+    """p (..., n) -> (...) nats"""
+    return torch.special.entr(p).sum(-1)
+
+
+def distances(p, chosen, back, edges):
+    """Shares of each bucket of back (B,R,T), how many tokens back a key lies, in the selection chosen (B,R,k)
+    and in the mass p (B,R,T) -> (B,R,2,buckets)"""
+    used = (chosen >= 0).float()  # (B, R, k)
+    of_selection = by_bucket(used / used.sum(-1, keepdim=True), selected(back, chosen, 1), edges)
+    of_mass = by_bucket(p, back, edges)  # (B, R, buckets)
+    return torch.stack((of_selection, of_mass), -2)
+
+
+def neighbours(indices, rows, alike, topk):
+    """How much the selections indices (B,S,k) of the queries rows (R,) share with those before them ->
+    (B,R,2), NaN where not alike (B,R)."""
+    before = torch.arange(max(NEIGHBOURS.values()), device=rows.device)  # (8,)
+    near = indices[:, (rows[:, None] - before).clamp(min=0)]  # (B, R, 8, k)
+    unions = []
+    for n in NEIGHBOURS.values():
+        tokens = near[:, :, :n].flatten(2).sort(-1).values  # (B, R, n k)
+        unions.append((tokens.diff(dim=-1) > 0).sum(-1) + 1)  # (B, R)
+    of_two, of_eight = unions
+    shares = torch.stack((2 - of_two / topk, of_eight / topk), -1)  # (B, R, 2)
+    return shares.masked_fill(~alike[..., None], float("nan"))
+
+
+def layer_statistics(selecting, attending, rows, edges):
+    """What `watching` saw of a layer, at the queries rows (R,) int64 -> Statistics, distances by the buckets
+    of edges. A tensor holds near indexer.SLICE elements."""
+    R = len(rows)
+    B, T, _ = attending.latents.shape
+    topk = selecting.topk
+    q = attending.q[:, rows]  # (B, R, H, D)
+    indices = attending.indices[:, rows]  # (B, R, k)
+    q_index = selecting.q[:, rows]  # (B, R, HI, DI)
+    k_index = selecting.k
+    w = selecting.w[:, rows]  # (B, R, HI)
+    last = rows.expand(B, -1)  # (B, R)
+    first = torch.zeros_like(last) if selecting.first is None else selecting.first[:, rows]
+    # the farthest of the 8 sees more than k tokens of the query's document, so they all do
+    alike = rows - (max(NEIGHBOURS.values()) - 1) - first >= topk  # (B, R)
 
     def some(part):
-        seen = indexer.visible(R, T, first, last, part, q.device)
-        logits = torch.einsum("bshd,btd->bsht", q[:, part].float(), latents.float()) * scale
-        p = logits.masked_fill(~seen[:, :, None], float("-inf")).softmax(-1).mean(2)  # (B, part, T), the head mean
-        scores = indexer.index_scores(q_index, k_index, w, k_scale, first, last, part)
-        back = last[:, part, None] - torch.arange(T, device=q.device) + 1
-        selected = lambda x, empty: x.gather(-1, indices[:, part].clamp(min=0).long()).masked_fill(indices[:, part] < 0, empty)
-        recall = selected(p, 0).sum(-1), p.masked_fill(back > topk, 0).sum(-1), p.topk(min(topk, T)).values.sum(-1)
-        entropies = entropy(scores.softmax(-1)), entropy(selected(scores, float("-inf")).softmax(-1)), entropy(p)
-        chosen = (indices[:, part] >= 0).float()
-        distance = by_bucket(chosen / chosen.sum(-1, keepdim=True), selected(back, 1), edges), by_bucket(p, back, edges)
-        near = all_indices[:, row[part].clamp(min=0)]  # (B, part, 8, k)
-        union = [(near[:, :, :n].flatten(2).sort(-1).values.diff(dim=-1) > 0).sum(-1) + 1 for n in NEIGHBOURS.values()]
-        near = torch.stack((2 - union[0] / topk, union[1] / topk), -1).masked_fill(~alike[:, part, None], float("nan"))
-        return torch.stack(recall, -1), torch.stack(entropies, -1), torch.stack(distance, -2), near
+        seen = indexer.visible(R, T, first, last, part, rows.device)  # (B, part, T)
+        p = attention_mass(q[:, part], attending.latents, attending.scale, seen)  # (B, part, T)
+        scores = indexer.index_scores(q_index, k_index, w, selecting.k_scale, first, last, part)
+        back = last[:, part, None] - torch.arange(T, device=rows.device) + 1  # (B, part, T)
+        chosen = indices[:, part]  # (B, part, k)
+        recall = (
+            selected(p, chosen, 0).sum(-1),
+            p.masked_fill(back > topk, 0).sum(-1),
+            p.topk(min(topk, T)).values.sum(-1))
+        entropies = (
+            entropy(scores.softmax(-1)),
+            entropy(selected(scores, chosen, float("-inf")).softmax(-1)),
+            entropy(p))
+        return (
+            torch.stack(recall, -1),
+            torch.stack(entropies, -1),
+            distances(p, chosen, back, edges),
+            neighbours(attending.indices, rows[part], alike[:, part], topk))
 
-    return indexer.over_rows(some, R, B * T * max(H, q_index.shape[2]))
+    elements_per_row = B * T * max(q.shape[2], q_index.shape[2])
+    return Statistics(*indexer.over_rows(some, R, elements_per_row))
+
+
+# ---- validation text ----
+
+class TextMeasures(NamedTuple):
+    """Of N validation tokens, and of M sampled queries that see more than k. All on the CPU."""
+    nats: dict  # of ATTENTIONS: (N,) float32
+    sight: Tensor  # (N,) tokens that the token sees, itself included
+    row_sight: Tensor  # (M,) the same of the queries
+    layers: list  # of Statistics, with (M, ...) instead of (B, R, ...)
 
 
 def predict(model, x, y, first, attention, dtype):
-    """Read x (B,S) and predict y (B,n), the tokens after its last n -> nats (B,n) float32, is it the most likely token (B,n) bool."""
-    model.attention, kept, n = attention, [], y.shape[1]
+    """Read x (B,S) and predict y (B,n), the tokens after its last n -> nats (B,n) float32, is it the most
+    likely token (B,n) bool. first (B,S) or None; dtype: "bfloat16" or "float32"."""
+    n = y.shape[1]
+    kept = []
+    model.attention = attention
+
+    def keep(module, args, out):
+        kept.append(out[:, -n:])
+
+    def some(part):
+        logits = model.lm_head(kept[0][:, part]).float()  # (B, part, vocab)
+        nats = F.cross_entropy(logits.transpose(1, 2), y[:, part], reduction="none")  # (B, part)
+        return nats, logits.argmax(-1) == y[:, part]
+
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        with model.model["norm"].register_forward_hook(lambda module, args, out: kept.append(out[:, -n:])):
+        with model.model["norm"].register_forward_hook(keep):
             model(x, first=first, return_logits=False)
-
-        def some(part):
-            logits = model.lm_head(kept[0][:, part]).float()
-            return F.cross_entropy(logits.transpose(1, 2), y[:, part], reduction="none"), logits.argmax(-1) == y[:, part]
-
         return indexer.over_rows(some, n, x.shape[0] * model.config.vocab_size)
 
 
-def measure_text(model, batches, o, device):
-    """-> nats {"dense", "sparse"}: (N,), sight (N,), one entry per validation token; and of the sampled queries their sight (M,) and
-    per layer what `layer_statistics` gives, (M,3), (M,3), (M,2,buckets), (M,2). All on the CPU."""
-    nats, sights, row_sights, layers = dict(dense=[], sparse=[]), [], [], [[] for _ in model.model.layers]
-    S, topk, generator = o.block_size, model.config.index_topk, torch.Generator().manual_seed(o.seed)
-    for number in tqdm(range(o.batches), desc="validation text", disable=None, dynamic_ncols=True):
-        x, y, first = (t.to(device) for t in batches.batch(number))
-        sight = torch.arange(1, S + 1, device=device) - first
-        useful = (sight > topk).any(0)
-        useful[-1] |= ~useful.any()  # never without a row
-        rows = useful.nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=generator)[:o.rows].to(device)]
-        chooses = sight[:, rows] > topk
-        record = lambda layer, *seen: layers[layer].append([s[chooses].cpu() for s in layer_statistics(*seen, rows, bounds(S))])
-        nats["dense"].append(predict(model, x, y, first, "dense", o.dtype)[0].flatten().cpu())
+def sample_rows(sight, topk, count, generator):
+    """Up to count queries that see more than topk tokens in some sequence, at least one query; sight (B,S) ->
+    (R,) int64"""
+    useful = (sight > topk).any(0)  # (S,)
+    if not useful.any():
+        useful[-1] = True
+    rows = useful.nonzero()[:, 0]  # (queries,)
+    drawn = torch.randperm(len(rows), generator=generator)[:count]
+    return rows[drawn.to(rows.device)]
+
+
+def measure_text(model, batches, options, device):
+    """Dense and sparse attention on the validation batches -> TextMeasures."""
+    topk = model.config.index_topk
+    edges = bucket_bounds(options.block_size)
+    generator = torch.Generator().manual_seed(options.seed)
+    nats = {attention: [] for attention in ATTENTIONS}
+    sights = []
+    row_sights = []
+    layers = [[] for _ in model.model.layers]
+    for number in tqdm(range(options.batches), desc="validation text", disable=None, dynamic_ncols=True):
+        x, y, first = [tensor.to(device) for tensor in batches.batch(number)]  # (B, S) each
+        sight = torch.arange(1, options.block_size + 1, device=device) - first  # (B, S)
+        rows = sample_rows(sight, topk, options.rows, generator)  # (R,)
+        chooses = sight[:, rows] > topk  # (B, R)
+
+        def record(layer, selecting, attending):
+            statistics = layer_statistics(selecting, attending, rows, edges)
+            layers[layer].append([measure[chooses].cpu() for measure in statistics])
+
+        nats["dense"].append(predict(model, x, y, first, "dense", options.dtype)[0].flatten().cpu())
         with watching(model, record):
-            nats["sparse"].append(predict(model, x, y, first, "sparse", o.dtype)[0].flatten().cpu())
+            nats["sparse"].append(predict(model, x, y, first, "sparse", options.dtype)[0].flatten().cpu())
         sights.append(sight.flatten().cpu())
         row_sights.append(sight[:, rows][chooses].cpu())
-    return {k: torch.cat(v) for k, v in nats.items()}, torch.cat(sights), torch.cat(row_sights), [[torch.cat(t) for t in zip(*layer)] for layer in layers]
+    return TextMeasures(
+        nats={attention: torch.cat(parts) for attention, parts in nats.items()},
+        sight=torch.cat(sights),
+        row_sight=torch.cat(row_sights),
+        layers=[Statistics(*map(torch.cat, zip(*batches_of_layer))) for batches_of_layer in layers])
 
+
+def summarise(measures):
+    """TextMeasures -> tables, each a dict of columns: loss, recall, layers, distances (mean over layers, then
+    layer by layer)."""
+    losses = measures.nats | {"sparse - dense": measures.nats["sparse"] - measures.nats["dense"]}
+    recall = torch.stack([layer.recall for layer in measures.layers]).mean(0)  # (M, 3)
+    recall_by_name = {name: recall[:, i] for i, name in enumerate(BASELINES)}
+    return {
+        "loss": bucketed("in sight", measures.sight, losses),
+        "recall": bucketed("in sight", measures.row_sight, recall_by_name),
+        "layers": layer_table(measures.layers),
+        "distances": distance_table(measures.layers)}
+
+
+def layer_means(layers, field):
+    """Of one field of the Statistics, the mean over queries -> (layers, ...) float64"""
+    return torch.stack([getattr(layer, field).double().nanmean(0) for layer in layers])
+
+
+def layer_table(layers):
+    """Columns over the layers and, last, their mean."""
+
+    def column(x):
+        return [*x.tolist(), x.mean().item()]
+
+    recall = layer_means(layers, "recall")  # (L, 3)
+    entropies = layer_means(layers, "entropy")  # (L, 3)
+    shares = layer_means(layers, "neighbours")  # (L, 2)
+    columns = {"layer": [*range(len(layers)), "all"]}
+    for i, name in enumerate(BASELINES):
+        columns[name] = column(recall[:, i])
+    columns["of oracle"] = column(recall[:, 0] / recall[:, 2])
+    for i, name in enumerate(ENTROPIES):
+        columns[f"H({name})"] = column(entropies[:, i])
+    if shares.isfinite().all():
+        for i, name in enumerate(NEIGHBOURS):
+            columns[name] = column(shares[:, i])
+    return columns
+
+
+def distance_table(layers):
+    """Columns over the buckets of distances: the mean over layers, then layer by layer."""
+    shares = layer_means(layers, "distance")  # (L, 2, buckets)
+    columns = {"back": (2 ** torch.arange(shares.shape[2])).tolist()}
+    for i, name in enumerate(DISTANCES):
+        columns[name] = shares[:, i].mean(0).tolist()
+    for layer, of_layer in enumerate(shares):
+        for name, share in zip(DISTANCES, of_layer):
+            columns[f"{name}, layer {layer}"] = share.tolist()
+    return columns
+
+
+# ---- copying ----
 
 def copy_task(tokens, eot, T, count, seed):
-    """-> length of the strings, size of their alphabet, {distance: samples (count, T + 1) int64}, the same texts and strings at every distance.
+    """-> length of the strings, size of their alphabet, {distance: samples (count, T + 1) int64}, the same
+    texts and strings at every distance.
 
-    A sample: text from `tokens` without its EOTs, hence one document; its last `length` tokens are a string, which begins once more
-    `distance` tokens before. Strings: uniform over the alphabet, the tokens that make up at least 1/10000 of the text."""
-    random, length = np.random.RandomState(seed % 2**32), min(32, T // 4)
+    A sample: text from `tokens` without its EOTs, hence one document; its last `length` tokens are a string,
+    which begins once more `distance` tokens before. Strings: uniform over the alphabet, the tokens that make
+    up at least 1/10000 of the text."""
+    random = np.random.RandomState(seed % 2**32)
+    length = min(32, T // 4)
     alphabet = data.frequent(tokens, eot)
-    starts = random.randint(max(1, len(tokens) - 2 * T), size=count)
-    text = np.stack([np.resize(piece[piece != eot], T + 1) for piece in (np.asarray(tokens[s:s + 2 * T + 2]) for s in starts)]).astype(np.int64)
-    text[:, -length:] = strings = random.choice(alphabet, (count, length))
-    farthest, samples = T + 1 - length, {}
-    for distance in sorted({d for d in bounds(T).tolist() if length <= d <= farthest} | {farthest}):
+
+    # texts that end in their string
+    texts = []
+    for start in random.randint(max(1, len(tokens) - 2 * T), size=count):
+        piece = np.asarray(tokens[start:start + 2 * T + 2])
+        texts.append(np.resize(piece[piece != eot], T + 1))
+    text = np.stack(texts).astype(np.int64)  # (count, T + 1)
+    strings = random.choice(alphabet, (count, length))
+    text[:, -length:] = strings
+
+    # the same with the string once before
+    farthest = T + 1 - length
+    powers = [distance for distance in bucket_bounds(T).tolist() if length <= distance <= farthest]
+    samples = {}
+    for distance in sorted({*powers, farthest}):
+        begin = farthest - distance
         samples[distance] = torch.from_numpy(text.copy())
-        samples[distance][:, farthest - distance:farthest - distance + length] = torch.from_numpy(strings)
+        samples[distance][:, begin:begin + length] = torch.from_numpy(strings)
     return length, len(alphabet), samples
 
 
-def measure_copies(model, samples, length, o, device):
-    """-> {"dense", "sparse"}: accuracy over the second halves of the strings, a list over the distances of samples."""
-    accuracy = dict(dense=[], sparse=[])
+def measure_copies(model, samples, length, options, device):
+    """-> {"dense", "sparse"}: accuracy over the second halves of the strings, a list over the distances of
+    samples."""
+    accuracy = {attention: [] for attention in ATTENTIONS}
+    half = length // 2
     for x in tqdm(samples.values(), desc="copying", disable=None, dynamic_ncols=True):
-        for attention in accuracy:
-            right = [predict(model, part[:, :-1], part[:, -(length // 2):], None, attention, o.dtype)[1] for part in x.to(device).split(o.batch_size)]
+        for attention in ATTENTIONS:
+            right = []
+            for part in x.to(device).split(options.batch_size):
+                right.append(predict(model, part[:, :-1], part[:, -half:], None, attention, options.dtype)[1])
             accuracy[attention].append(torch.cat(right).float().mean().item())
     return accuracy
 
 
-def bucketed(name, n, values):
-    """Means of values {name: (N,)} per bucket of n (N,) that is not empty, and over all -> columns {name: bounds, "count", **means}."""
-    edges = bounds(int(n.max()))
-    counts = by_bucket(torch.ones(len(n), dtype=torch.double), n, edges)
-    full = counts > 0
-    columns = {name: [*edges[full].tolist(), "all"], "count": [*counts[full].long().tolist(), len(n)]}
-    for key, x in values.items():
-        columns[key] = [*(by_bucket(x.double(), n, edges) / counts)[full].tolist(), x.double().mean().item()]
-    return columns
+# ---- tables and plots ----
 
-
-def summarise(nats, sight, row_sight, layers):
-    """What `measure_text` gives -> tables, each a dict of columns: loss, recall, layers, distances (mean over layers, then layer by layer)."""
-    recalls, entropies, distances, near = (torch.stack([t.double().nanmean(0) for t in ts]) for ts in zip(*layers))  # (L,3), (L,3), (L,2,buckets), (L,2)
-    layered = lambda x: [*x.tolist(), x.mean().item()]
-    by_sight = torch.stack([recall for recall, *_ in layers]).mean(0)
-    return {
-        "loss": bucketed("in sight", sight, nats | {"sparse - dense": nats["sparse"] - nats["dense"]}),
-        "recall": bucketed("in sight", row_sight, {name: by_sight[:, i] for i, name in enumerate(YARDSTICKS)}),
-        "layers": {"layer": [*range(len(layers)), "all"]} | {name: layered(recalls[:, i]) for i, name in enumerate(YARDSTICKS)} |
-                  {"of oracle": layered(recalls[:, 0] / recalls[:, 2])} | {f"H({name})": layered(entropies[:, i]) for i, name in enumerate(ENTROPIES)} |
-                  {name: layered(near[:, i]) for i, name in enumerate(NEIGHBOURS) if near.isfinite().all()},
-        "distances": {"back": (2 ** torch.arange(distances.shape[2])).tolist()} |
-                     {name: distances[:, i].mean(0).tolist() for i, name in enumerate(("selected", "attention"))} |
-                     {f"{name}, layer {n}": x.tolist() for n, layer in enumerate(distances) for name, x in zip(("selected", "attention"), layer)}}
+def cell(value):
+    """A value of a table as text."""
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def table(title, columns):
     """{name: values} as lines of text, right-aligned under their names."""
-    cells = [[name, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in values)] for name, values in columns.items()]
+    cells = [[name, *map(cell, values)] for name, values in columns.items()]
     widths = [max(map(len, column)) for column in cells]
-    return "\n".join([title, *("  " + "  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in zip(*cells)), ""])
+    lines = [title]
+    for row in zip(*cells):
+        lines.append("  " + "  ".join(text.rjust(width) for text, width in zip(row, widths)))
+    return "\n".join([*lines, ""])
 
 
-def plot(columns, names, ylabel, xlabel, path, k=None):
-    """Columns over the first one, to a PNG; k: draw the line below which everything is selected, on a logarithmic axis."""
+def plot(columns, names, path, ylabel, xlabel, k=None):
+    """Columns over the first one, to a PNG; k: draw the line below which everything is selected, on a
+    logarithmic axis."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 4))
-    x = [v for v in next(iter(columns.values())) if v != "all"]
+    x = [value for value in next(iter(columns.values())) if value != "all"]
     for name, style in zip(names, ("o-", "s--", "^:")):
         axis.plot(x, columns[name][:len(x)], style, label=name, markersize=4)
     if k:
         axis.set_xscale("log", base=2)
         axis.axvline(k, color="gray", linewidth=0.8, label=f"k = {k}")
     axis.set_xticks(x, x, fontsize=8)
-    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=None if "loss" in ylabel else (0, 1.05 * axis.dataLim.ymax))
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if "loss" not in ylabel:
+        axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -274,53 +524,97 @@ def plot(columns, names, ylabel, xlabel, path, k=None):
 
 
 def write(results, k, out):
-    """evaluation.json and the plots, complete in a folder of their own before the first one appears in `out`."""
+    """evaluation.json and the plots, complete in a folder of their own before the first one appears in
+    `out`."""
     out = out.resolve()  # "." has no name
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     (part / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot(results["loss"], ("dense", "sparse"), "validation loss (nats per token)", "tokens in sight", part / "loss.png", k)
-    plot(results["layers"], YARDSTICKS, "share of the dense attention mass", "layer", part / "recall.png")
-    plot(results["copy"], ("dense", "sparse"), "tokens copied right", "distance (tokens)", part / "copy.png", k)
-    plot(results["distances"], ("selected", "attention"), "share", "tokens back, 1 is the query itself", part / "distances.png", k)
+    plot(results["loss"], ATTENTIONS, part / "loss.png",
+         "validation loss (nats per token)", "tokens in sight", k)
+    plot(results["layers"], BASELINES, part / "recall.png",
+         "share of the dense attention mass", "layer")
+    plot(results["copy"], ATTENTIONS, part / "copy.png",
+         "tokens copied right", "distance (tokens)", k)
+    plot(results["distances"], DISTANCES, part / "distances.png",
+         "share", "tokens back, 1 is the query itself", k)
     out.mkdir(exist_ok=True)
     for file in part.iterdir():
         os.replace(file, out / file.name)
     part.rmdir()
 
 
+def print_tables(results, k, out_dir):
+    """What was measured, as text."""
+    task = results["copy_task"]
+    titles = {
+        "loss": "validation loss (nats per token) by tokens in sight",
+        "recall": f"share of the dense attention mass, queries with more than {k} tokens in sight, mean over "
+                  "layers",
+        "layers": "the same by layer; entropies (nats) of the indexer, of its selection, and of the "
+                  "attention; overlap of neighbouring selections",
+        "distances": "how many tokens back: shares of the selection and of the attention mass",
+        "copy": f"copying the second half of a random string of {task['length']} tokens "
+                f"(chance {task['chance']:.3f}) by distance"}
+    for name, title in titles.items():
+        columns = results[name]
+        if name == "distances":
+            columns = {column: columns[column] for column in ("back", *DISTANCES)}  # not layer by layer
+        print(table(title, columns))
+    print(f"evaluation.json, loss.png, recall.png, copy.png, distances.png: {out_dir}")
+
+
+# ---- the run ----
+
+def validation_batches(options, config):
+    """-> the validation TokenFile of --data, and its Batches. ValueError: a tokenizer that is not the
+    checkpoint's, or text in which nothing is chosen."""
+    validation = data.prepare(options.data, options.tokenizer)[1]
+    vocab_size = validation.header["vocab_size"]
+    if vocab_size > config.vocab_size:
+        raise ValueError(f"--tokenizer={options.tokenizer} has {vocab_size} tokens, the checkpoint only "
+                         f"{config.vocab_size}; use the tokenizer it was trained with")
+    k = config.index_topk
+    eot = validation.header["eot"]
+    batches = data.Batches(validation.tokens, options.block_size, options.batch_size, eot, 0)
+    position = torch.arange(options.block_size)
+    if not any((position - batches.batch(number)[2] >= k).any() for number in range(options.batches)):
+        raise ValueError(f"--data={options.data}: no document goes beyond index_topk={k} tokens in "
+                         f"{options.batches} batches, so nothing is chosen; take longer texts or more "
+                         "--batches")
+    return validation, batches
+
+
 @torch.no_grad()
 def main():
     """Measure, print, and write everything at the end."""
-    o, config = options(sys.argv[1:])
-    device, k = cli.device(o.device), config.index_topk
-    o.dtype = o.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    backend = cli.backend(o.backend, device)
-    validation = data.prepare(o.data, o.tokenizer)[1]
-    eot, vocab_size = validation.header["eot"], validation.header["vocab_size"]
-    if vocab_size > config.vocab_size:
-        raise ValueError(f"--tokenizer={o.tokenizer} has {vocab_size} tokens, the checkpoint only {config.vocab_size}; "
-                         "use the tokenizer it was trained with")
-    batches = data.Batches(validation.tokens, o.block_size, o.batch_size, eot, 0)
-    if not any((torch.arange(o.block_size) - batches.batch(n)[2] >= k).any() for n in range(o.batches)):
-        raise ValueError(f"--data={o.data}: no document goes beyond index_topk={k} tokens in {o.batches} batches, so nothing is chosen; "
-                         "take longer texts or more --batches")
-    model = Transformer.from_pretrained(o.checkpoint, backend, "sparse", o.index_fp8, device=device)
-    results = dict(options=vars(o), index_topk=k, commit=cli.commit(), **report.machine(device))
-    print(f"{o.checkpoint}: {config.num_hidden_layers} layers, top-k {k}, context {o.block_size} | {o.data}, {o.batches} x {o.batch_size} sequences, "
-          f"{o.rows} queries of each | {results['device']}, {o.dtype}, commit {results['commit']}\n")
-    results |= summarise(*measure_text(model, batches, o, device))
-    length, alphabet, samples = copy_task(validation.tokens, eot, o.block_size, o.copies, o.seed)
-    results["copy"] = dict(distance=list(samples)) | measure_copies(model, samples, length, o, device)
-    results["copy_task"] = dict(length=length, cue=length - length // 2, strings=o.copies, alphabet=alphabet, chance=1 / alphabet)
-    write(results, k, Path(o.out_dir))
-    print(table("validation loss (nats per token) by tokens in sight", results["loss"]))
-    print(table(f"share of the dense attention mass, queries with more than {k} tokens in sight, mean over layers", results["recall"]))
-    print(table("the same by layer; entropies (nats) of the indexer, of its selection, and of the attention; overlap of neighbouring selections", results["layers"]))
-    print(table("how many tokens back: shares of the selection and of the attention mass", dict(list(results["distances"].items())[:3])))
-    print(table(f"copying the second half of a random string of {length} tokens (chance {1 / alphabet:.3f}) by distance", results["copy"]))
-    print(f"evaluation.json, loss.png, recall.png, copy.png, distances.png: {o.out_dir}")
+    options, config = resolve(sys.argv[1:])
+    k = config.index_topk
+    device = cli.device(options.device)
+    options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    backend = cli.backend(options.backend, device)
+    validation, batches = validation_batches(options, config)
+    model = Transformer.from_pretrained(
+        options.checkpoint, backend, "sparse", options.index_fp8, device=device)
+    results = dict(options=vars(options), index_topk=k, commit=cli.commit(), **report.machine(device))
+    print(f"{options.checkpoint}: {config.num_hidden_layers} layers, top-k {k}, context {options.block_size}"
+          f" | {options.data}, {options.batches} x {options.batch_size} sequences, {options.rows} queries of "
+          f"each | {results['device']}, {options.dtype}, commit {results['commit']}\n")
+
+    results |= summarise(measure_text(model, batches, options, device))
+    length, alphabet, samples = copy_task(
+        validation.tokens, validation.header["eot"], options.block_size, options.copies, options.seed)
+    results["copy"] = dict(distance=list(samples)) | measure_copies(model, samples, length, options, device)
+    results["copy_task"] = dict(
+        length=length,
+        cue=length - length // 2,
+        strings=options.copies,
+        alphabet=alphabet,
+        chance=1 / alphabet)
+
+    write(results, k, Path(options.out_dir))
+    print_tables(results, k, options.out_dir)
     return 0
 
 

@@ -1,47 +1,115 @@
 #!/usr/bin/env bash
-# The experiments of results/16k, in order, on one GPU: bash evidence.sh. Or some of them, each below 8 minutes on an H200, the seeds first; on
-# two GPUs:
-#   CUDA_VISIBLE_DEVICES=0 bash evidence.sh seed-1337 control-1337 no-warmup & CUDA_VISIBLE_DEVICES=1 bash evidence.sh seed-1338 control-1338
-# EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON, RUNS, RESULTS: interpreter, checkpoints, what is kept.
+# The experiments of results/16k, in order, on one GPU: bash tools/evidence.sh. Or some of them, each below
+# 8 minutes on an H200, the seeds first; on two GPUs:
+#   CUDA_VISIBLE_DEVICES=0 bash tools/evidence.sh seed-1337 control-1337 no-warmup &
+#   CUDA_VISIBLE_DEVICES=1 bash tools/evidence.sh seed-1338 control-1338
+# EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON,
+# RUNS, RESULTS: interpreter, checkpoints, what is kept.
 set -euo pipefail
-cd "$(dirname "$0")"
-python=${PYTHON:-python} RUNS=${RUNS:-out/16k} RESULTS=${RESULTS:-results/16k} start=$RUNS/seed-1337 above=$(dirname "$RESULTS")
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+RUNS=${RUNS:-out/16k}
+RESULTS=${RESULTS:-results/16k}
+start=$RUNS/seed-1337
+above=$(dirname "$RESULTS")
+config=16k  # of configs/
 
-train()    { $python train.py --config=configs/${config:-16k}.conf ${EXTRA:-} --out_dir="$RUNS/$run" "$@"; }
-measure()  { $python evaluate.py --checkpoint="$RUNS/$run/sparse" "$@"; }
-keep()     { $python report.py "$RESULTS/$run" --collect="$RUNS/$run" "$@"; }
-ablation() { train --stage=sparse "$@"; measure --batches=4 --copies=8; keep; }
+# `run` names the folder below RUNS and RESULTS that these work on
+train() {
+  $python train.py --config="configs/$config.conf" ${EXTRA:-} --out_dir="$RUNS/$run" "$@"
+}
 
-everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338 no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 copy long backends table"
-for run in ${@:-$everything}; do
-  echo "=== $run"
-  number=${run##*-} config=
-  case $run in
-    seed-*)     train --seed=$number ;;
-    control-*)  run=seed-$number; train --stage=control --seed=$number ;;
-    evaluate-*) run=seed-$number; measure; keep --plots ;;
-    no-warmup)  ablation --init_from=$start/dense ;;
-    topk-*)     ablation --init_from=$start/warmup --index_topk=$number ;;
-    no-detach)  ablation --init_from=$start/warmup --detach=false ;;
-    no-fp8)     ablation --init_from=$start/warmup --index_fp8=false ;;
-    heads-*)    train --stage=warmup --init_from=$start/dense --index_n_heads=$number; ablation --index_n_heads=$number ;;
-    copy)       config=copy copies=$RUNS/copies  # short contexts first, where copying is learnt in many small steps, then the three stages at 16K
-                [ -d "$copies" ] || $python copies.py "$copies"
-                short="--stage=dense --data=$copies --block_size=1024 --batch_size=32 --schedule=constant"
-                run=copy-plain; train $short --dense_steps=2350 --dense_lr=2e-3 --initializer_range=0.02  # in vain
-                run=copy-short; train $short --dense_steps=1800 --dense_lr=1e-3
-                run=copy; train --data="$copies" --init_from="$RUNS/copy-short/dense"; train --stage=control --data="$copies"
-                measure --batches=4 --copies=64; RESULTS=$above keep --plots
-                $python evaluate.py --checkpoint="$RUNS/copy/control" --batches=1 --copies=64 --out_dir="$RUNS/copy/evaluation-control"
-                cp "$RUNS/copy/evaluation-control/evaluation.json" "$above/copy/evaluation-control.json"
-                for run in copy-plain copy-short; do RESULTS=$above keep; done ;;
-    long)       $python bench.py --only=long --checkpoint=$start/sparse --out_dir="$RESULTS/long" ;;
-    backends)   config=small; for backend in torch triton; do run=$backend; train --backend=$backend; done  # the same run by the reference and by the kernels
-                for backend in torch triton; do  # and the same text
-                  $python sample.py --checkpoint="$RUNS/triton/sparse" --dtype=float32 --temperature=0 --num_tokens=200 --prompt="def main(" --backend=$backend > "$RUNS/$backend.txt"
-                done; cmp "$RUNS/torch.txt" "$RUNS/triton.txt"
-                for run in torch triton; do RESULTS=$above/backends keep; done; $python report.py "$above/backends/triton" --compare="$above/backends/torch" ;;
-    table)      $python report.py "$RESULTS" ;;
-    *)          echo "evidence.sh: $run: no such run; choose from $everything" >&2; exit 2 ;;
+measure() {
+  $python evaluate.py --checkpoint="$RUNS/$run/sparse" "$@"
+}
+
+keep() {
+  $python -m tools.report "$RESULTS/$run" --collect="$RUNS/$run" "$@"
+}
+
+ablation() {
+  train --stage=sparse "$@"
+  measure --batches=4 --copies=8
+  keep
+}
+
+# short contexts first, where copying is learnt in many small steps, then the three stages at 16K
+copy() {
+  local config=copy RESULTS=$above copies=$RUNS/copies
+  local short="--stage=dense --data=$copies --block_size=1024 --batch_size=32 --schedule=constant"
+  [ -d "$copies" ] || $python -m tools.copies "$copies"
+  run=copy-plain
+  train $short --dense_steps=2350 --dense_lr=2e-3 --initializer_range=0.02  # in vain
+  run=copy-short
+  train $short --dense_steps=1800 --dense_lr=1e-3
+  run=copy
+  train --data="$copies" --init_from="$RUNS/copy-short/dense"
+  train --stage=control --data="$copies"
+  measure --batches=4 --copies=64
+  keep --plots
+  local control=$RUNS/copy/evaluation-control
+  $python evaluate.py --checkpoint="$RUNS/copy/control" --batches=1 --copies=64 --out_dir="$control"
+  cp "$control/evaluation.json" "$RESULTS/copy/evaluation-control.json"
+  for run in copy-plain copy-short; do
+    keep
+  done
+}
+
+# the same run by the reference and by the kernels, and the same text
+backends() {
+  local config=small RESULTS=$above/backends backend
+  for backend in torch triton; do
+    run=$backend
+    train --backend=$backend
+  done
+  for backend in torch triton; do
+    $python sample.py --checkpoint="$RUNS/triton/sparse" --dtype=float32 --temperature=0 --num_tokens=200 \
+      --prompt="def main(" --backend=$backend > "$RUNS/$backend.txt"
+  done
+  cmp "$RUNS/torch.txt" "$RUNS/triton.txt"
+  for run in torch triton; do
+    keep
+  done
+  $python -m tools.report "$RESULTS/triton" --compare="$RESULTS/torch"
+}
+
+everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338
+  no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 copy long backends table"
+for name in ${@:-$everything}; do
+  echo "=== $name"
+  run=$name
+  number=${name##*-}
+  case $name in
+    seed-*)
+      train --seed=$number ;;
+    control-*)
+      run=seed-$number
+      train --stage=control --seed=$number ;;
+    evaluate-*)
+      run=seed-$number
+      measure
+      keep --plots ;;
+    no-warmup)
+      ablation --init_from=$start/dense ;;
+    topk-*)
+      ablation --init_from=$start/warmup --index_topk=$number ;;
+    no-detach)
+      ablation --init_from=$start/warmup --detach=false ;;
+    no-fp8)
+      ablation --init_from=$start/warmup --index_fp8=false ;;
+    heads-*)
+      train --stage=warmup --init_from=$start/dense --index_n_heads=$number
+      ablation --index_n_heads=$number ;;
+    copy)
+      copy ;;
+    long)
+      $python bench.py --only=long --checkpoint=$start/sparse --out_dir="$RESULTS/long" ;;
+    backends)
+      backends ;;
+    table)
+      $python -m tools.report "$RESULTS" ;;
+    *)
+      echo "evidence.sh: $name: no such run; choose from" $everything >&2
+      exit 2 ;;
   esac
 done
