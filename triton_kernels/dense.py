@@ -189,9 +189,10 @@ def flash_dkdv_kernel(
     lo *= GROUP
     hi *= GROUP
     mid = lo + tl.cdiv(tl.maximum(mid * GROUP - lo, 0), N) * N
-    cuts = (lo, tl.minimum(mid, hi), hi)
+    starts = (lo, mid)
+    stops = (tl.minimum(mid, hi), hi)
     for i in tl.static_range(2):
-        for row0 in tl.range(cuts[i], cuts[i + 1], N, num_stages=STAGES):
+        for row0 in tl.range(starts[i], stops[i], N, num_stages=STAGES):
             row = row0 + tl.arange(0, N)
             ok = row < hi
             s, h = query_and_head(row, key_head, GROUP)
@@ -205,8 +206,9 @@ def flash_dkdv_kernel(
                 p = tl.where((t[:, None] >= first) & (t[:, None] <= last), p, 0.0)
             dout = load_tile(dout_ptr, ((b.to(tl.int64) * S + s) * H + h) * V, ok, 0, V, BLOCK_V)
             dv = matmul(p.to(dout.dtype), dout, dv)
+            dp = matmul(v, tl.trans(dout))
             delta = tl.load(delta_ptr + statistic, mask=ok, other=0.0)
-            ds = (p * (matmul(v, tl.trans(dout)) - delta[None, :])).to(q1.dtype)
+            ds = (p * (dp - delta[None, :])).to(q1.dtype)
             dk1 = matmul(ds, q1, dk1)
             if D2 > 0:
                 dk2 = matmul(ds, q2, dk2)

@@ -615,10 +615,10 @@ def loss_sparse_backward_kernel(
     block = tl.program_id(0)
     b, s, h, ok = union_rows(block, 0, blocks, S, HI, BLOCK_S, BLOCK_H)
     q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, ok, 0, D, BLOCK_D)
-    row = (b * S + s) * HI + h
+    weight = tl.load(w_ptr + (b * S + s) * HI + h, mask=ok, other=0.0)
     scale = tl.load(largest_ptr) / G_SCALE
     dkl = tl.load(dkl_ptr + b * S + s, mask=ok, other=0.0)
-    weight = tl.load(w_ptr + row, mask=ok, other=0.0) * dkl
+    weight *= dkl
     wq = (q.to(tl.float32) * weight[:, None]).to(q.dtype)
     length = tl.load(length_ptr + block)
     start = block.to(tl.int64) * list_width
@@ -640,6 +640,7 @@ def loss_sparse_backward_kernel(
             dk_ptr + (b * T + token)[:, None] * D + d[None, :], matmul(g, wq) * scale,
             mask=(bits != 0)[:, None] & (d < D)[None, :], sem="relaxed")
     a = a * scale
+    row = (b * S + s) * HI + h
     tl.store(dw_ptr + row, tl.sum(tl.trans(q).to(tl.float32) * a, 0) * dkl, mask=ok)
     dq = (a * weight[None, :]).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + row[None, :] * D + d[:, None], dq, mask=ok[None, :] & (d < D)[:, None])
