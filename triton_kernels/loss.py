@@ -467,6 +467,8 @@ def loss_dense_backward(dkl: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: f
     """dkl (B,S), arguments and gradients of loss_dense -> dq_index, dk_index, dw of sum dkl kl"""
     S = q.shape[1]
     T = k.shape[1]
+    if dkl.numel() == 0:
+        return torch.zeros_like(dq), dk.to(k_index.dtype, copy=True), dw.to(w.dtype, copy=True)
     dkl = dkl.float().contiguous()
     c = dkl.median()
     if last is None:
@@ -527,11 +529,12 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
 
 @triton.jit
 def union_rows(block, group, blocks, S, H, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Rows (query, head) of a block and a group of heads -> sequence, query and head of each, is it real"""
+    """Rows (query, head) of a block and a group of heads -> sequence, query and head of each, is it real.
+    Beyond the last head it is the last again: a q of zeros would make NaN of an infinite token."""
     row = tl.arange(0, BLOCK_S * BLOCK_H)
     s = block % blocks * BLOCK_S + row // BLOCK_H
     h = group * BLOCK_H + row % BLOCK_H
-    return (block // blocks).to(tl.int64), s, h, (s < S) & (h < H)
+    return (block // blocks).to(tl.int64), s, tl.minimum(h, H - 1), (s < S) & (h < H)
 
 
 @triton.jit
@@ -555,9 +558,9 @@ def loss_sparse_target_kernel(
     block = block0 + local
     b, s, h, ok = union_rows(block, group, blocks, S, H, BLOCK_S, BLOCK_H)
     row = b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
-    q1 = load_tile(q_ptr, row, ok, 0, D, D1)
+    q1 = load_tile(q_ptr, row, s < S, 0, D, D1)
     if D2 > 0:
-        q2 = load_tile(q_ptr, row, ok, D1, D, D2)
+        q2 = load_tile(q_ptr, row, s < S, D1, D, D2)
     lse2 = tl.load(lse_ptr + (b * S + s) * H + h, mask=ok, other=float("inf")) * LOG2E
     length = tl.load(length_ptr + block)
     start = block.to(tl.int64) * list_width
@@ -586,7 +589,7 @@ def loss_sparse_scores_kernel(
     """I of one block of queries."""
     block = block0 + tl.program_id(0)
     b, s, h, ok = union_rows(block, 0, blocks, S, HI, BLOCK_S, BLOCK_H)
-    q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, ok, 0, D, BLOCK_D)
+    q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, s < S, 0, D, BLOCK_D)
     w = tl.load(w_ptr + (b * S + s) * HI + h, mask=ok, other=0.0)
     length = tl.load(length_ptr + block)
     start = block.to(tl.int64) * list_width
@@ -614,7 +617,7 @@ def loss_sparse_backward_kernel(
     of them, so that dkl w q keeps its digits in fp16; g has g_rows rows per sequence."""
     block = tl.program_id(0)
     b, s, h, ok = union_rows(block, 0, blocks, S, HI, BLOCK_S, BLOCK_H)
-    q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, ok, 0, D, BLOCK_D)
+    q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, s < S, 0, D, BLOCK_D)
     weight = tl.load(w_ptr + (b * S + s) * HI + h, mask=ok, other=0.0)
     scale = tl.load(largest_ptr) / G_SCALE
     dkl = tl.load(dkl_ptr + b * S + s, mask=ok, other=0.0)
