@@ -277,9 +277,9 @@ def test_registered(kind):
 def test_backward_registered():
     q, k, v, dout = inputs(1, 5, 9, 4, 2, 24, 16, torch.float32)
     first, last = bounds(1, 5, 9, "window")
-    q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = torch.ops.dsa.flash_attention(q, k, v, 0.2, first, last)
-    torch.library.opcheck(torch.ops.dsa.flash_attention_backward, (dout, q, k, v, out, lse, 0.2, first, last))
+    qkv = [x.detach() for x in (q, k, v)]
+    out, lse = torch.ops.dsa.flash_attention(*qkv, 0.2, first, last)
+    torch.library.opcheck(torch.ops.dsa.flash_attention_backward, (dout, *qkv, out, lse, 0.2, first, last))
 
 
 def test_compiles_into_one_graph():

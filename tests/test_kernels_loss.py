@@ -116,8 +116,9 @@ def check_gradients(got, want, D, largest_score, dtype):
 
 
 def check_loss(function, exact_function, frozen, trained, others, dtype):
-    """Values, and gradients for incoming gradients of three kinds: of either sign, constant (another path),
-    and zero for some rows."""
+    """Values, and gradients for incoming gradients of three kinds: of either sign, constant (whose second
+    sweep is empty), and zero for some rows (float32 only: the sweep passes over rows, whatever their
+    dtype)."""
     D = frozen[0].shape[-1]
     scale = D**-0.5
     exact_trained = [double(x) for x in trained]
@@ -127,8 +128,10 @@ def check_loss(function, exact_function, frozen, trained, others, dtype):
     kl, uniform = function(*frozen, scale, *trained, *others)
     assert not uniform.requires_grad and kl.dtype == uniform.dtype == torch.float32
     check_kl((kl, uniform), (want_kl, want_uniform), D, largest, scores.shape[-1])
-    some_rows = (torch.rand_like(want_kl) < 0.8) * 2.0
-    for dkl in (torch.randn_like(want_kl), torch.full_like(want_kl, -0.37), some_rows):
+    incoming = [torch.randn_like(want_kl), torch.full_like(want_kl, -0.37)]
+    if dtype == torch.float32:
+        incoming.append((torch.rand_like(want_kl) < 0.8) * 2.0)
+    for dkl in incoming:
         got = torch.autograd.grad(kl, trained, dkl.float(), retain_graph=True)
         want = torch.autograd.grad(want_kl, exact_trained, dkl.double(), retain_graph=True)
         assert [x.dtype for x in got] == [x.dtype for x in trained]
@@ -136,7 +139,7 @@ def check_loss(function, exact_function, frozen, trained, others, dtype):
 
 
 DENSE = [  # B, S, T, H, Hk, D, HI, DI, bounds, size of the scores
-    (2, 37, 37, 3, 3, 24, 4, 32, None, 1.0), (1, 40, 70, 1, 1, 40, 3, 16, "packed", 30.0),
+    (1, 37, 37, 3, 3, 24, 4, 32, None, 1.0), (1, 40, 70, 1, 1, 40, 3, 16, "packed", 30.0),
     (1, 12, 45, 5, 1, 80, 9, 24, None, 1.0), (1, 20, 50, 2, 2, 16, 2, 16, "window", 30.0),
     (1, 1, 1, 1, 1, 16, 1, 16, None, 1.0)]
 DENSE_BIG = [
@@ -148,13 +151,29 @@ DENSE_BIG = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", DENSE + [pytest.param(shape, marks=big) for shape in DENSE_BIG])
 def test_dense(shape, dtype, monkeypatch):
-    """(T15, T18, T20) in several chunks, which in float32 begin and end within a sequence"""
+    """(T15, T18, T20) one block of queries at a time, on a GPU several"""
     B, S, T, H, Hk, D, HI, DI, kind, size = shape
-    monkeypatch.setattr(loss, "LOSS_CHUNK", 2**19 if CUDA else 3 * 32 * 128)
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 2**19 if CUDA else 1)
     first, last = bounds(B, S, T, kind)
     frozen = dense_inputs(B, S, T, H, Hk, D, dtype, first, last)
     trained = indexer_inputs(B, S, T, HI, DI, dtype, size)
     check_loss(kernels.indexer_loss_dense, exact_dense, frozen, trained, (first, last), dtype)
+
+
+def test_dense_chunks_across_sequences(monkeypatch):
+    """Chunks of three blocks of 32 queries, where a sequence has two: one and a half, and half a sequence."""
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 3 * 32 * 128)
+    frozen = dense_inputs(2, 37, 37, 2, 1, 16, torch.float32, None, None)
+    trained = indexer_inputs(2, 37, 37, 3, 16, torch.float32)
+    exact_trained = [double(x) for x in trained]
+    exact_frozen = [x.double() for x in frozen]
+    want_kl, want_uniform, scores = exact_dense(*exact_frozen, 0.25, *exact_trained, None, None)
+    largest = scores.abs().max().item()
+    kl, uniform = kernels.indexer_loss_dense(*frozen, 0.25, *trained)
+    check_kl((kl, uniform), (want_kl, want_uniform), 16, largest, 37)
+    dkl = random(2, 37)
+    want = torch.autograd.grad(want_kl, exact_trained, dkl.double())
+    check_gradients(torch.autograd.grad(kl, trained, dkl), want, 16, largest, torch.float32)
 
 
 SPARSE = [  # B, S, T, H, D, K, HI, DI, size of the scores
@@ -284,14 +303,15 @@ def test_incoming_gradient_of_any_layout(sparse):
     """(T18) An expanded or a transposed incoming gradient is as good as a contiguous one, twice the gradient
     gives twice the gradients; and a loss that nobody differentiates gives the same values."""
     trained = indexer_inputs(2, 10, 20, 3, 16, torch.float32)
+    frozen_indexer = [x.detach() for x in trained]
     if sparse:
         q, latents, lse, indices = sparse_inputs(2, 10, 20, 2, 16, 6, torch.float32)
         kl, uniform = kernels.indexer_loss_sparse(q, latents, lse, indices, 0.25, *trained)
-        plain = kernels.indexer_loss_sparse(q, latents, lse, indices, 0.25, *(x.detach() for x in trained))
+        plain = kernels.indexer_loss_sparse(q, latents, lse, indices, 0.25, *frozen_indexer)
     else:
         q, k, lse = dense_inputs(2, 10, 20, 2, 2, 16, torch.float32, None, None)
         kl, uniform = kernels.indexer_loss_dense(q, k, lse, 0.25, *trained)
-        plain = kernels.indexer_loss_dense(q, k, lse, 0.25, *(x.detach() for x in trained))
+        plain = kernels.indexer_loss_dense(q, k, lse, 0.25, *frozen_indexer)
     assert torch.equal(kl, plain[0]) and torch.equal(uniform, plain[1])
     assert not plain[0].requires_grad
 
@@ -307,14 +327,14 @@ def test_incoming_gradient_of_any_layout(sparse):
 
 def test_nothing_reaches_the_frozen_attention():
     """(T14) q, k, latents and lse that require gradients get none."""
-    q, k, lse = (x.requires_grad_() for x in dense_inputs(1, 5, 9, 2, 2, 16, torch.float32, None, None))
+    frozen = [x.requires_grad_() for x in dense_inputs(1, 5, 9, 2, 2, 16, torch.float32, None, None)]
     trained = indexer_inputs(1, 5, 9, 2, 16, torch.float32)
-    kl, _ = kernels.indexer_loss_dense(q, k, lse, 0.25, *trained)
-    assert torch.autograd.grad(kl.sum(), (q, k, lse), allow_unused=True) == (None, None, None)
-    kl, _ = kernels.indexer_loss_dense(q, k, lse, 0.25, *(x.detach() for x in trained))
+    kl, _ = kernels.indexer_loss_dense(*frozen, 0.25, *trained)
+    assert torch.autograd.grad(kl.sum(), frozen, allow_unused=True) == (None, None, None)
+    kl, _ = kernels.indexer_loss_dense(*frozen, 0.25, *[x.detach() for x in trained])
     assert not kl.requires_grad
-    q, latents, lse, indices = sparse_inputs(1, 5, 9, 2, 16, 4, torch.float32)
-    frozen = q.requires_grad_(), latents.requires_grad_(), lse.requires_grad_()
+    *frozen, indices = sparse_inputs(1, 5, 9, 2, 16, 4, torch.float32)
+    frozen = [x.requires_grad_() for x in frozen]
     kl, _ = kernels.indexer_loss_sparse(*frozen, indices, 0.25, *trained)
     assert torch.autograd.grad(kl.sum(), frozen, allow_unused=True) == (None, None, None)
 

@@ -415,9 +415,9 @@ def cudnn_takes(q, v, first, last):
 def cudnn_attention(q, k, v, scale):
     """Causal attention by cuDNN, which takes and gives (B,H,S,D) -> out (B,S,H,V), lse (B,S,H)"""
     B, S, H, _ = q.shape
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, True, False, scale=scale)[:2]
+    results = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, True, False, scale=scale)
+    out, lse = results[:2]
     return out.transpose(1, 2), lse.view(B, H, S).transpose(1, 2)
 
 

@@ -401,7 +401,10 @@ def dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, query_g
     p = torch.empty(rows, width, dtype=torch.float32, device=device)
     score = torch.empty(rows, width, dtype=torch.float32, device=device)
     bits = torch.empty(groups, rows, width, dtype=torch.uint8, device=device)
-    g = dq = dk = dw = None
+    g = None
+    dq = None
+    dk = None
+    dw = None
     if dkl is not None:
         g = torch.empty(rows, width, dtype=q_index.dtype, device=device)
         wq = torch.zeros(rows, HI, DI, dtype=q_index.dtype, device=device)
