@@ -1,301 +1,485 @@
-"""Dense attention and the two indexer losses (kernels.py) against float64 references and their autograd."""
+"""The kernels of the indexer's two losses (triton_kernels/loss.py) held to float64, to the reference, and to
+their contract."""
+import math
+
 import pytest
 import torch
 
+import indexer
 import kernels
-import model
-from kernels import dense_attention, indexer_loss_dense, indexer_loss_sparse
+import sparse_attn
+from tests.common import assert_close, poison
+from tests.inputs import CUDA, DEVICE, DTYPES, EPS, big, bounds, double, exact_attention, random, visible
+from triton_kernels import loss
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA  # the interpreter multiplies bf16 wrongly
-TOLERANCE = {torch.float32: (1e-5, 5e-5), torch.float16: (2e-3, 1e-2), torch.bfloat16: (6e-3, 2.5e-2)}  # whole tensor, worst row
-big = pytest.mark.skipif(not CUDA, reason="real shapes need a GPU")
+NAMES = ("dq_index", "dk_index", "dw")
 
 
-def visible(S, T, first, last):
-    s = torch.arange(T, device=DEVICE)
-    last = torch.arange(T - S, T, device=DEVICE)[None] if last is None else last
-    return (s <= last[..., None]) & (s >= (0 if first is None else first[..., None]))
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    poison()
 
 
-def attention_reference(q, k, v, scale, first, last):
-    H, seen = q.shape[2], visible(q.shape[1], k.shape[1], first, last)[:, :, None]
-    k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
-    logits = (torch.einsum("bshd,bthd->bsht", q, k) * scale).masked_fill(~seen, float("-inf"))
-    empty = ~seen.any(-1, keepdim=True)
-    p = torch.softmax(logits.masked_fill(empty, 0), -1).masked_fill(~seen, 0)
-    return torch.einsum("bsht,bthd->bshd", p, v), logits.logsumexp(-1)
+# ---- in float64 ----
 
-
-def kl_reference(p, scores, seen):
+def exact_kl(p, scores, seen):
+    """kl and kl_uniform of float64 tensors (B,S,n)"""
     log_q = torch.log_softmax(scores.masked_fill(~seen, -1e30), -1).masked_fill(~seen, 0)
     entropy = torch.special.xlogy(p, p).sum(-1)
     return entropy - (p * log_q).sum(-1), entropy + p.sum(-1) * seen.sum(-1).clamp(min=1).log()
 
 
-def loss_dense_reference(q, k, lse, scale, qi, ki, w, first, last):
+def exact_dense(q, k, lse, scale, q_index, k_index, w, first, last):
+    """indexer_loss_dense on float64 tensors -> kl, kl_uniform, scores"""
     seen = visible(q.shape[1], k.shape[1], first, last).expand(q.shape[0], -1, -1)
     logits = torch.einsum("bshd,bthd->bsht", q, k.expand(-1, -1, q.shape[2], -1)) * scale
     p = torch.exp(logits - lse[..., None]).masked_fill(~seen[:, :, None], 0).mean(2)
-    return kl_reference(p, torch.einsum("bsht,bsh->bst", torch.einsum("bshd,btd->bsht", qi, ki).relu(), w), seen)
+    dots = torch.einsum("bshd,btd->bsht", q_index, k_index)
+    scores = torch.einsum("bsht,bsh->bst", dots.relu(), w)
+    return *exact_kl(p, scores, seen), scores
 
 
-def loss_sparse_reference(q, latents, lse, indices, scale, qi, ki, w):
-    seen, where = indices >= 0, indices.clamp(min=0).long()
+def exact_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
+    """indexer_loss_sparse on float64 tensors -> kl, kl_uniform, scores"""
+    seen = indices >= 0
+    token = indices.clamp(min=0).long()
     batch = torch.arange(q.shape[0], device=q.device)[:, None, None]
-    logits = torch.einsum("bshd,bskd->bshk", q, latents[batch, where]) * scale
+    logits = torch.einsum("bshd,bskd->bshk", q, latents[batch, token]) * scale
     p = torch.exp(logits - lse[..., None]).masked_fill(~seen[:, :, None], 0).mean(2)
-    dots = torch.einsum("bshd,bskd->bshk", qi, ki[batch, where])
-    return kl_reference(p, torch.einsum("bshk,bsh->bsk", dots.relu(), w), seen)
+    dots = torch.einsum("bshd,bskd->bshk", q_index, k_index[batch, token])
+    scores = torch.einsum("bshk,bsh->bsk", dots.relu(), w)
+    return *exact_kl(p, scores, seen), scores
 
 
-def close(name, got, want, dtype, rows=True, factor=1):
-    """Relative error of the whole tensor and of its worst row (a row that is tiny beside the rest counts against the mean row)."""
-    whole, worst = (factor * x for x in TOLERANCE[dtype])
-    got, want = got.double().flatten(0, 1), want.double().flatten(0, 1)
-    assert torch.isfinite(got).all(), f"{name}: not finite"
-    error = (got - want).norm() / want.norm().clamp(min=1e-30)
-    assert error < whole, f"{name}: relative error {error:.2e}"
-    if rows:
-        got, want = got.flatten(1), want.flatten(1)
-        size = want.norm(dim=-1)
-        row = ((got - want).norm(dim=-1) / size.clamp(min=max(0.1 * size.mean().item(), 1e-30))).max()
-        assert row < worst, f"{name}: worst row {row:.2e}"
+# ---- inputs ----
+
+def quarters(*shape, dtype):
+    """Random multiples of 1/4: every product is exact, and no rounding decides on which side of the relu's
+    kink it falls."""
+    return (random(*shape).mul(4).round() / 4).to(dtype).requires_grad_()
 
 
-def documents(B, S, T, kind):
-    """first, last: None (causal), 'packed' documents, 'window' (nothing causal about it, some rows empty)"""
-    if kind is None:
-        return None, None
-    position = torch.arange(T - S, T)
-    if kind == "packed":
-        cuts = torch.tensor([0, T // 7, T // 3, T // 3 + 1, T - 5])
-        first = cuts[torch.searchsorted(cuts, position, right=True) - 1]
-        return first.int().expand(B, S).to(DEVICE), position.int().expand(B, S).to(DEVICE)
-    g = torch.Generator().manual_seed(1)
-    first, last = torch.randint(0, T, (B, S), generator=g).int(), torch.randint(0, T, (B, S), generator=g).int()
-    return first.to(DEVICE), last.to(DEVICE)
+def indexer_inputs(B, S, T, HI, DI, dtype, size=1.0):
+    """q_index, k_index, w; `size`: that of the scores, roughly"""
+    w = random(B, S, HI) * size * HI**-0.5 * DI**-0.5
+    return quarters(B, S, HI, DI, dtype=dtype), quarters(B, T, DI, dtype=dtype), w.requires_grad_()
 
 
-def make(*shape, dtype, scale=1.0, grad=True):
-    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype).requires_grad_(grad)
+def dense_inputs(B, S, T, H, Hk, D, dtype, first, last):
+    """q, k, and the lse of their attention"""
+    q = random(B, S, H, D, dtype=dtype)
+    k = random(B, T, Hk, D, dtype=dtype)
+    lse = exact_attention(q.double(), k.double(), k.double(), D**-0.5, first, last)[1]  # (B, S, H)
+    return q, k, lse.float()
 
 
-def doubled(*tensors):
-    return [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Fill what the allocator hands out next with NaN: a kernel that leaves a hole shows it."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    if CUDA:
-        junk = [torch.full((n,), float("nan"), device=DEVICE) for n in (2**10, 2**16, 2**20, 2**24, 2**26)]
-        del junk
-
-
-ATTENTION = [  # B, S, T, H, Hk, d, dv, kind
-    (2, 37, 37, 3, 3, 24, 16, None), (1, 33, 70, 2, 2, 48, 32, "packed"), (2, 20, 45, 5, 1, 40, 32, None), (1, 19, 50, 4, 4, 16, 16, "window"),
-    (1, 1, 1, 1, 1, 16, 16, None), (1, 2, 700, 6, 1, 40, 32, None), (2, 3, 600, 3, 3, 24, 16, "window")]
-ATTENTION_BIG = [(2, 1000, 1000, 3, 3, 192, 128, "packed"), (1, 1024, 1024, 16, 16, 192, 128, None), (1, 700, 1300, 12, 1, 160, 128, None),
-                 (1, 200, 900, 16, 1, 576, 512, "packed"), (1, 2, 9000, 128, 1, 576, 512, None), (2, 1, 5000, 12, 1, 288, 256, None),
-                 (2, 515, 515, 12, 12, 96, 64, None)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ATTENTION + [pytest.param(s, marks=big) for s in ATTENTION_BIG])
-def test_dense_attention(shape, dtype):
-    B, S, T, H, Hk, d, dv, kind = shape
-    first, last = documents(B, S, T, kind)
-    q, k, v = make(B, S, H, d, dtype=dtype), make(B, T, Hk, d, dtype=dtype), make(B, T, Hk, dv, dtype=dtype)
-    dout = make(B, S, H, dv, dtype=dtype, grad=False)
-    out, lse = dense_attention(q, k, v, d**-0.5, first, last)
-    out.backward(dout)
-    Q, K, V = doubled(q, k, v)
-    want, want_lse = attention_reference(Q, K, V, d**-0.5, first, last)
-    want.backward(dout.double())
-    close("out", out, want, dtype)
-    seen = want_lse > float("-inf")
-    assert (lse[~seen] == float("-inf")).all() and (out[~seen] == 0).all()
-    assert (lse[seen] - want_lse[seen]).abs().max() < (1e-5 if dtype == torch.float32 else 1e-3)
-    for name, x, y in (("dq", q, Q), ("dk", k, K), ("dv", v, V)):
-        if T > 1 or name == "dv":  # one key: softmax is constant
-            close(name, x.grad, y.grad, dtype, factor=1.5)
-
-
-def test_dense_attention_queries_that_see_nothing_between_others():
-    """keys whose queries come in two runs, the second at the start of a block of 1024: the gap gives them no gradient"""
-    S, T = 2100, 40
-    first, last = torch.zeros(1, S, dtype=torch.int32, device=DEVICE), torch.full((1, S), T - 1, dtype=torch.int32, device=DEVICE)
-    last[:, 70:2048] = -1
-    q, k, v = make(1, S, 1, 16, dtype=torch.float32), make(1, T, 1, 16, dtype=torch.float32), make(1, T, 1, 16, dtype=torch.float32)
-    dout = make(1, S, 1, 16, dtype=torch.float32, grad=False)
-    dense_attention(q, k, v, 0.25, first, last)[0].backward(dout)
-    Q, K, V = doubled(q, k, v)
-    attention_reference(Q, K, V, 0.25, first, last)[0].backward(dout.double())
-    for name, x, y in (("dq", q, Q), ("dk", k, K), ("dv", v, V)):
-        close(name, x.grad, y.grad, torch.float32)
-
-
-def test_dense_attention_values_inside_keys():
-    """MQA on latents: v is a view of k, loaded once."""
-    latents = make(2, 300, 1, 40, dtype=torch.float32)
-    q = make(2, 2, 6, 40, dtype=torch.float32)
-    out, _ = dense_attention(q, latents, latents[..., :32], 0.2)
-    out.sum().backward()
-    Q, L = doubled(q, latents)
-    want, _ = attention_reference(Q, L, L[..., :32], 0.2, None, None)
-    want.sum().backward()
-    close("out", out, want, torch.float32)
-    close("dlatents", latents.grad, L.grad, torch.float32)
-
-
-DENSE = [  # B, S, T, H, Hk, d, HI, dI, kind
-    (2, 37, 37, 3, 3, 24, 4, 32, None), (1, 70, 70, 1, 1, 40, 3, 16, "packed"), (2, 12, 45, 5, 1, 80, 9, 24, None),
-    (1, 40, 50, 2, 2, 16, 2, 16, "window"), (1, 1, 1, 1, 1, 16, 1, 16, None)]
-DENSE_BIG = [(2, 500, 500, 3, 3, 192, 64, 128, "packed"), (1, 700, 700, 16, 16, 192, 64, 128, None), (1, 700, 1300, 12, 1, 160, 16, 64, None),
-             (1, 515, 515, 12, 12, 96, 4, 32, None), (3, 200, 900, 8, 8, 128, 10, 128, "window")]
-
-
-def loss_inputs(B, S, T, HI, dI, dtype, size):
-    """q and k in quarters, so that every q.k is exact and no rounding decides on which side of the relu's kink it falls"""
-    w = (torch.randn(B, S, HI, device=DEVICE) * size * HI**-0.5 * dI**-0.5).requires_grad_()
-    quarters = lambda *shape: (torch.randn(*shape, device=DEVICE).mul(4).round() / 4).to(dtype).requires_grad_()
-    return quarters(B, S, HI, dI), quarters(B, T, dI), w
-
-
-def check_loss(loss, reference, constants, trained, dtype, trailing=()):
-    """kl, kl_uniform and the gradients for a random incoming gradient and for the constant one (another code path)"""
-    doubles, want_inputs = doubled(*[x for x in constants if x.is_floating_point()]), doubled(*trained)
-    doubles = doubles + [x for x in constants if not x.is_floating_point()]
-    scale = constants[0].shape[-1] ** -0.5
-    want, want_uniform = reference(*doubles, scale, *want_inputs, *trailing)
-    for r in (torch.randn_like(want), torch.full_like(want, -0.37), (torch.rand_like(want) < 0.8) * 2.0):
-        kl, uniform = loss(*constants, scale, *trained, *trailing)
-        assert (kl - want).abs().max() < TOLERANCE[dtype][0] * (1 + want.abs().max()), (kl - want).abs().max()
-        assert (uniform - want_uniform).abs().max() < TOLERANCE[dtype][0] * (1 + want_uniform.abs().max())
-        got = torch.autograd.grad(kl, trained, r.float())
-        for name, x, y in zip(("dq_index", "dk_index", "dw"), got, torch.autograd.grad(want, want_inputs, r, retain_graph=True)):
-            if want.shape[1] > 1:
-                close(name, x, y, dtype, factor=1.5)
-            else:
-                assert (x - y).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1.0, 30.0])
-@pytest.mark.parametrize("shape", DENSE + [pytest.param(s, marks=big) for s in DENSE_BIG])
-def test_indexer_loss_dense(shape, size, dtype, monkeypatch):
-    import kernels
-    monkeypatch.setattr(kernels, "LOSS_CHUNK", 2**12 if shape[1] < 100 else 2**19)  # several chunks
-    B, S, T, H, Hk, d, HI, dI, kind = shape
-    first, last = documents(B, S, T, kind)
-    q, k = make(B, S, H, d, dtype=dtype, grad=False), make(B, T, Hk, d, dtype=dtype, grad=False)
-    lse = attention_reference(q.double(), k.double(), k.double(), d**-0.5, first, last)[1].float()
-    check_loss(indexer_loss_dense, loss_dense_reference, (q, k, lse), loss_inputs(B, S, T, HI, dI, dtype, size), dtype, (first, last))
-
-
-def test_indexer_loss_dense_equal_scores_and_repeats():
-    """All scores equal: KL is that against the uniform distribution, closed relus pass no gradient. Two runs: the same bits."""
-    q, k = make(1, 90, 2, 32, dtype=torch.float16, grad=False), make(1, 90, 2, 32, dtype=torch.float16, grad=False)
-    lse = dense_attention(q, k, k, 0.2)[1]
-    qi, ki, w = make(1, 90, 4, 32, dtype=torch.float16), make(1, 90, 32, dtype=torch.float16), make(1, 90, 4, dtype=torch.float32)
-    zero = torch.zeros_like(qi).requires_grad_()
-    kl, uniform = indexer_loss_dense(q, k, lse, 0.2, zero, ki, w)
-    assert (kl - uniform).abs().max() < 1e-5
-    assert all(x.abs().max() == 0 for x in torch.autograd.grad(kl.sum(), (zero, ki, w)))
-    runs = []
-    for _ in range(2):
-        kl = indexer_loss_dense(q, k, lse, 0.2, qi, ki, w)[0]
-        runs.append((kl, *torch.autograd.grad(kl.pow(2).sum(), (qi, ki, w))))
-    assert all(torch.equal(a, b) for a, b in zip(*runs))
-
-
-SPARSE = [(2, 11, 16, 3, 24, 8, 4, 32), (1, 10, 40, 5, 40, 33, 9, 24), (1, 7, 20, 2, 16, 50, 1, 16), (1, 1, 1, 1, 16, 4, 2, 16)]  # B,S,T,H,D,K,HI,dI
-SPARSE_BIG = [(2, 600, 600, 12, 160, 256, 4, 32), (1, 130, 3000, 128, 576, 2048, 64, 128), (1, 700, 700, 12, 288, 512, 16, 64)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1.0, 30.0])
-@pytest.mark.parametrize("shape", SPARSE + [pytest.param(s, marks=big) for s in SPARSE_BIG])
-def test_indexer_loss_sparse(shape, size, dtype, monkeypatch):
-    import kernels
-    monkeypatch.setattr(kernels, "LOSS_CHUNK", 2**7 if shape[1] < 300 else 2**18)
-    B, S, T, H, D, K, HI, dI = shape
+def sparse_inputs(B, S, T, H, D, K, dtype):
+    """q, latents, the lse over the selection, and random selections, of which query 2's is empty"""
     key = torch.rand(B, S, T, device=DEVICE).masked_fill(~visible(S, T, None, None), -1)
-    order = key.topk(min(K, T), -1)
-    chosen = order.indices.masked_fill(order.values < 0, T).sort(-1).values
+    best = key.topk(min(K, T), -1)
+    chosen = best.indices.masked_fill(best.values < 0, T).sort(-1).values  # (B, S, min(K, T))
     indices = torch.full((B, S, K), -1, dtype=torch.int32, device=DEVICE)
     indices[..., :chosen.shape[-1]] = chosen.masked_fill(chosen == T, -1).int()
     if S > 3:
         indices[:, 2] = -1
-    q, latents = make(B, S, H, D, dtype=dtype, grad=False), make(B, T, D, dtype=dtype, grad=False)
+    q = random(B, S, H, D, dtype=dtype)
+    latents = random(B, T, D, dtype=dtype)
     tokens = latents.double()[torch.arange(B, device=DEVICE)[:, None, None], indices.clamp(min=0).long()]
     logits = torch.einsum("bshd,bskd->bshk", q.double(), tokens) * D**-0.5
-    lse = logits.masked_fill((indices < 0)[:, :, None], float("-inf")).logsumexp(-1).float()
-    check_loss(lambda q, l, lse, idx, *rest: indexer_loss_sparse(q, l, lse, idx, *rest), loss_sparse_reference, (q, latents, lse, indices),
-               loss_inputs(B, S, T, HI, dI, dtype, size), dtype)
+    lse = logits.masked_fill((indices < 0)[:, :, None], float("-inf")).logsumexp(-1)
+    return q, latents, lse.float(), indices
+
+
+# ---- against float64 ----
+
+def check_kl(got, want, D, largest_score, n):
+    """kl, kl_uniform against float64: a sum of D products in the exponent of p, log softmax at the size of
+    the scores, and of the logarithm of the number n of candidates."""
+    for name, x, y in zip(("kl", "kl_uniform"), got, want):
+        allowed = EPS * (D + 4 * (1 + largest_score + math.log(n)))
+        assert (x - y).abs().max() <= allowed, f"{name}: {(x - y).abs().max():.1e} beyond {allowed:.1e}"
+
+
+def check_gradients(got, want, D, largest_score, dtype):
+    """Against float64. In 16 bits g, w q and the result are rounded, by eps / 2 each at most; in float32 it
+    is the softmax of rounded scores, and a row may hold an eighth of the mean."""
+    rounded = 1.5 * torch.finfo(dtype).eps if dtype != torch.float32 else 0
+    whole = EPS * (16 + D + largest_score)
+    for name, x, y in zip(NAMES, got, want):
+        if y.abs().max() == 0:  # a single candidate: kl is 0 whatever the scores
+            assert x.abs().max() <= whole, name
+            continue
+        # a row is a token's: all heads together
+        assert_close(x.flatten(2), y.flatten(2), rounded + whole, rounded + 8 * whole, name)
+
+
+def check_loss(function, exact_function, frozen, trained, others, dtype):
+    """Values, and gradients for incoming gradients of three kinds: of either sign, constant (whose second
+    sweep is empty), and zero for some rows (float32 only: the sweep passes over rows, whatever their
+    dtype)."""
+    D = frozen[0].shape[-1]
+    scale = D**-0.5
+    exact_trained = [double(x) for x in trained]
+    exact_frozen = [x.double() if x.is_floating_point() else x for x in frozen]
+    want_kl, want_uniform, scores = exact_function(*exact_frozen, scale, *exact_trained, *others)
+    largest = scores.abs().max().item()
+    kl, uniform = function(*frozen, scale, *trained, *others)
+    assert not uniform.requires_grad and kl.dtype == uniform.dtype == torch.float32
+    check_kl((kl, uniform), (want_kl, want_uniform), D, largest, scores.shape[-1])
+    incoming = [torch.randn_like(want_kl), torch.full_like(want_kl, -0.37)]
+    if dtype == torch.float32:
+        incoming.append((torch.rand_like(want_kl) < 0.8) * 2.0)
+    for dkl in incoming:
+        got = torch.autograd.grad(kl, trained, dkl.float(), retain_graph=True)
+        want = torch.autograd.grad(want_kl, exact_trained, dkl.double(), retain_graph=True)
+        assert [x.dtype for x in got] == [x.dtype for x in trained]
+        check_gradients(got, want, D, largest, dtype)
+
+
+DENSE = [  # B, S, T, H, Hk, D, HI, DI, bounds, size of the scores
+    (1, 37, 37, 3, 3, 24, 4, 32, None, 1.0), (1, 40, 70, 1, 1, 40, 3, 16, "packed", 30.0),
+    (1, 12, 45, 5, 1, 80, 9, 24, None, 1.0), (1, 20, 50, 2, 2, 16, 2, 16, "window", 30.0),
+    (1, 1, 1, 1, 1, 16, 1, 16, None, 1.0)]
+DENSE_BIG = [
+    (2, 500, 500, 3, 3, 192, 64, 128, "packed", 1.0), (1, 700, 700, 16, 16, 192, 64, 128, None, 1.0),
+    (1, 700, 700, 16, 16, 192, 64, 128, None, 30.0), (1, 700, 1300, 12, 1, 160, 16, 64, None, 1.0),
+    (1, 515, 515, 12, 12, 96, 4, 32, None, 30.0), (3, 200, 900, 8, 8, 128, 10, 128, "window", 1.0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", DENSE + [pytest.param(shape, marks=big) for shape in DENSE_BIG])
+def test_dense(shape, dtype, monkeypatch):
+    """(T15, T18, T20) one block of queries at a time, on a GPU several"""
+    B, S, T, H, Hk, D, HI, DI, kind, size = shape
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 2**19 if CUDA else 1)
+    first, last = bounds(B, S, T, kind)
+    frozen = dense_inputs(B, S, T, H, Hk, D, dtype, first, last)
+    trained = indexer_inputs(B, S, T, HI, DI, dtype, size)
+    check_loss(kernels.indexer_loss_dense, exact_dense, frozen, trained, (first, last), dtype)
+
+
+def test_dense_chunks_across_sequences(monkeypatch):
+    """Chunks of three blocks of 32 queries, where a sequence has two: one and a half, and half a sequence."""
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 3 * 32 * 128)
+    frozen = dense_inputs(2, 37, 37, 2, 1, 16, torch.float32, None, None)
+    trained = indexer_inputs(2, 37, 37, 3, 16, torch.float32)
+    exact_trained = [double(x) for x in trained]
+    exact_frozen = [x.double() for x in frozen]
+    want_kl, want_uniform, scores = exact_dense(*exact_frozen, 0.25, *exact_trained, None, None)
+    largest = scores.abs().max().item()
+    kl, uniform = kernels.indexer_loss_dense(*frozen, 0.25, *trained)
+    check_kl((kl, uniform), (want_kl, want_uniform), 16, largest, 37)
+    dkl = random(2, 37)
+    want = torch.autograd.grad(want_kl, exact_trained, dkl.double())
+    check_gradients(torch.autograd.grad(kl, trained, dkl), want, 16, largest, torch.float32)
+
+
+SPARSE = [  # B, S, T, H, D, K, HI, DI, size of the scores
+    (2, 11, 16, 3, 24, 8, 4, 32, 1.0), (1, 10, 40, 5, 40, 33, 9, 24, 30.0), (1, 7, 20, 2, 16, 50, 1, 16, 1.0),
+    (1, 1, 1, 1, 16, 4, 2, 16, 1.0)]
+SPARSE_BIG = [
+    (2, 600, 600, 12, 160, 256, 4, 32, 1.0), (1, 130, 3000, 128, 576, 2048, 64, 128, 1.0),
+    (1, 130, 3000, 128, 576, 2048, 64, 128, 30.0), (1, 700, 700, 12, 288, 512, 16, 64, 30.0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SPARSE + [pytest.param(shape, marks=big) for shape in SPARSE_BIG])
+def test_sparse(shape, dtype, monkeypatch):
+    """(T11, T15, T16, T18, T20, T24) in several chunks, K beyond T among them"""
+    B, S, T, H, D, K, HI, DI, size = shape
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 2**18 if CUDA else 2**7)
+    frozen = sparse_inputs(B, S, T, H, D, K, dtype)
+    trained = indexer_inputs(B, S, T, HI, DI, dtype, size)
+    check_loss(kernels.indexer_loss_sparse, exact_sparse, frozen, trained, (), dtype)
+
+
+# ---- against the reference ----
+
+def check_backends(name, arguments, trained):
+    """float32: values and gradients of both backends differ by rounding alone."""
+    results = []
+    for module in (kernels, indexer):
+        kl, uniform = getattr(module, name)(*arguments)
+        results.append(((kl, uniform), torch.autograd.grad((kl * kl.detach()).sum(), trained)))
+    (values, gradients), (want_values, want_gradients) = results
+    D = arguments[0].shape[-1]
+    check_kl(values, want_values, D, 6, arguments[1].shape[1])
+    check_gradients(gradients, want_gradients, D, 6, torch.float32)
+
+
+@pytest.mark.parametrize("kind", [None, "packed", "window"])
+def test_backends_agree_dense(kind):
+    first, last = bounds(1, 35, 50, kind)
+    q, k, lse = dense_inputs(1, 35, 50, 3, 3, 24, torch.float32, first, last)
+    trained = indexer_inputs(1, 35, 50, 4, 16, torch.float32)
+    check_backends("indexer_loss_dense", (q, k, lse, 24**-0.5, *trained, first, last), trained)
+
+
+def test_backends_agree_sparse():
+    q, latents, lse, indices = sparse_inputs(1, 12, 40, 3, 24, 9, torch.float32)
+    trained = indexer_inputs(1, 12, 40, 4, 16, torch.float32)
+    check_backends("indexer_loss_sparse", (q, latents, lse, indices, 24**-0.5, *trained), trained)
+
+
+SPECIAL = [float("nan"), float("inf"), -float("inf")]
+INPUTS = ["q", "k", "q_index", "k_index", "w"]
+
+
+def check_places(name, value, *arguments):
+    """kl and kl_uniform are finite in the same places in both backends; a NaN is never hidden."""
+    got = getattr(kernels, name)(*arguments)
+    want = getattr(indexer, name)(*arguments)
+    for result, x, y in zip(("kl", "kl_uniform"), got, want):
+        assert torch.equal(x.isfinite(), y.isfinite()), f"{result}: {x.tolist()} instead of {y.tolist()}"
+    if math.isnan(value):
+        assert want[0].isnan().any()
+
+
+@pytest.mark.parametrize("value", SPECIAL)
+@pytest.mark.parametrize("where", INPUTS)
+def test_not_finite_dense(where, value):
+    """A NaN or an infinity in any input makes the losses of the same queries not finite as in the reference,
+    in packed documents, one of them of a single token."""
+    S = 13
+    T = 20
+    first = torch.tensor([0, 0, 0, 8, 8, 8, 14, 14, 12, 12, 12, 12, 19], device=DEVICE).expand(1, S)
+    for position in (7, 10, 12):
+        x = dict(q=random(1, S, 3, 16), k=random(1, T, 3, 16))
+        trained = indexer_inputs(1, S, T, 3, 16, torch.float32)
+        x.update(zip(("q_index", "k_index", "w"), (y.detach() for y in trained)))
+        x[where][0, position, ..., 1] = value
+        _, lse = sparse_attn.dense_attention(x["q"], x["k"], x["k"], 0.25, first, None)
+        trained = x["q_index"], x["k_index"], x["w"]
+        check_places("indexer_loss_dense", value, x["q"], x["k"], lse, 0.25, *trained, first, None)
+
+
+@pytest.mark.parametrize("value", SPECIAL)
+@pytest.mark.parametrize("where", INPUTS)
+def test_not_finite_sparse(where, value):
+    """The same of the sparse loss: a token concerns the queries that selected it. In 16 bits neighbours share
+    its list; heads are padded to a power of two."""
+    S = 9
+    T = 12
+    for position in (0, 5, 8):
+        q, latents, _, indices = sparse_inputs(1, S, T, 3, 16, 5, torch.float16)
+        x = dict(q=q, k=latents)
+        trained = indexer_inputs(1, S, T, 3, 16, torch.float16)
+        x.update(zip(("q_index", "k_index", "w"), (y.detach() for y in trained)))
+        x[where][0, position, ..., 1] = value
+        _, lse = sparse_attn.sparse_attention(x["q"], x["k"], indices, 0.25, 16)
+        trained = x["q_index"], x["k_index"], x["w"]
+        check_places("indexer_loss_sparse", value, x["q"], x["k"], lse, indices, 0.25, *trained)
+
+
+# ---- the contract ----
+
+def test_equal_scores():
+    """(T12) All scores equal: KL is that against the uniform distribution; closed relus pass no gradient."""
+    q, k, lse = dense_inputs(1, 50, 50, 2, 2, 16, torch.float16, None, None)
+    _, k_index, w = indexer_inputs(1, 50, 50, 4, 16, torch.float16)
+    zero = torch.zeros(1, 50, 4, 16, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    kl, uniform = kernels.indexer_loss_dense(q, k, lse, 0.25, zero, k_index, w)
+    assert (kl - uniform).abs().max() <= 16 * EPS * (1 + math.log(50))
+    for gradient in torch.autograd.grad(kl.sum(), (zero, k_index, w)):
+        assert (gradient == 0).all()
+
+
+def test_dense_repeats_bit_equal():
+    """No atomics: two runs give the same bits, forward and backward."""
+    q, k, lse = dense_inputs(1, 20, 40, 2, 2, 16, torch.float16, None, None)
+    trained = indexer_inputs(1, 20, 40, 4, 16, torch.float16)
+    runs = []
+    for _ in range(2):
+        kl, uniform = kernels.indexer_loss_dense(q, k, lse, 0.25, *trained)
+        runs.append((kl, uniform, *torch.autograd.grad(kl.pow(2).sum(), trained)))
+    for x, y in zip(*runs):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_incoming_gradient_of_any_layout(sparse):
+    """(T18) An expanded or a transposed incoming gradient is as good as a contiguous one, twice the gradient
+    gives twice the gradients; and a loss that nobody differentiates gives the same values."""
+    trained = indexer_inputs(2, 10, 20, 3, 16, torch.float32)
+    frozen_indexer = [x.detach() for x in trained]
+    if sparse:
+        q, latents, lse, indices = sparse_inputs(2, 10, 20, 2, 16, 6, torch.float32)
+        kl, uniform = kernels.indexer_loss_sparse(q, latents, lse, indices, 0.25, *trained)
+        plain = kernels.indexer_loss_sparse(q, latents, lse, indices, 0.25, *frozen_indexer)
+    else:
+        q, k, lse = dense_inputs(2, 10, 20, 2, 2, 16, torch.float32, None, None)
+        kl, uniform = kernels.indexer_loss_dense(q, k, lse, 0.25, *trained)
+        plain = kernels.indexer_loss_dense(q, k, lse, 0.25, *frozen_indexer)
+    assert torch.equal(kl, plain[0]) and torch.equal(uniform, plain[1])
+    assert not plain[0].requires_grad
+
+    def gradients(dkl):
+        return torch.autograd.grad(kl, trained, dkl, retain_graph=True)
+
+    dkl = random(2, 10)
+    for x, y, z in zip(gradients(dkl), gradients(dkl.T.contiguous().T), gradients(2 * dkl)):
+        assert torch.equal(x, y) and torch.equal(2 * x, z)
+    for x, y in zip(gradients(torch.ones((), device=DEVICE).expand(2, 10)), gradients(torch.ones_like(dkl))):
+        assert torch.equal(x, y)
+
+
+def test_nothing_reaches_the_frozen_attention():
+    """(T14) q, k, latents and lse that require gradients get none."""
+    frozen = [x.requires_grad_() for x in dense_inputs(1, 5, 9, 2, 2, 16, torch.float32, None, None)]
+    trained = indexer_inputs(1, 5, 9, 2, 16, torch.float32)
+    kl, _ = kernels.indexer_loss_dense(*frozen, 0.25, *trained)
+    assert torch.autograd.grad(kl.sum(), frozen, allow_unused=True) == (None, None, None)
+    kl, _ = kernels.indexer_loss_dense(*frozen, 0.25, *[x.detach() for x in trained])
+    assert not kl.requires_grad
+    *frozen, indices = sparse_inputs(1, 5, 9, 2, 16, 4, torch.float32)
+    frozen = [x.requires_grad_() for x in frozen]
+    kl, _ = kernels.indexer_loss_sparse(*frozen, indices, 0.25, *trained)
+    assert torch.autograd.grad(kl.sum(), frozen, allow_unused=True) == (None, None, None)
 
 
 def test_bounds_beyond_the_keys():
-    """first below 0 and last beyond T - 1 (40 is no multiple of a tile) mean the first and the last key, as in the reference."""
-    q, k = make(1, 4, 2, 32, dtype=torch.float32, grad=False), make(1, 40, 2, 32, dtype=torch.float32, grad=False)
-    index, last = loss_inputs(1, 4, 40, 3, 32, torch.float32, 1.0), torch.tensor([[39, 45, 200, 38]], device=DEVICE, dtype=torch.int32)
+    """first below 0 and last beyond T - 1 (40 is no multiple of a tile) mean the first and the last key; a
+    first beyond every padding sees nothing and disturbs nobody."""
+    q, k, _ = dense_inputs(1, 5, 40, 2, 2, 32, torch.float32, None, None)
+    first = torch.tensor([[-200, -1, 3000, 5, 1000]], device=DEVICE, dtype=torch.int32)
+    last = torch.tensor([[39, 45, 3001, 38, 2000]], device=DEVICE, dtype=torch.int32)
+    lse = kernels.dense_attention(q, k, k, 0.2, first, last)[1]
+    trained = indexer_inputs(1, 5, 40, 3, 32, torch.float32)
     results = []
-    for bounds in ((last - 240, last), (torch.zeros_like(last), last.clamp(max=39))):
-        out, lse = dense_attention(q, k, k, 0.2, *bounds)
-        kl = indexer_loss_dense(q, k, lse, 0.2, *index, *bounds)[0]
-        results.append((out, lse, kl, *torch.autograd.grad(kl.sum(), index)))
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    for pair in ((first, last), (first.clamp(min=0), last.clamp(max=39))):
+        kl, uniform = kernels.indexer_loss_dense(q, k, lse, 0.2, *trained, *pair)
+        results.append((kl, uniform, *torch.autograd.grad(kl.sum(), trained)))
+    for x, y in zip(*results):
+        assert torch.equal(x, y)
+    kl, uniform = results[0][:2]
+    assert (kl[0, [2, 4]] == 0).all() and (uniform[0, [2, 4]] == 0).all()
+    want = indexer.indexer_loss_dense(q, k, lse, 0.2, *trained, first, last)[0]
+    gradients = torch.autograd.grad(want.sum(), trained)
+    check_gradients(results[0][2:], gradients, 32, 6, torch.float32)
 
 
-Q, K, LSE, LATENTS, QI, KI, W = (torch.zeros(shape, device=DEVICE) for shape in ((1, 3, 2, 16), (1, 5, 2, 16), (1, 3, 2), (1, 5, 16), (1, 3, 4, 16), (1, 5, 16), (1, 3, 4)))
-CHOSEN = torch.zeros(1, 3, 2, dtype=torch.int32, device=DEVICE)
+def test_bounds_given_and_not():
+    """None is causal with the queries at the end: the same bits as these bounds written out."""
+    q, k, lse = dense_inputs(1, 21, 45, 2, 1, 24, torch.float32, None, None)
+    trained = indexer_inputs(1, 21, 45, 3, 16, torch.float32)
+    first = torch.zeros(1, 21, dtype=torch.int64, device=DEVICE)
+    last = torch.arange(24, 45, device=DEVICE)
+    dkl = random(1, 21)
+    results = []
+    for pair in ((None, None), (first, None), (None, last), (first, last)):
+        kl, uniform = kernels.indexer_loss_dense(q, k, lse, 0.2, *trained, *pair)
+        results.append((kl, uniform, *torch.autograd.grad(kl, trained, dkl)))
+    for other in results[1:]:
+        for x, y in zip(results[0], other):
+            assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda: dense_attention(Q, K[..., :8], K, 1.0), r"k is \(1, 5, 2, 8\) and should be \(1, 5, 2, 16\)"),
-    (lambda: dense_attention(Q, K, K[:, :4], 1.0), r"k is \(1, 5, 2, 16\)"),
-    (lambda: dense_attention(Q, K[:, :, :1].expand(-1, -1, 3, -1), K[:, :, :1].expand(-1, -1, 3, -1), 1.0), "2 query heads over 3 key heads"),
-    (lambda: dense_attention(Q.expand(40000, -1, -1, -1), K.expand(40000, -1, -1, -1), K.expand(40000, -1, -1, -1), 1.0), "split the batch"),
-    (lambda: indexer_loss_dense(Q, K, LSE.mT, 1.0, QI, KI, W), r"lse is \(1, 2, 3\)"),
-    (lambda: indexer_loss_dense(Q, K, LSE, 1.0, QI, KI[:, 1:], W), "k_index is"),
-    (lambda: indexer_loss_sparse(Q, LATENTS, LSE.mT, CHOSEN, 1.0, QI, KI, W), "lse is"),
-    (lambda: indexer_loss_sparse(Q, LATENTS, LSE, CHOSEN, 1.0, QI, KI[:, 1:], W), "k_index is"),
-    (lambda: indexer_loss_sparse(Q, LATENTS, LSE, CHOSEN[:, 1:], 1.0, QI, KI, W), "indices is"),
-    (lambda: indexer_loss_sparse(Q, LATENTS, LSE, CHOSEN.long(), 1.0, QI, KI, W), "indices are int32, not torch.int64")])
-def test_shapes_that_do_not_fit_are_refused(call, message):
+@pytest.mark.parametrize("of_attention,of_indexer", [
+    (torch.float32, torch.float16), (torch.float16, torch.float32)])
+def test_mixed_dtypes(of_attention, of_indexer):
+    """A float32 indexer beside 16-bit attention, and the reverse: the results of both in float32."""
+    first, last = bounds(1, 20, 50, "packed")
+    q, k, lse = dense_inputs(1, 20, 50, 2, 2, 16, of_attention, first, last)
+    trained = indexer_inputs(1, 20, 50, 3, 16, of_indexer)
+    check_loss(kernels.indexer_loss_dense, exact_dense, (q, k, lse), trained, (first, last), of_indexer)
+    frozen = sparse_inputs(1, 9, 20, 2, 16, 6, of_attention)
+    trained = indexer_inputs(1, 9, 20, 3, 16, of_indexer)
+    check_loss(kernels.indexer_loss_sparse, exact_sparse, frozen, trained, (), of_indexer)
+
+
+@pytest.mark.parametrize("B,S,T,K", [(1, 0, 5, 3), (2, 3, 0, 3), (2, 3, 5, 0), (0, 3, 5, 3)])
+def test_nothing_to_learn_from(B, S, T, K):
+    """No queries, keys, slots or sequences: losses of 0, gradients of 0."""
+    trained = indexer_inputs(B, S, T, 2, 16, torch.float32)
+    q = random(B, S, 2, 16)
+    lse = torch.full((B, S, 2), float("-inf"), device=DEVICE)
+    indices = torch.full((B, S, K), -1, dtype=torch.int32, device=DEVICE)
+    last = torch.full((B, S), -1, dtype=torch.int32, device=DEVICE)
+    for kl, uniform in (
+            kernels.indexer_loss_dense(q, random(B, T, 2, 16), lse, 0.25, *trained, None, last),
+            kernels.indexer_loss_sparse(q, random(B, T, 16), lse, indices, 0.25, *trained)):
+        assert kl.shape == uniform.shape == (B, S)
+        assert (kl == 0).all() and (uniform == 0).all()
+        for x, gradient in zip(trained, torch.autograd.grad(kl.sum(), trained)):
+            assert gradient.shape == x.shape and (gradient == 0).all()
+
+
+# ---- registered operations ----
+
+def flat_dense(kind, learns):
+    """Arguments of torch.ops.dsa.indexer_loss_dense"""
+    first, last = bounds(1, 5, 9, kind)
+    q, k, lse = dense_inputs(1, 5, 9, 2, 1, 16, torch.float32, first, last)
+    trained = [x.requires_grad_(learns) for x in indexer_inputs(1, 5, 9, 3, 16, torch.float32)]
+    return q, k, lse, 0.25, *trained, first, last, learns
+
+
+@pytest.mark.parametrize("kind,learns", [(None, True), ("window", True), (None, False)])
+def test_dense_registered(kind, learns):
+    """Schema, fake results and autograd of the operation, as torch.compile needs them."""
+    torch.library.opcheck(torch.ops.dsa.indexer_loss_dense, flat_dense(kind, learns))
+
+
+def test_dense_backward_registered():
+    *arguments, learns = [x.detach() if torch.is_tensor(x) else x for x in flat_dense("window", True)]
+    gradients = torch.ops.dsa.indexer_loss_dense(*arguments, learns)[2:]
+    torch.library.opcheck(torch.ops.dsa.indexer_loss_dense_backward, (random(1, 5), *arguments, *gradients))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_sparse_registered(learns):
+    frozen = sparse_inputs(1, 5, 9, 2, 16, 4, torch.float16)
+    trained = [x.requires_grad_(learns) for x in indexer_inputs(1, 5, 9, 3, 16, torch.float16)]
+    torch.library.opcheck(torch.ops.dsa.indexer_loss_sparse, (*frozen, 0.25, *trained, learns))
+
+
+def test_sparse_backward_registered():
+    q, latents, lse, indices = sparse_inputs(1, 5, 9, 2, 16, 4, torch.float16)
+    trained = [x.detach() for x in indexer_inputs(1, 5, 9, 3, 16, torch.float16)]
+    g = torch.ops.dsa.indexer_loss_sparse(q, latents, lse, indices, 0.25, *trained, True)[2]
+    torch.library.opcheck(torch.ops.dsa.indexer_loss_sparse_backward, (random(1, 5), indices, *trained, g))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_compiles_into_one_graph(sparse):
+    """The checks and copies around the operations leave no break in a graph; its results are the eager
+    ones."""
+    trained = indexer_inputs(1, 5, 9, 3, 16, torch.float32)
+    if sparse:
+        function = kernels.indexer_loss_sparse
+        arguments = (*sparse_inputs(1, 5, 9, 2, 16, 4, torch.float32), 0.25, *trained)
+    else:
+        function = kernels.indexer_loss_dense
+        first, last = bounds(1, 5, 9, "window")
+        frozen = dense_inputs(1, 5, 9, 2, 2, 16, torch.float32, first, last)
+        arguments = (*frozen, 0.25, *trained, first, last)
+    results = []
+    for call in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
+        kl, uniform = call(*arguments)
+        results.append((kl, uniform, *torch.autograd.grad(kl.square().sum(), trained)))
+    for x, y in zip(*results):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("sparse,change,message", [
+    (False, dict(lse=(1, 2, 3)), r"lse is \(1, 2, 3\)"), (False, dict(k_index=(1, 4, 16)), "k_index is"),
+    (False, dict(k=(1, 5, 3, 16)), "k is"), (False, dict(w=(1, 3, 5)), "w is"),
+    (True, dict(lse=(1, 2, 3)), "lse is"), (True, dict(k_index=(1, 4, 16)), "k_index is"),
+    (True, dict(indices=(1, 2, 2)), "indices is"), (True, dict(k=(1, 5, 8)), "latents is"),
+    (True, dict(dtype=torch.int64), "indices are int32, not torch.int64")])
+def test_shapes_that_do_not_fit_are_refused(sparse, change, message):
     """One line, instead of what lies behind a tensor in memory."""
+    shapes = dict(
+        q=(1, 3, 2, 16), k=(1, 5, 16) if sparse else (1, 5, 2, 16), lse=(1, 3, 2), indices=(1, 3, 2),
+        q_index=(1, 3, 4, 16), k_index=(1, 5, 16), w=(1, 3, 4))
+    dtype = change.get("dtype", torch.int32)
+    shapes.update((name, shape) for name, shape in change.items() if name != "dtype")
+    x = {name: torch.zeros(shape, device=DEVICE) for name, shape in shapes.items()}
+    trained = x["q_index"], x["k_index"], x["w"]
     with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_heads_that_lie_far_apart_are_copied():
-    """The kernels count heads in 32 bits: (B,H,S,d) read as (B,S,H,d) is fine until it has 2^31 elements."""
-    near, far = (torch.empty_strided((1, 2, 18, 16), (18 * s, 16, s, 1), device="meta") for s in (2**20, 2**27))
-    assert [x.stride() for x in kernels._unit(near, far)] == [near.stride(), (576, 288, 16, 1)]
-
-
-@pytest.mark.parametrize("cross_entropy", [model.cross_entropy, kernels.cross_entropy], ids=["torch", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 37), (3, 5000), (2, 4096)] + [pytest.param((300, 50304), marks=big)])
-@pytest.mark.parametrize("kind", ["random", "huge", "equal", "sure"])
-def test_cross_entropy(cross_entropy, dtype, shape, kind):
-    logits = torch.randn(*shape, device=DEVICE) * dict(random=1, huge=1000, equal=0, sure=1)[kind]
-    targets = torch.randint(0, shape[1], shape[:1], device=DEVICE)
-    if kind == "sure":  # p = 1 - tiny: the gradient there is the difference
-        logits.scatter_(1, targets[:, None], 14.0)
-    logits = logits.to(dtype)
-    exact = logits.double().requires_grad_()
-    want = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
-    want_grad, = torch.autograd.grad(want.sum(), exact)
-    x = logits.clone()
-    nats = cross_entropy(x, targets, False)
-    assert torch.equal(x, logits) and nats.dtype == torch.float32 and nats.shape == shape[:1]
-    assert ((nats - want).abs() <= 2e-6 * (1 + exact.abs().amax(1))).all(), (nats - want).abs().max()
-    assert torch.equal(cross_entropy(x, targets, True), nats)
-    near_one = 5e-7  # p - 1 in float32: a few places of 1
-    allowed = (2 * torch.finfo(dtype).eps + 4e-7 * (1 + exact.detach().abs().amax(1, keepdim=True))) * want_grad.abs() + torch.finfo(dtype).smallest_normal * 1e-2
-    assert ((x - want_grad).abs() <= allowed + near_one * (want_grad < 0)).all(), ((x - want_grad).abs() / allowed).max()
+        if sparse:
+            kernels.indexer_loss_sparse(x["q"], x["k"], x["lse"], x["indices"].to(dtype), 1.0, *trained)
+        else:
+            kernels.indexer_loss_dense(x["q"], x["k"], x["lse"], 1.0, *trained)

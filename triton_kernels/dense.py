@@ -1,349 +1,438 @@
-"""Chapter 2: dense attention."""
+"""Chapter 2: dense attention with its log-sum-exp. Causal without documents it is cuDNN's; everything else is
+done by the flash kernels of this file.
+"""
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from triton_kernels.common import fit, limits, LOG2E
+from triton_kernels.common import (
+    LOG2E, fit, full_bounds, launch_combine, launch_delta, limits, load_bounds, load_tile, matmul, operation,
+    power_of_two, two_powers, unit_stride, visible_range)
 
-# ===========================================================================================================================================
-# 2  Dense attention with its log-sum-exp, and the losses that train the indexer. They never differentiate the attention: the gradient with
-#    respect to a score is softmax(I) - p, so one sweep yields loss and gradients, for a bounded chunk of rows at a time and never S x T.
-# ===========================================================================================================================================
+LOWEST = tl.constexpr(-3.4028235e38)  # running maxima begin here: finite, so that they never make inf - inf
+QUERIES_AT_ONCE = tl.constexpr(1024)  # whose bounds `queries_seeing` compares in one step
 
-def _bounds(first, last, B, S, T, device):
-    """first, last as contiguous (B,S) int32, within 0..T-1 where they are given; None -> causal with the queries at the end."""
-    first = torch.zeros(B, S, dtype=torch.int32, device=device) if first is None else first.int().clamp(min=0).expand(B, S).contiguous()
-    last = torch.arange(T - S, T, dtype=torch.int32, device=device).expand(B, S) if last is None else last.int().clamp(max=T - 1).expand(B, S)
-    return first, last.contiguous()
-
-
-def _unit(*tensors):
-    """Tensors whose last dimension has stride 1 and whose heads, if they have some, are near enough for 32 bits; others are copied."""
-    return [x if x.stride(-1) == 1 and (x.dim() < 4 or x.shape[2] * x.stride(2) < 2**31) else x.contiguous() for x in tensors]
+WIDE = 512  # columns of q and v together beyond which tiles are small
+NARROW = 192  # columns up to which the backward holds half as much and streams twice as much
+PART_KEYS = 256  # keys that a part has at least, where few rows split the keys into parts
+MOST_PARTS = 128
 
 
-def hopper_kernels(x):
-    """kernels_hopper where x lies on a Hopper GPU, else None."""
-    if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
-        return None
-    from triton_kernels import hopper
-    return hopper
-
-
-def _split(D):
-    """A head size as powers of two, so that 192 = 128 + 64 or 576 = 512 + 64 is not padded to 256 or 1024 -> (largest, rest or 0)."""
-    large = max(16, 1 << (D.bit_length() - 1))
-    return (large, max(16, triton.next_power_of_2(D - large))) if D > large else (large, 0)
-
+# ---- which keys a tile of queries sees, and which queries see a tile of keys ----
 
 @triton.jit
-def matmul(a, b, acc=None):
-    """a @ b + acc in float32, float32 operands not rounded to tf32"""
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def load_tile(P, row, ok, start, D: tl.constexpr, BD: tl.constexpr):
-    """P[row, start : start + BD], zero where the row is not ok or the column is not below D -> (rows, BD)"""
-    d = start + tl.arange(0, BD)
-    return tl.load(P + row[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def load_bounds(FIRST, LAST, b, i, S, T):
-    """-> first, last of the queries i, and the range [lo, hi) of keys that any of them sees (empty: lo >= hi)"""
-    ok = i < S
-    first = tl.maximum(tl.load(FIRST + b * S + i, mask=ok, other=0), 0)
-    last = tl.minimum(tl.load(LAST + b * S + i, mask=ok, other=-1), T - 1)
-    return first, last, tl.min(tl.where(first <= last, first, T)), tl.max(tl.where(first <= last, last + 1, 0))
-
-
-@triton.jit
-def full_tiles(first, last, ok, lo, hi, BN: tl.constexpr):
-    """Cut [lo, hi) for steps of BN -> (lo, mid, end): in the tiles of [mid, end) every row sees every key, so they need no mask"""
-    mid = tl.minimum(lo + tl.cdiv(tl.maximum(tl.max(tl.where(ok, first, 0)) - lo, 0), BN) * BN, tl.maximum(lo, hi))
+def whole_tiles(first, last, ok, lo, hi, BLOCK_T: tl.constexpr):
+    """Cut the keys [lo, hi) for steps of BLOCK_T -> (begin, end): in the tiles of [begin, end) every row sees
+    every key, so they need no mask."""
+    masked = tl.maximum(tl.max(tl.where(ok, first, 0)) - lo, 0)
+    begin = tl.minimum(lo + tl.cdiv(masked, BLOCK_T) * BLOCK_T, tl.maximum(lo, hi))
     full = tl.minimum(tl.min(tl.where(ok, last + 1, hi)), hi)
-    return mid, mid + tl.maximum(full - mid, 0) // BN * BN
+    return begin, begin + tl.maximum(full - begin, 0) // BLOCK_T * BLOCK_T
 
 
 @triton.jit
-def rows_seeing(FIRST, LAST, b, n0, n1, r0, r1, S, BLOCK: tl.constexpr):
-    """-> the smallest range [lo, hi) of queries within [r0, r1) that holds every query seeing any of the keys [n0, n1), and mid: from there on all see all"""
-    lo = r1
-    hi = r0
-    mid = r0
-    for r in range(r0, r1, BLOCK):
-        i = r + tl.arange(0, BLOCK)
-        first = tl.load(FIRST + b * S + i, mask=i < r1, other=0)
-        last = tl.load(LAST + b * S + i, mask=i < r1, other=-1)
-        sees = (first <= last) & (first < n1) & (last >= n0)
-        lo = tl.minimum(lo, tl.min(tl.where(sees, i, r1)))
-        block_hi = tl.max(tl.where(sees, i + 1, r0))
-        if block_hi > r0:  # queries that see nothing do not count behind the last that sees, but between others
-            mid = tl.where((hi > r0) & (hi < r), r, mid)
+def queries_seeing(first_ptr, last_ptr, b, t0, t1, s0, s1, S, T):
+    """The smallest range [lo, hi) of queries within [s0, s1) that holds every query of sequence b seeing any
+    of the keys [t0, t1), and mid: from there on all see all."""
+    lo = s1
+    hi = s0
+    mid = s0
+    for start in range(s0, s1, QUERIES_AT_ONCE):
+        s = start + tl.arange(0, QUERIES_AT_ONCE)
+        first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+        sees = (s < s1) & (first <= last) & (first < t1) & (last >= t0)
+        lo = tl.minimum(lo, tl.min(tl.where(sees, s, s1)))
+        block_hi = tl.max(tl.where(sees, s + 1, s0))
+        # queries that see nothing do not count behind the last that sees, but between others
+        if block_hi > s0:
+            mid = tl.where((hi > s0) & (hi < start), start, mid)
             hi = block_hi
-            all_of_them = sees & (first <= n0) & (last >= n1 - 1)
-            mid = tl.maximum(mid, tl.max(tl.where(all_of_them | (i >= block_hi), r0, i + 1)))
+            all_of_them = sees & (first <= t0) & (last >= t1 - 1)
+            mid = tl.maximum(mid, tl.max(tl.where(all_of_them | (s >= block_hi), s0, s + 1)))
     return lo, hi, mid
 
 
-# dense_attention: out[t] = sum_s softmax_s(scale q_t.k_s) v_s over first_t <= s <= last_t.
-# Causal without documents is cuDNN's. The rest: a program keeps BM rows and streams BN keys, from the first that a row sees to the last. Rows are
-# (query, head) pairs of the G = H / Hk heads that share a key head: one kernel for MHA (G = 1), MQA (G = H), and decoding, where few rows
-# are split SPLITS ways over the keys and combined. Backward recomputes p from lse: keys kept for dk and dv, rows kept for dq; no atomics.
-# 2 (d + dv) operations per pair and head forward, 2 (3 d + 2 dv) backward plus 2 (d + dv) for the second recomputation.
+# ---- dense_attention ----
+# contract    kernels.dense_attention
+# in PyTorch  logits = einsum("bshd,bthd->bsht", q, k) * scale, masked;  out = einsum("bsht,bthd->bshd",
+# softmax(logits), v)
+# equation    out[t] = sum_s p[t,s] v[s],  p[t,s] = exp(scale q[t].k[s] - lse[t]),  first[t] <= s <= last[t]
+#             dv = p^T dout,  ds = p (dout v^T - out.dout),  dq = scale ds k,  dk = scale ds^T q
+# tiling      a program keeps N rows and streams the keys that any of them sees, BLOCK_T at a time. A row is a
+#             pair (query, head) of the GROUP = H / Hk heads that share a key head: one kernel for MHA
+#             (GROUP = 1), MQA (GROUP = H) and decoding, where few rows split the keys into PARTS, combined
+#             afterwards. The backward recomputes p from lse: one kernel keeps keys for dk and dv, another
+#             keeps rows for dq; no atomics
+# FLOPs       per visible pair and head 2 (D + V) forward, 2 (3 D + 2 V) backward, and 2 (D + V) for
+#             computing p and dout v^T a second time
+# bytes       what is kept once; what is streamed once per tile of the kept side, mostly from L2
 
 
 @triton.jit
-def flash_forward_kernel(Q, K, V, OUT, LSE, FIRST, LAST, sqb, sqs, sqh, skb, skt, skh, svb, svt, svh, scale_log2, S, T, H: tl.constexpr,
-                         G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
-                         BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, V_IN_K: tl.constexpr, STAGES: tl.constexpr):
-    b = tl.program_id(1) // (H // G)
-    hk = tl.program_id(1) % (H // G)
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    i = r // G
-    h = hk * G + r % G
-    first, last, lo, hi = load_bounds(FIRST, LAST, b, i, S, T)
-    share = tl.cdiv(tl.cdiv(hi - lo, SPLITS), BN) * BN
-    lo += tl.program_id(2) * share
-    hi = tl.minimum(hi, lo + share)
-    row = i.to(tl.int64) * sqs + h * sqh + b.to(tl.int64) * sqb
-    q1 = load_tile(Q, row, i < S, 0, D, D1)
+def query_and_head(row, key_head, GROUP: tl.constexpr):
+    """Rows of one key head: its GROUP heads of query 0, then of query 1, ..."""
+    return row // GROUP, key_head * GROUP + row % GROUP
+
+
+@triton.jit
+def load_and_multiply(held1, held2, ptr, row, ok, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Load a tile x (rows, D) as its first D1 columns and its other D2 -> x1, x2, and held x^T."""
+    x1 = load_tile(ptr, row, ok, 0, D, D1)
+    x2 = x1
+    product = matmul(held1, tl.trans(x1))
     if D2 > 0:
-        q2 = load_tile(Q, row, i < S, D1, D, D2)
-    K += b.to(tl.int64) * skb + hk * skh
-    V += b.to(tl.int64) * svb + hk * svh
-    m = tl.full([BM], -1e30, tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BV], tl.float32)
-    mid, end = full_tiles(first, last, i < S, lo, hi, BN)
-    for part in tl.static_range(3):
-        for j in tl.range(lo if part == 0 else mid if part == 1 else end, mid if part == 0 else end if part == 1 else hi, BN, num_stages=STAGES):
-            n = j + tl.arange(0, BN)
-            key = n.to(tl.int64) * skt
-            k1 = load_tile(K, key, n < hi, 0, D, D1)
-            s = matmul(q1, tl.trans(k1))
-            if D2 > 0:
-                s = matmul(q2, tl.trans(load_tile(K, key, n < hi, D1, D, D2)), s)
-            s *= scale_log2
-            if part != 1:
-                s = tl.where((n >= first[:, None]) & (n <= last[:, None]), s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1))
+        x2 = load_tile(ptr, row, ok, D1, D, D2)
+        product = matmul(held2, tl.trans(x2), product)
+    return x1, x2, product
+
+
+@triton.jit
+def store_tile(ptr, row, ok, start, D: tl.constexpr, BLOCK_D: tl.constexpr, x):
+    """x (rows, BLOCK_D) -> ptr[row, start : start + BLOCK_D], where the row is ok and the column below D"""
+    d = start + tl.arange(0, BLOCK_D)
+    tl.store(ptr + row[:, None] + d[None, :], x.to(ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def flash_forward_kernel(
+        q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, last_ptr,
+        scale_log2, S, T,
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+        H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
+        PARTS: tl.constexpr, V_IN_K: tl.constexpr, STAGES: tl.constexpr):
+    b = tl.program_id(1) // (H // GROUP)
+    key_head = tl.program_id(1) % (H // GROUP)
+    s, h = query_and_head(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
+    ok = s < S
+    first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+    lo, hi = visible_range(first, last, T)
+
+    # this program's part of the keys
+    part_keys = tl.cdiv(tl.cdiv(hi - lo, PARTS), BLOCK_T) * BLOCK_T
+    lo += tl.program_id(2) * part_keys
+    hi = tl.minimum(hi, lo + part_keys)
+
+    # what is kept
+    row = s.to(tl.int64) * stride_qs + h * stride_qh + b.to(tl.int64) * stride_qb
+    q1 = load_tile(q_ptr, row, ok, 0, D, D1)
+    q2 = q1
+    if D2 > 0:
+        q2 = load_tile(q_ptr, row, ok, D1, D, D2)
+    k_ptr += b.to(tl.int64) * stride_kb + key_head * stride_kh
+    v_ptr += b.to(tl.int64) * stride_vb + key_head * stride_vh
+    m = tl.full([N], LOWEST, tl.float32)
+    l = tl.zeros([N], tl.float32)
+    acc = tl.zeros([N, BLOCK_V], tl.float32)
+
+    # online softmax over the keys; only the tiles before and behind [begin, end) need a mask
+    begin, end = whole_tiles(first, last, ok, lo, hi, BLOCK_T)
+    cuts = (lo, begin, end, hi)
+    for i in tl.static_range(3):
+        for t0 in tl.range(cuts[i], cuts[i + 1], BLOCK_T, num_stages=STAGES):
+            t = t0 + tl.arange(0, BLOCK_T)
+            k1, _, logits = load_and_multiply(q1, q2, k_ptr, t.to(tl.int64) * stride_kt, t < hi, D, D1, D2)
+            logits *= scale_log2
+            if i != 1:
+                logits = tl.where((t >= first[:, None]) & (t <= last[:, None]), logits, float("-inf"))
+            m_new = tl.maximum(m, tl.max(logits, 1))
             alpha = tl.exp2(m - m_new)
-            p = tl.exp2(s - m_new[:, None])
+            p = tl.exp2(logits - m_new[:, None])
             l = l * alpha + tl.sum(p, 1)
-            v = k1 if V_IN_K else load_tile(V, n.to(tl.int64) * svt, n < hi, 0, DV, BV)
+            if V_IN_K:
+                v = k1
+            else:
+                v = load_tile(v_ptr, t.to(tl.int64) * stride_vt, t < hi, 0, V, BLOCK_V)
             acc = matmul(p.to(v.dtype), v, acc * alpha[:, None])
             m = m_new
-    o = ((tl.program_id(2) * (tl.num_programs(1) // (H // G)) + b).to(tl.int64) * S + i) * H + h
-    d = tl.arange(0, BV)
-    acc = tl.where(l[:, None] > 0, acc / l[:, None], 0.0)
-    tl.store(OUT + o[:, None] * DV + d[None, :], acc.to(OUT.dtype.element_ty), mask=(i < S)[:, None] & (d < DV)[None, :])
-    tl.store(LSE + o, tl.where(l > 0, (m + tl.log2(l)) / LOG2E, float("-inf")), mask=i < S)
+
+    # out and lse of this part; a row without a visible key gives 0 and -inf, one of NaN keeps its NaN
+    if PARTS == 1:
+        empty = first > last
+    else:
+        empty = l == 0
+    row = ((tl.program_id(2) * (tl.num_programs(1) // (H // GROUP)) + b).to(tl.int64) * S + s) * H + h
+    store_tile(out_ptr, row * V, ok, 0, V, BLOCK_V, tl.where(empty[:, None], 0.0, acc / l[:, None]))
+    tl.store(lse_ptr + row, tl.where(empty, float("-inf"), (m + tl.log2(l)) / LOG2E), mask=ok)
 
 
 @triton.jit
-def flash_combine_kernel(PART, PART_LSE, OUT, LSE, rows, DV: tl.constexpr, BV: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr):
-    """out = sum_i exp(lse_i - lse) out_i over the SPLITS parts of one row"""
-    r = tl.program_id(0).to(tl.int64)
-    i, d = tl.arange(0, BS).to(tl.int64), tl.arange(0, BV)
-    lse = tl.load(PART_LSE + i * rows + r, mask=i < SPLITS, other=float("-inf"))
-    top = tl.maximum(tl.max(lse), -1e30)
-    share = tl.exp(lse - top)
-    total = tl.sum(share)
-    x = tl.load(PART + (i[:, None] * rows + r) * DV + d[None, :], mask=(i < SPLITS)[:, None] & (d < DV)[None, :], other=0.0)
-    out = tl.where(total > 0, tl.sum(x * share[:, None], 0) / total, 0.0)
-    tl.store(OUT + r * DV + d, out.to(OUT.dtype.element_ty), mask=d < DV)
-    tl.store(LSE + r, tl.where(total > 0, top + tl.log(total), float("-inf")))
+def flash_dkdv_kernel(
+        q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, first_ptr, last_ptr,
+        scale, S, T,
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+        H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+    """dk and dv of BLOCK_T keys; all products transposed, (BLOCK_T, N). lse2, delta (B,H,S)."""
+    b = tl.program_id(1) // (H // GROUP)
+    key_head = tl.program_id(1) % (H // GROUP)
+    t0 = tl.program_id(0) * BLOCK_T
+    t = t0 + tl.arange(0, BLOCK_T)
 
-
-@triton.jit
-def flash_delta_kernel(OUT, DOUT, LSE, DELTA, LSE2, rows, S, H: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr):
-    """delta = out . dout per (query, head), what softmax's backward subtracts; delta and the base-2 lse in (B,H,S), as the backward reads them"""
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    o = r.to(tl.int64) * DV
-    delta = tl.sum(load_tile(OUT, o, r < rows, 0, DV, BV).to(tl.float32) * load_tile(DOUT, o, r < rows, 0, DV, BV).to(tl.float32), 1)
-    t = (r // H // S * H + r % H) * S + r // H % S
-    tl.store(DELTA + t, delta, mask=r < rows)
-    tl.store(LSE2 + t, tl.load(LSE + r, mask=r < rows, other=0.0) * LOG2E, mask=r < rows)
-
-
-@triton.jit
-def flash_dkdv_kernel(Q, K, V, DOUT, LSE2, DELTA, DK, DV_, FIRST, LAST, sqb, sqs, sqh, skb, skt, skh, svb, svt, svh, scale, S, T, H: tl.constexpr,
-                      G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
-                      BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    b = tl.program_id(1) // (H // G)
-    hk = tl.program_id(1) % (H // G)
-    n0 = tl.program_id(0) * BN
-    n = n0 + tl.arange(0, BN)
-    key = b.to(tl.int64) * skb + hk * skh + n.to(tl.int64) * skt
-    k1 = load_tile(K, key, n < T, 0, D, D1)
-    v = load_tile(V, b.to(tl.int64) * svb + hk * svh + n.to(tl.int64) * svt, n < T, 0, DV, BV)
-    dk1 = tl.zeros([BN, D1], tl.float32)
-    dv = tl.zeros([BN, BV], tl.float32)
+    # what is kept
+    key = b.to(tl.int64) * stride_kb + key_head * stride_kh + t.to(tl.int64) * stride_kt
+    k1 = load_tile(k_ptr, key, t < T, 0, D, D1)
+    k2 = k1
+    value = b.to(tl.int64) * stride_vb + key_head * stride_vh + t.to(tl.int64) * stride_vt
+    v = load_tile(v_ptr, value, t < T, 0, V, BLOCK_V)
+    dk1 = tl.zeros([BLOCK_T, D1], tl.float32)
+    dv = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     if D2 > 0:
-        k2 = load_tile(K, key, n < T, D1, D, D2)
-        dk2 = tl.zeros([BN, D2], tl.float32)
-    lo, hi, mid = rows_seeing(FIRST, LAST, b, n0, tl.minimum(n0 + BN, T), 0, S, S, 1024)
-    lo, hi = lo * G, hi * G
-    mid = lo + tl.cdiv(tl.maximum(mid * G - lo, 0), BM) * BM
-    for part in tl.static_range(2):
-        for j in tl.range(lo if part == 0 else mid, tl.minimum(mid, hi) if part == 0 else hi, BM, num_stages=STAGES):
-            r = j + tl.arange(0, BM)
-            i = r // G
-            h = hk * G + r % G
-            ok = r < hi
-            o = (b.to(tl.int64) * S + i) * H + h
-            t = (b * H + h) * S + i
-            row = b.to(tl.int64) * sqb + i.to(tl.int64) * sqs + h * sqh
-            q1 = load_tile(Q, row, ok, 0, D, D1)
-            s = matmul(k1, tl.trans(q1))
-            if D2 > 0:
-                q2 = load_tile(Q, row, ok, D1, D, D2)
-                s = matmul(k2, tl.trans(q2), s)
-            p = tl.exp2(s * (scale * LOG2E) - tl.load(LSE2 + t, mask=ok, other=float("inf"))[None, :])
-            if part == 0:
-                first = tl.load(FIRST + b * S + i, mask=ok, other=0)
-                last = tl.load(LAST + b * S + i, mask=ok, other=-1)
-                p = tl.where((n[:, None] >= first) & (n[:, None] <= last), p, 0.0)
-            dout = load_tile(DOUT, o * DV, ok, 0, DV, BV)
+        k2 = load_tile(k_ptr, key, t < T, D1, D, D2)
+        dk2 = tl.zeros([BLOCK_T, D2], tl.float32)
+
+    # the rows that see any of these keys; from mid on they see all and need no mask
+    lo, hi, mid = queries_seeing(first_ptr, last_ptr, b, t0, tl.minimum(t0 + BLOCK_T, T), 0, S, S, T)
+    lo *= GROUP
+    hi *= GROUP
+    mid = lo + tl.cdiv(tl.maximum(mid * GROUP - lo, 0), N) * N
+    starts = (lo, mid)
+    stops = (tl.minimum(mid, hi), hi)
+    for i in tl.static_range(2):
+        for row0 in tl.range(starts[i], stops[i], N, num_stages=STAGES):
+            row = row0 + tl.arange(0, N)
+            ok = row < hi
+            s, h = query_and_head(row, key_head, GROUP)
+            query = b.to(tl.int64) * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
+            statistic = (b * H + h) * S + s
+            q1, q2, logits = load_and_multiply(k1, k2, q_ptr, query, ok, D, D1, D2)
+            lse2 = tl.load(lse2_ptr + statistic, mask=ok, other=float("inf"))
+            p = tl.exp2(logits * (scale * LOG2E) - lse2[None, :])
+            if i == 0:
+                first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+                p = tl.where((t[:, None] >= first) & (t[:, None] <= last), p, 0.0)
+            dout = load_tile(dout_ptr, ((b.to(tl.int64) * S + s) * H + h) * V, ok, 0, V, BLOCK_V)
             dv = matmul(p.to(dout.dtype), dout, dv)
-            ds = (p * (matmul(v, tl.trans(dout)) - tl.load(DELTA + t, mask=ok, other=0.0)[None, :])).to(q1.dtype)
+            dp = matmul(v, tl.trans(dout))
+            delta = tl.load(delta_ptr + statistic, mask=ok, other=0.0)
+            ds = (p * (dp - delta[None, :])).to(q1.dtype)
             dk1 = matmul(ds, q1, dk1)
             if D2 > 0:
                 dk2 = matmul(ds, q2, dk2)
-    o = (b.to(tl.int64) * T + n) * (H // G) + hk
-    d = tl.arange(0, BV)
-    tl.store(DV_ + o[:, None] * DV + d[None, :], dv.to(DV_.dtype.element_ty), mask=(n < T)[:, None] & (d < DV)[None, :])
-    d = tl.arange(0, D1)
-    tl.store(DK + o[:, None] * D + d[None, :], (dk1 * scale).to(DK.dtype.element_ty), mask=(n < T)[:, None] & (d < D)[None, :])
+
+    key = (b.to(tl.int64) * T + t) * (H // GROUP) + key_head
+    store_tile(dv_ptr, key * V, t < T, 0, V, BLOCK_V, dv)
+    store_tile(dk_ptr, key * D, t < T, 0, D, D1, dk1 * scale)
     if D2 > 0:
-        d = D1 + tl.arange(0, D2)
-        tl.store(DK + o[:, None] * D + d[None, :], (dk2 * scale).to(DK.dtype.element_ty), mask=(n < T)[:, None] & (d < D)[None, :])
+        store_tile(dk_ptr, key * D, t < T, D1, D, D2, dk2 * scale)
 
 
 @triton.jit
-def flash_dq_kernel(Q, K, V, DOUT, LSE2, DELTA, DQ, FIRST, LAST, sqb, sqs, sqh, skb, skt, skh, svb, svt, svh, scale, S, T, H: tl.constexpr,
-                    G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    b = tl.program_id(1) // (H // G)
-    hk = tl.program_id(1) % (H // G)
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    i = r // G
-    h = hk * G + r % G
-    ok = i < S
-    first, last, lo, hi = load_bounds(FIRST, LAST, b, i, S, T)
-    o = (b.to(tl.int64) * S + i) * H + h
-    row = b.to(tl.int64) * sqb + i.to(tl.int64) * sqs + h * sqh
-    q1 = load_tile(Q, row, ok, 0, D, D1)
-    dout = load_tile(DOUT, o * DV, ok, 0, DV, BV)
-    lse = tl.load(LSE2 + (b * H + h) * S + i, mask=ok, other=0.0)
-    delta = tl.load(DELTA + (b * H + h) * S + i, mask=ok, other=0.0)
-    dq1 = tl.zeros([BM, D1], tl.float32)
+def flash_dq_kernel(
+        q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, first_ptr, last_ptr,
+        scale, S, T,
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+        H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+    """dq of N rows. lse2, delta (B,H,S)."""
+    b = tl.program_id(1) // (H // GROUP)
+    key_head = tl.program_id(1) % (H // GROUP)
+    s, h = query_and_head(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
+    ok = s < S
+    first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+    lo, hi = visible_range(first, last, T)
+
+    # what is kept
+    row = (b.to(tl.int64) * S + s) * H + h
+    query = b.to(tl.int64) * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
+    q1 = load_tile(q_ptr, query, ok, 0, D, D1)
+    q2 = q1
+    dout = load_tile(dout_ptr, row * V, ok, 0, V, BLOCK_V)
+    lse2 = tl.load(lse2_ptr + (b * H + h) * S + s, mask=ok, other=0.0)
+    delta = tl.load(delta_ptr + (b * H + h) * S + s, mask=ok, other=0.0)
+    dq1 = tl.zeros([N, D1], tl.float32)
     if D2 > 0:
-        q2 = load_tile(Q, row, ok, D1, D, D2)
-        dq2 = tl.zeros([BM, D2], tl.float32)
-    K += b.to(tl.int64) * skb + hk * skh
-    V += b.to(tl.int64) * svb + hk * svh
-    mid, end = full_tiles(first, last, ok, lo, hi, BN)
-    for part in tl.static_range(3):
-        for j in tl.range(lo if part == 0 else mid if part == 1 else end, mid if part == 0 else end if part == 1 else hi, BN, num_stages=STAGES):
-            n = j + tl.arange(0, BN)
-            key = n.to(tl.int64) * skt
-            k1 = load_tile(K, key, n < hi, 0, D, D1)
-            s = matmul(q1, tl.trans(k1))
-            if D2 > 0:
-                k2 = load_tile(K, key, n < hi, D1, D, D2)
-                s = matmul(q2, tl.trans(k2), s)
-            p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
-            if part != 1:
-                p = tl.where((n >= first[:, None]) & (n <= last[:, None]), p, 0.0)
-            v = load_tile(V, n.to(tl.int64) * svt, n < hi, 0, DV, BV)
+        q2 = load_tile(q_ptr, query, ok, D1, D, D2)
+        dq2 = tl.zeros([N, D2], tl.float32)
+    k_ptr += b.to(tl.int64) * stride_kb + key_head * stride_kh
+    v_ptr += b.to(tl.int64) * stride_vb + key_head * stride_vh
+
+    # only the tiles before and behind [begin, end) need a mask
+    begin, end = whole_tiles(first, last, ok, lo, hi, BLOCK_T)
+    cuts = (lo, begin, end, hi)
+    for i in tl.static_range(3):
+        for t0 in tl.range(cuts[i], cuts[i + 1], BLOCK_T, num_stages=STAGES):
+            t = t0 + tl.arange(0, BLOCK_T)
+            k1, k2, logits = load_and_multiply(q1, q2, k_ptr, t.to(tl.int64) * stride_kt, t < hi, D, D1, D2)
+            p = tl.exp2(logits * (scale * LOG2E) - lse2[:, None])
+            if i != 1:
+                p = tl.where((t >= first[:, None]) & (t <= last[:, None]), p, 0.0)
+            v = load_tile(v_ptr, t.to(tl.int64) * stride_vt, t < hi, 0, V, BLOCK_V)
             ds = (p * (matmul(dout, tl.trans(v)) - delta[:, None])).to(k1.dtype)
             dq1 = matmul(ds, k1, dq1)
             if D2 > 0:
                 dq2 = matmul(ds, k2, dq2)
-    d = tl.arange(0, D1)
-    tl.store(DQ + o[:, None] * D + d[None, :], (dq1 * scale).to(DQ.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+
+    store_tile(dq_ptr, row * D, ok, 0, D, D1, dq1 * scale)
     if D2 > 0:
-        d = D1 + tl.arange(0, D2)
-        tl.store(DQ + o[:, None] * D + d[None, :], (dq2 * scale).to(DQ.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+        store_tile(dq_ptr, row * D, ok, D1, D, D2, dq2 * scale)
 
 
-class FlashAttention(torch.autograd.Function):
-    """dense_attention with its backward: products recomputed tile by tile, no atomics."""
+class FlashTiles(NamedTuple):
+    held: int  # extent of the side that a program keeps: rows, in the dkdv kernel keys
+    streamed: int  # extent of a step along the other side
+    num_stages: int
+    num_warps: int
 
-    @staticmethod
-    def tiles(x, width, backward):
-        """-> rows held, keys streamed (backward: the held and the streamed side of either kernel), stages, warps; less where shared memory is short"""
-        if x.dtype == torch.float32:
-            held, streamed, stages, warps = (16, 16, 1, 8) if width > 512 else (32, 32, 1, 4)  # wider, ptxas works for minutes and spills
-        elif width > 512:
-            held, streamed, stages, warps = (32, 32, 1, 8) if backward else (64, 32, 2, 8)
-        elif backward:
-            held, streamed, stages, warps = (64, 128, 2, 4) if width <= 192 else (128, 64, 2, 8)
-        else:
-            held, streamed, stages, warps = 128, 64, 3, 8
-        while streamed > 16 and 2 * (held + stages * streamed) * width > limits(x.device)[0]:
-            held, stages, streamed = max(16, held // 2), max(1, stages - 1), streamed // 2 if stages == 1 else streamed
-        return held, streamed, stages, warps
 
-    @staticmethod
-    def forward(ctx, q, k, v, scale, first, last):
-        (B, S, H, D), (T, Hk, DV) = q.shape, v.shape[1:]
-        G, (D1, D2), BV = H // Hk, _split(D), max(16, triton.next_power_of_2(DV))
-        BM, BN, stages, warps = FlashAttention.tiles(q, D1 + D2 + BV, False)
-        BM = min(BM, max(16, triton.next_power_of_2(S * G)))
-        blocks = triton.cdiv(S * G, BM) * B * Hk
-        splits = max(1, min(2 * limits(q.device)[1] // blocks, T // 256, 128))
-        out = torch.empty(B, S, H, DV, dtype=v.dtype, device=q.device)
-        lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
-        part = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=q.device)
-        part_lse = lse if splits == 1 else torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
-        v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and DV == D1
-        flash_forward_kernel[triton.cdiv(S * G, BM), B * Hk, splits](
-            q, k, v, part, part_lse, first, last, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale * LOG2E.value, S, T, H, G, D, D1, D2,
-            DV, BV, BM, BN, splits, v_in_k, stages, num_warps=warps)
-        if splits > 1:
-            flash_combine_kernel[B * S * H,](part, part_lse, out, lse, B * S * H, DV, BV, splits, triton.next_power_of_2(splits), num_warps=4)
-        ctx.save_for_backward(q, k, v, out, lse, first, last)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(lse)
+def flash_tiles(x, width, backward):
+    """Tiles for q, k, v in x's dtype, of `width` padded columns in all; smaller where shared memory is
+    short."""
+    if x.dtype == torch.float32:  # larger ones of many columns keep ptxas busy for minutes, and spill
+        tiles = FlashTiles(16, 16, 1, 8) if width > WIDE else FlashTiles(32, 32, 1, 4)
+    elif width > WIDE:
+        tiles = FlashTiles(32, 32, 1, 8) if backward else FlashTiles(64, 32, 2, 8)
+    elif not backward:
+        tiles = FlashTiles(128, 64, 3, 8)
+    else:
+        tiles = FlashTiles(64, 128, 2, 4) if width <= NARROW else FlashTiles(128, 64, 2, 8)
+    held, streamed, num_stages, num_warps = tiles
+    while streamed > 16 and 2 * (held + num_stages * streamed) * width > limits(x.device)[0]:
+        held = max(16, held // 2)
+        if num_stages == 1:
+            streamed //= 2
+        num_stages = max(1, num_stages - 1)
+    return FlashTiles(held, streamed, num_stages, num_warps)
+
+
+@operation("flash_attention")
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None,
+                    last: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Arguments as kernels.dense_attention, with unit strides, first and last (B,S) contiguous int32 -> out,
+    lse"""
+    B, S, H, D = q.shape
+    T, Hk, V = v.shape[1:]
+    group = H // Hk
+    D1, D2 = two_powers(D)
+    out = torch.empty(B, S, H, V, dtype=v.dtype, device=q.device)
+    lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
+    if lse.numel() == 0:
         return out, lse
 
-    @staticmethod
-    def backward(ctx, dout, _):
-        q, k, v, out, lse, first, last = ctx.saved_tensors
-        (B, S, H, D), (T, Hk, DV), dout = q.shape, v.shape[1:], dout.contiguous()
-        G, (D1, D2), BV = H // Hk, _split(D), max(16, triton.next_power_of_2(DV))
-        held, streamed, stages, warps = FlashAttention.tiles(q, D1 + D2 + BV, True)
-        delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-        flash_delta_kernel[triton.cdiv(B * S * H, 16),](out, dout, lse, delta, lse2, B * S * H, S, H, DV, BV, 16)
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-        shape = (ctx.scale, S, T, H, G, D, D1, D2, DV, BV)
-        flash_dkdv_kernel[triton.cdiv(T, held), B * Hk](q, k, v, dout, lse2, delta, dk, dv, first, last, *strides, *shape, streamed, held, stages,
-                                                        num_warps=warps)
-        flash_dq_kernel[triton.cdiv(S * G, held), B * Hk](q, k, v, dout, lse2, delta, dq, first, last, *strides, *shape, held, streamed, stages,
-                                                          num_warps=warps)
-        return dq, dk, dv, None, None, None
+    # few rows: the keys are split into parts, so that two programs per multiprocessor have something to do
+    tiles = flash_tiles(q, D1 + D2 + power_of_two(V), backward=False)
+    N = min(tiles.held, power_of_two(S * group))
+    blocks = triton.cdiv(S * group, N)
+    parts = max(1, min(2 * limits(q.device)[1] // (blocks * B * Hk), T // PART_KEYS, MOST_PARTS))
+    part = out
+    part_lse = lse
+    if parts > 1:
+        part = torch.empty(parts, B, S, H, V, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(parts, B, S, H, dtype=torch.float32, device=q.device)
+
+    flash_forward_kernel[(blocks, B * Hk, parts)](
+        q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=part, lse_ptr=part_lse, first_ptr=first, last_ptr=last,
+        scale_log2=scale * LOG2E.value, S=S, T=T,
+        stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
+        stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
+        stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2),
+        H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V), N=N, BLOCK_T=tiles.streamed,
+        PARTS=parts, V_IN_K=v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and V == D1,
+        STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps)
+    if parts > 1:
+        launch_combine(part, part_lse, out, lse)
+    return out, lse
+
+
+@flash_attention.register_fake
+def _(q, k, v, scale, first, last):
+    shape = (*q.shape[:3], v.shape[3])
+    return q.new_empty(shape, dtype=v.dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@operation("flash_attention_backward")
+def flash_attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                             scale: float, first: Tensor | None,
+                             last: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """dout (B,S,H,V), arguments and results of flash_attention -> dq, dk, dv in the dtypes of q, k, v"""
+    B, S, H, D = q.shape
+    T, Hk, V = v.shape[1:]
+    group = H // Hk
+    D1, D2 = two_powers(D)
+    tiles = flash_tiles(q, D1 + D2 + power_of_two(V), backward=True)
+    dout = dout.contiguous()
+    delta, lse2 = launch_delta(out, dout, lse, heads_first=True)  # (B, H, S)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=q.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=q.device)
+    shared = dict(
+        q_ptr=q, k_ptr=k, v_ptr=v, dout_ptr=dout, lse2_ptr=lse2, delta_ptr=delta,
+        first_ptr=first, last_ptr=last,
+        scale=scale, S=S, T=T,
+        stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
+        stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
+        stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2),
+        H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V),
+        STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps)
+    flash_dkdv_kernel[(triton.cdiv(T, tiles.held), B * Hk)](
+        dk_ptr=dk, dv_ptr=dv, N=tiles.streamed, BLOCK_T=tiles.held, **shared)
+    flash_dq_kernel[(triton.cdiv(S * group, tiles.held), B * Hk)](
+        dq_ptr=dq, N=tiles.held, BLOCK_T=tiles.streamed, **shared)
+    return dq, dk, dv
+
+
+@flash_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, scale, first, last):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def keep_inputs(ctx, inputs, output):
+    q, k, v, ctx.scale, first, last = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, first, last)
+
+
+def differentiate(ctx, dout, dlse):
+    q, k, v, out, lse, first, last = ctx.saved_tensors
+    dq, dk, dv = flash_attention_backward(dout, q, k, v, out, lse, ctx.scale, first, last)
+    return dq, dk, dv, None, None, None
+
+
+flash_attention.register_autograd(differentiate, setup_context=keep_inputs)
+
+
+def cudnn_takes(q, v, first, last):
+    """Is this what cuDNN's attention knows, and does best? Causal over one document, a key head per query
+    head, 16-bit heads of up to 128 dimensions or, from Hopper on, of 192 with values of 128."""
+    S, H, D = q.shape[1:]
+    T, Hk, V = v.shape[1:]
+    if first is not None or last is not None or S != T or S < 2 or Hk != H:
+        return False
+    if not q.is_cuda or not torch.version.cuda or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if D % 8 or V % 8:
+        return False
+    if max(D, V) <= 128:
+        return True
+    return (D, V) == (192, 128) and torch.cuda.get_device_properties(q.device).major >= 9
+
+
+def cudnn_attention(q, k, v, scale):
+    """Causal attention by cuDNN, which takes and gives (B,H,S,D) -> out (B,S,H,V), lse (B,S,H)"""
+    B, S, H, _ = q.shape
+    results = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, True, False, scale=scale)
+    out, lse = results[:2]
+    return out.transpose(1, 2), lse.view(B, H, S).transpose(1, 2)
 
 
 def dense_attention(q, k, v, scale, first=None, last=None):
-    """Softmax attention over everything visible. q (B,S,H,d), k (B,T,Hk,d), v (B,T,Hk,dv), Hk divides H: H (MHA), 1 (MQA on latents)
-    -> out (B,S,H,dv) in v's dtype, lse (B,S,H) float32, natural logarithm of sum exp(scale q.k). Differentiable in q, k, v, not through lse.
-    A row that sees nothing: out 0, lse -inf. ValueError: Hk does not divide H, other shapes do not fit."""
-    (B, S, H, d), (T, Hk, dv) = q.shape, v.shape[1:]
-    if H % Hk:
-        raise ValueError(f"dense_attention: {H} query heads over {Hk} key heads; the key heads must divide the query heads")
+    B, S, H, D = q.shape
+    T, Hk, V = v.shape[1:]
+    if Hk == 0 or H % Hk:
+        raise ValueError(f"{H} query heads over {Hk} key heads: the key heads must divide the query heads")
     if B * Hk >= 2**16:
-        raise ValueError(f"dense_attention: {B} sequences x {Hk} key heads; a launch takes less than 65536, so split the batch")
-    fit(k=(k, (B, T, Hk, d)), v=(v, (B, T, Hk, dv)))
-    plain = first is None and last is None and S == T > 1 and Hk == H and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    if plain and d % 8 == dv % 8 == 0 and torch.version.cuda and (max(d, dv) <= 128 or torch.cuda.get_device_capability(q.device) >= (9, 0)
-                                                                   and (d, dv) == (192, 128)):
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, True, False, scale=scale)[:2]
-        return out.transpose(1, 2), lse.view(B, H, S).transpose(1, 2)
-    return FlashAttention.apply(*_unit(q, k, v), scale, *_bounds(first, last, B, S, T, q.device))
+        raise ValueError(f"{B} sequences x {Hk} key heads: a launch takes less than 65536; split the batch")
+    fit(k=(k, (B, T, Hk, D)), v=(v, (B, T, Hk, V)))
+    if cudnn_takes(q, v, first, last):
+        out, lse = cudnn_attention(q, k, v, scale)
+    else:
+        out, lse = flash_attention(
+            unit_stride(q), unit_stride(k), unit_stride(v), scale,
+            full_bounds(first, B, S), full_bounds(last, B, S))
+    return out, lse.detach()

@@ -1,496 +1,809 @@
-"""Chapter 4: the indexer's losses."""
+"""Chapter 4: the losses that train the indexer. They never differentiate the attention: the gradient with
+respect to a score is softmax(I) - p, so one sweep over the pairs yields loss and gradients, for a chunk of
+queries at a time and never S x T.
+"""
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from triton_kernels.common import fit, limits, LOG2E
-from triton_kernels.dense import _bounds, _split, _unit, hopper_kernels, load_bounds, load_tile, matmul, rows_seeing
-from triton_kernels.sparse import sparse_tokens, sparse_union
+from triton_kernels.common import (
+    LOG2E, check_indices, fit, full_bounds, is_hopper, limits, load_bounds, load_tile, matmul, operation,
+    power_of_two, two_powers, unit_stride, visible_range)
+from triton_kernels.dense import LOWEST, queries_seeing, store_tile
+from triton_kernels.sparse import union, union_tokens
 
-LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk of the dense loss holds at a time: 18 bytes each at 64 indexer heads
-G_SCALE = tl.constexpr(64.0)  # gradients with respect to scores are kept times this: float16 would lose those of long rows
-
-# indexer_loss_dense: kl[t] = sum_s p log p - p log softmax(I), p = mean over heads of exp(scale q.k - lse), I = sum_j w_j relu(q_j . k).
-# Rows go through in chunks of whole 128-row blocks. Per chunk: p by tiles, all heads accumulated in registers (H d products and H exponentials per
-# pair: the bulk of the work, done once); I by tiles, which also leaves one bit per indexer head, "was the relu open?"; a pass over rows gives kl and
-# g = softmax(I) - p. With the bits the gradients need no second q.k: A_j = sum_s (g * bit_j) k_s, dq_j = w_j A_j, dw_j = q_j . A_j, and
-# dk_s = sum_tj (g * bit_j) (w_tj q_tj).   Operations per pair: 2 H d + 6 HI dI.   Bytes per pair, by chunk: p 4, I 4, g 2, bits HI / 8.
-# The incoming gradient r_t scales rows of dq and dw afterwards. dk sums over rows: c dk, c the median of r, plus a second sweep weighted by r - c in
-# which every block of rows with r = c returns at once: free when the loss is a mean over rows, exact for any r.
+LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk holds at a time: 18 bytes each at 64 indexer heads
+LARGE_SHARED_MEMORY = 200_000  # bytes that a program may use from which tiles are large: H100, not A100
+HOPPER_BLOCK = 128  # queries in a block of hopper.loss_target
+G_SCALE = tl.constexpr(64.0)  # gradients of scores are kept times this: float16 would lose those of long rows
+ALIGNED = tl.constexpr(128)  # rows of a chunk's buffers are so many elements long, or a multiple
 
 
-@triton.jit
-def loss_tile(BLOCKS, KEYS, GROUP: tl.constexpr):
-    """-> block of rows, block of keys of this program: GROUP blocks of rows side by side, so that their keys come from L2"""
-    pid = tl.program_id(0)
-    group = pid // (GROUP * KEYS) * GROUP
-    size = tl.minimum(GROUP, BLOCKS - group)
-    return group + pid % (GROUP * KEYS) % size, pid % (GROUP * KEYS) // size
-
+# ---- the pass over a row of p and I, which both losses make ----
 
 @triton.jit
-def loss_target_kernel(Q, K, LSE2, P, FIRST, LAST, sqb, sqs, sqh, skb, skt, skh, scale_log2, S, T, TP, block0, BLOCKS, KEYS, H: tl.constexpr,
-                       D: tl.constexpr, DC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """p of one tile. Heads and their columns of DC are one loop, so that loads never drain."""
-    CHUNKS: tl.constexpr = (D + DC - 1) // DC
-    block, kb = loss_tile(BLOCKS, KEYS, 8)
-    per_batch = tl.cdiv(S, BM)
-    b = (block0 + block) // per_batch
-    i0 = (block0 + block) % per_batch * BM
-    n0 = kb * BN
-    _, _, lo, hi = load_bounds(FIRST, LAST, b, i0 + tl.arange(0, BM), S, T)
-    if (lo >= n0 + BN) | (hi <= n0):
-        return
-    i = tl.minimum(tl.arange(0, BM), S - 1 - i0)
-    n = tl.minimum(tl.arange(0, BN), T - 1 - n0)
-    Q += b.to(tl.int64) * sqb + i0.to(tl.int64) * sqs
-    K += b.to(tl.int64) * skb + n0.to(tl.int64) * skt
-    LSE2 += b.to(tl.int64) * H * S + i0 + i
-    p = tl.zeros([BM, BN], tl.float32)
-    s = tl.zeros([BM, BN], tl.float32)
-    for t in tl.range(0, H * CHUNKS, num_stages=STAGES):
-        h = t // CHUNKS
-        d = t % CHUNKS * DC + tl.arange(0, DC)
-        q = tl.load(Q + i[:, None] * sqs + (h * sqh + d)[None, :], mask=(d < D)[None, :], other=0.0)
-        k = tl.load(K + n[:, None] * skt + (h * skh + d)[None, :], mask=(d < D)[None, :], other=0.0)
-        s = matmul(q, tl.trans(k), s)
-        if t % CHUNKS == CHUNKS - 1:
-            p += tl.exp2(s * scale_log2 - tl.load(LSE2 + h * S)[:, None])
-            s = tl.zeros([BM, BN], tl.float32)
-    o = (block * BM + tl.arange(0, BM)).to(tl.int64)[:, None] * TP + n0 + tl.arange(0, BN)[None, :]
-    tl.store(P + o, p * (1.0 / H))
+def loss_row_kernel(
+        p_ptr, score_ptr, g_ptr, kl_ptr, uniform_ptr, first_ptr, last_ptr,
+        S, T, width, plane, row0,
+        BLOCK_S: tl.constexpr, PLANES: tl.constexpr, BLOCK_T: tl.constexpr):
+    """kl, kl_uniform of one query and, unless g_ptr is None, G_SCALE times g = sum(p) softmax(I) - p.
 
-
-@triton.jit
-def loss_scores_kernel(Q, K, W, I, BITS, FIRST, LAST, sqb, sqs, sqh, skb, skt, S, T, TP, plane, block0, BLOCKS, KEYS, HI: tl.constexpr,
-                       D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """I, and for each group of 8 heads a plane of bytes: bit 7 - j % 8 says that head j's relu is open (at exactly 0 it is closed)"""
-    block, kb = loss_tile(BLOCKS, KEYS, 8)
-    per_batch = tl.cdiv(S, BM)
-    b = (block0 + block) // per_batch
-    i0 = (block0 + block) % per_batch * BM
-    n0 = kb * BN
-    _, _, lo, hi = load_bounds(FIRST, LAST, b, i0 + tl.arange(0, BM), S, T)
-    if (lo >= n0 + BN) | (hi <= n0):
-        return
-    i = tl.minimum(tl.arange(0, BM), S - 1 - i0)
-    n = tl.minimum(tl.arange(0, BN), T - 1 - n0)
-    Q += b.to(tl.int64) * sqb + i0.to(tl.int64) * sqs
-    W += b.to(tl.int64) * HI * S + i0 + i
-    d = tl.arange(0, BD)
-    k = tl.load(K + b.to(tl.int64) * skb + n0.to(tl.int64) * skt + n[:, None] * skt + d[None, :], mask=(d < D)[None, :], other=0.0)
-    o = (block * BM + tl.arange(0, BM)).to(tl.int64)[:, None] * TP + n0 + tl.arange(0, BN)[None, :]
-    score = tl.zeros([BM, BN], tl.float32)
-    bits = tl.zeros([BM, BN], tl.uint32)
-    for j in tl.range(0, HI, num_stages=STAGES):
-        q = tl.load(Q + i[:, None] * sqs + (j * sqh + d)[None, :], mask=(d < D)[None, :], other=0.0)
-        s = matmul(q, tl.trans(k))
-        score += tl.maximum(s, 0.0) * tl.load(W + j * S)[:, None]
-        bits = (bits << 1) | ((0.0 - s).to(tl.uint32, bitcast=True) >> 31)
-        if (j % 8 == 7) | (j == HI - 1):
-            tl.store(BITS + (j // 8) * plane.to(tl.int64) + o, (bits << (7 - j % 8)).to(tl.uint8))
-    tl.store(I + o, score)
-
-
-@triton.jit
-def loss_row_kernel(P, I, G, FIRST, LAST, KL, UNIFORM, row0, TP, plane, S, BM: tl.constexpr, PLANES: tl.constexpr, GRAD: tl.constexpr,
-                    BN: tl.constexpr):
-    """One row: kl, kl_uniform, g = sum(p) softmax(I) - p. p is the sum of PLANES buffers. Rows of a batch are padded to a multiple of BM."""
+    Row row0 + program of all queries, whose sequences are padded to multiples of BLOCK_S. Rows of the chunk's
+    buffers are `width` long; p is the sum of PLANES buffers, `plane` elements apart."""
     x = tl.program_id(0)
-    per_batch = tl.cdiv(S, BM) * BM
-    b = (row0 + x) // per_batch
-    i = (row0 + x) % per_batch
-    real = i < S
-    first = tl.maximum(tl.load(FIRST + b * S + i, mask=real, other=0), 0)
-    end = tl.minimum(tl.load(LAST + b * S + i, mask=real, other=-1) + 1, TP)
-    start = first // 128 * 128
-    P += x.to(tl.int64) * TP
-    I += x.to(tl.int64) * TP
-    G += x.to(tl.int64) * TP
-    m = tl.full([BN], -1e30, tl.float32)
-    l = tl.zeros([BN], tl.float32)
-    mass = tl.zeros([BN], tl.float32)
-    for j in tl.range(start, end, BN, num_stages=2):
-        n = j + tl.arange(0, BN)
-        ok = (n >= first) & (n < end)
-        score = tl.load(I + n, mask=ok, other=float("-inf"))
-        for a in tl.static_range(PLANES):
-            mass += tl.load(P + a * plane + n, mask=ok, other=0.0)
+    per_sequence = tl.cdiv(S, BLOCK_S) * BLOCK_S
+    b = (row0 + x) // per_sequence
+    s = (row0 + x) % per_sequence
+    first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+    end = last + 1
+    start = tl.minimum(first // ALIGNED * ALIGNED, width)
+    p_ptr += x.to(tl.int64) * width
+    score_ptr += x.to(tl.int64) * width
+
+    # log sum exp of the scores, sum of p
+    m = tl.full([BLOCK_T], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_T], tl.float32)
+    mass = tl.zeros([BLOCK_T], tl.float32)
+    for t0 in tl.range(start, end, BLOCK_T, num_stages=2):
+        t = t0 + tl.arange(0, BLOCK_T)
+        seen = (t >= first) & (t < end)
+        score = tl.load(score_ptr + t, mask=seen, other=float("-inf"))
+        for i in tl.static_range(PLANES):
+            mass += tl.load(p_ptr + i * plane + t, mask=seen, other=0.0)
         m_new = tl.maximum(m, score)
         l = l * tl.exp2((m - m_new) * LOG2E) + tl.exp2((score - m_new) * LOG2E)
         m = m_new
     top = tl.max(m)
-    total = tl.sum(mass)
-    lse = top + tl.log(tl.maximum(tl.sum(l * tl.exp2((m - top) * LOG2E)), 1e-30))
-    cross = tl.zeros([BN], tl.float32)
-    entropy = tl.zeros([BN], tl.float32)
-    for j in tl.range(start, end, BN, num_stages=2):
-        n = j + tl.arange(0, BN)
-        ok = (n >= first) & (n < end)
-        score = tl.load(I + n, mask=ok, other=0.0) - lse
-        p = tl.zeros([BN], tl.float32)
-        for a in tl.static_range(PLANES):
-            p += tl.load(P + a * plane + n, mask=ok, other=0.0)
+    total_mass = tl.sum(mass)
+    total = tl.sum(l * tl.exp2((m - top) * LOG2E))
+    lse = top + tl.log(tl.where(total == 0, 1.0, total))  # a maximum would drop a NaN
+
+    # the losses, and the gradient
+    cross = tl.zeros([BLOCK_T], tl.float32)
+    entropy = tl.zeros([BLOCK_T], tl.float32)
+    if g_ptr is not None:
+        g_ptr += x.to(tl.int64) * width
+    for t0 in tl.range(start, end, BLOCK_T, num_stages=2):
+        t = t0 + tl.arange(0, BLOCK_T)
+        seen = (t >= first) & (t < end)
+        log_q = tl.load(score_ptr + t, mask=seen, other=0.0) - lse
+        p = tl.zeros([BLOCK_T], tl.float32)
+        for i in tl.static_range(PLANES):
+            p += tl.load(p_ptr + i * plane + t, mask=seen, other=0.0)
         plogp = p * tl.log(tl.maximum(p, 1e-37))
         entropy += plogp
-        cross += tl.where(ok, plogp - p * score, 0.0)
-        if GRAD:
-            g = tl.where(ok, (total * tl.exp2(score * LOG2E) - p) * G_SCALE, 0.0)
-            tl.store(G + n, g.to(G.dtype.element_ty), mask=n < TP)
-    if GRAD:  # the products with g need no masks: it is zero wherever nothing is visible
-        n = tl.arange(0, BN)
-        zero = tl.zeros([BN], G.dtype.element_ty)
-        for j in range(0, tl.minimum(start, TP), BN):
-            tl.store(G + j + n, zero, mask=j + n < start)
-        for j in range(start + tl.cdiv(tl.maximum(end - start, 0), BN) * BN, TP, BN):
-            tl.store(G + j + n, zero, mask=j + n < TP)
-    if real:
-        tl.store(KL + b * S + i, tl.sum(cross))
-        tl.store(UNIFORM + b * S + i, tl.sum(entropy) + total * tl.log(tl.maximum(end - first, 1).to(tl.float32)))
+        cross += tl.where(seen, plogp - p * log_q, 0.0)
+        if g_ptr is not None:
+            g = tl.where(seen, (total_mass * tl.exp2(log_q * LOG2E) - p) * G_SCALE, 0.0)
+            tl.store(g_ptr + t, g.to(g_ptr.dtype.element_ty), mask=t < width)
+
+    # the products with g need no masks: it is zero wherever nothing is visible
+    if g_ptr is not None:
+        t = tl.arange(0, BLOCK_T)
+        zero = tl.zeros([BLOCK_T], g_ptr.dtype.element_ty)
+        for t0 in range(0, start, BLOCK_T):
+            tl.store(g_ptr + t0 + t, zero, mask=t0 + t < start)
+        for t0 in range(start + tl.cdiv(tl.maximum(end - start, 0), BLOCK_T) * BLOCK_T, width, BLOCK_T):
+            tl.store(g_ptr + t0 + t, zero, mask=t0 + t < width)
+
+    if s < S:
+        tl.store(kl_ptr + b * S + s, tl.sum(cross))
+        seen_keys = tl.maximum(end - first, 1).to(tl.float32)
+        tl.store(uniform_ptr + b * S + s, tl.sum(entropy) + total_mass * tl.log(seen_keys))
+
+
+# ---- indexer_loss_dense ----
+# contract    kernels.indexer_loss_dense
+# in PyTorch  p = exp(einsum("bshd,bthd->bsht", q, k) * scale - lse).mean(2)
+#             kl = indexer.kl_divergence(p, index_scores(q_index, k_index, w), seen)
+# equation    kl[t] = sum_s p (log p - log softmax(I[t])_s),  I[t,s] = sum_j w[t,j] relu(q_j[t].k[s])
+#             g = softmax(I) - p,  o_j = [q_j.k > 0],  A_j[t] = sum_s g o_j k[s]:  dq_j = w_j A_j,
+#             dw_j = q_j.A_j,  dk[s] = sum_tj dkl[t] g o_j w_j[t] q_j[t]
+# tiling      chunks of whole blocks of BLOCK_S queries. Per chunk: p by tiles of BLOCK_T keys, all heads
+#             summed in registers; I by tiles, with a bit per indexer head, o_j; a pass over rows for kl and
+#             g; with the bits, dq and dw by blocks of queries and pairs of heads, dk by tiles of keys and
+#             groups of 8 heads: no second q.k, no atomics
+# FLOPs       per visible pair 2 H D + 6 HI DI, and H exponentials: p is the bulk of the work, done once
+# bytes       per pair, written and read within a chunk: p 4, I 4, g 2, bits HI / 8
+# backward    the incoming gradient dkl[t] scales rows of dq and dw. dk sums over rows: it is c dk, c the
+#             median of dkl, plus a second sweep weighted by dkl - c, in which every block of queries with
+#             dkl = c returns at once: free when the loss is a mean over queries, exact for any dkl
 
 
 @triton.jit
-def loss_dq_kernel(Q, K, W, G, BITS, DQ, DW, FIRST, LAST, sqb, sqs, sqh, skb, skt, S, T, TP, plane, block0, HI: tl.constexpr, D: tl.constexpr,
-                   BD: tl.constexpr, PAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """dq, dw of two heads (of one, if there is one) of BM rows, which divide the blocks of PAD, for r = 1"""
+def tile_of_program(S, block0, blocks, key_tiles, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Which tile of a chunk this program makes -> block of the chunk, sequence, first query, first key. 8
+    blocks of queries go side by side, so that their keys come from L2."""
+    pid = tl.program_id(0)
+    group = pid // (8 * key_tiles) * 8
+    size = tl.minimum(8, blocks - group)
+    block = group + pid % (8 * key_tiles) % size
+    per_sequence = tl.cdiv(S, BLOCK_S)
+    b = (block0 + block) // per_sequence
+    s0 = (block0 + block) % per_sequence * BLOCK_S
+    t0 = pid % (8 * key_tiles) // size * BLOCK_T
+    return block, b, s0, t0
+
+
+@triton.jit
+def loss_target_kernel(
+        q_ptr, k_ptr, lse2_ptr, p_ptr, first_ptr, last_ptr,
+        scale_log2, S, T, width, block0, blocks, key_tiles,
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh,
+        H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+        STAGES: tl.constexpr):
+    """p of one tile. Heads and their columns, BLOCK_D at a time, are one loop, so that loads never drain."""
+    STEPS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    block, b, s0, t0 = tile_of_program(S, block0, blocks, key_tiles, BLOCK_S, BLOCK_T)
+    first, last = load_bounds(first_ptr, last_ptr, b, s0 + tl.arange(0, BLOCK_S), S, T)
+    lo, hi = visible_range(first, last, T)
+    if (lo >= t0 + BLOCK_T) | (hi <= t0):
+        return
+    s = tl.minimum(tl.arange(0, BLOCK_S), S - 1 - s0)
+    t = tl.minimum(tl.arange(0, BLOCK_T), T - 1 - t0)
+    q_ptr += b.to(tl.int64) * stride_qb + s0.to(tl.int64) * stride_qs
+    k_ptr += b.to(tl.int64) * stride_kb + t0.to(tl.int64) * stride_kt
+    lse2_ptr += b.to(tl.int64) * H * S + s0 + s
+    p = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
+    logits = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
+    for step in tl.range(0, H * STEPS, num_stages=STAGES):
+        h = step // STEPS
+        d = step % STEPS * BLOCK_D + tl.arange(0, BLOCK_D)
+        ok = (d < D)[None, :]
+        q = tl.load(q_ptr + s[:, None] * stride_qs + (h * stride_qh + d)[None, :], mask=ok, other=0.0)
+        k = tl.load(k_ptr + t[:, None] * stride_kt + (h * stride_kh + d)[None, :], mask=ok, other=0.0)
+        logits = matmul(q, tl.trans(k), logits)
+        if step % STEPS == STEPS - 1:
+            p += tl.exp2(logits * scale_log2 - tl.load(lse2_ptr + h * S)[:, None])
+            logits = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
+    row = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * width
+    tl.store(p_ptr + row + t0 + tl.arange(0, BLOCK_T)[None, :], p * (1.0 / H))
+
+
+@triton.jit
+def loss_scores_kernel(
+        q_ptr, k_ptr, w_ptr, score_ptr, bits_ptr, first_ptr, last_ptr,
+        S, T, width, plane, block0, blocks, key_tiles,
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
+        HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+        BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+    """I of one tile, and for each group of 8 heads a plane of bytes: bit 7 - j % 8 says that the relu of head
+    j is open (at exactly 0 it is closed). w (B,HI,S)."""
+    block, b, s0, t0 = tile_of_program(S, block0, blocks, key_tiles, BLOCK_S, BLOCK_T)
+    first, last = load_bounds(first_ptr, last_ptr, b, s0 + tl.arange(0, BLOCK_S), S, T)
+    lo, hi = visible_range(first, last, T)
+    if (lo >= t0 + BLOCK_T) | (hi <= t0):
+        return
+    s = tl.minimum(tl.arange(0, BLOCK_S), S - 1 - s0)
+    t = tl.minimum(tl.arange(0, BLOCK_T), T - 1 - t0)
+    q_ptr += b.to(tl.int64) * stride_qb + s0.to(tl.int64) * stride_qs
+    k_ptr += b.to(tl.int64) * stride_kb + t0.to(tl.int64) * stride_kt
+    w_ptr += b.to(tl.int64) * HI * S + s0 + s
+    d = tl.arange(0, BLOCK_D)
+    ok = (d < D)[None, :]
+    k = tl.load(k_ptr + t[:, None] * stride_kt + d[None, :], mask=ok, other=0.0)
+    row = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * width
+    at = row + t0 + tl.arange(0, BLOCK_T)[None, :]
+    score = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
+    bits = tl.zeros([BLOCK_S, BLOCK_T], tl.uint32)
+    for j in tl.range(0, HI, num_stages=STAGES):
+        q = tl.load(q_ptr + s[:, None] * stride_qs + (j * stride_qh + d)[None, :], mask=ok, other=0.0)
+        dots = matmul(q, tl.trans(k))
+        relu = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        score += relu * tl.load(w_ptr + j * S)[:, None]
+        # the sign bit of 0 - x is set for x > 0 alone: 0 - 2 is negative, 0 - 0 and 0 - -0 are +0
+        bits = (bits << 1) | ((0.0 - dots).to(tl.uint32, bitcast=True) >> 31)
+        if (j % 8 == 7) | (j == HI - 1):
+            tl.store(bits_ptr + (j // 8) * plane.to(tl.int64) + at, (bits << (7 - j % 8)).to(tl.uint8))
+    tl.store(score_ptr + at, score)
+
+
+@triton.jit
+def store_query_gradient(
+        q_ptr, w_ptr, dq_ptr, dw_ptr, a, b, s, j, S, stride_qs, HI: tl.constexpr, D: tl.constexpr,
+        BLOCK_D: tl.constexpr):
+    """G_SCALE times A_j of the queries s -> dq_j = w_j A_j and dw_j = q_j . A_j; q_ptr: head j of sequence
+    b"""
+    ok = s < S
+    a = a / G_SCALE
+    w = tl.load(w_ptr + (b.to(tl.int64) * HI + j) * S + s, mask=ok, other=0.0)
+    q = load_tile(q_ptr, s.to(tl.int64) * stride_qs, ok, 0, D, BLOCK_D).to(tl.float32)
+    row = (b.to(tl.int64) * S + s) * HI + j
+    tl.store(dw_ptr + row, tl.sum(q * a, 1), mask=ok)
+    store_tile(dq_ptr, row * D, ok, 0, D, BLOCK_D, a * w[:, None])
+
+
+@triton.jit
+def loss_dq_kernel(
+        q_ptr, k_ptr, w_ptr, g_ptr, bits_ptr, dq_ptr, dw_ptr, first_ptr, last_ptr,
+        S, T, width, plane, block0,
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
+        HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, BLOCK_S: tl.constexpr,
+        BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+    """dq, dw of two heads (of one, if there is one) of BLOCK_S queries, which divide the chunk's blocks of
+    PAD, for dkl = 1"""
     j = tl.program_id(0) * 2
-    x = tl.program_id(1) * BM
-    per_batch = tl.cdiv(S, PAD) * PAD
-    b = (block0 * PAD + x) // per_batch
-    i = (block0 * PAD + x) % per_batch + tl.arange(0, BM)
-    _, _, lo, hi = load_bounds(FIRST, LAST, b, i, S, T)
-    x = (x + tl.arange(0, BM)).to(tl.int64) * TP
-    d = tl.arange(0, BD)
-    K += b.to(tl.int64) * skb
-    BITS += (j // 8).to(tl.int64) * plane
-    a0 = tl.zeros([BM, BD], tl.float32)
-    a1 = tl.zeros([BM, BD], tl.float32)
-    for n0 in tl.range(lo // BN * BN, hi, BN, num_stages=STAGES):
-        n = n0 + tl.arange(0, BN)
-        k = load_tile(K, n.to(tl.int64) * skt, n < T, 0, D, BD)
-        g = tl.load(G + x[:, None] + n[None, :])
-        bits = tl.load(BITS + x[:, None] + n[None, :])
-        a0 = matmul(tl.where((bits >> (7 - j % 8)) & 1 != 0, g, 0.0).to(k.dtype), k, a0)
+    x = tl.program_id(1) * BLOCK_S
+    per_sequence = tl.cdiv(S, PAD) * PAD
+    b = (block0 * PAD + x) // per_sequence
+    s = (block0 * PAD + x) % per_sequence + tl.arange(0, BLOCK_S)
+    first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+    lo, hi = visible_range(first, last, T)
+    row = (x + tl.arange(0, BLOCK_S)).to(tl.int64) * width
+    k_ptr += b.to(tl.int64) * stride_kb
+    bits_ptr += (j // 8).to(tl.int64) * plane
+    a0 = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    a1 = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for t0 in tl.range(lo // BLOCK_T * BLOCK_T, hi, BLOCK_T, num_stages=STAGES):
+        t = t0 + tl.arange(0, BLOCK_T)
+        k = load_tile(k_ptr, t.to(tl.int64) * stride_kt, t < T, 0, D, BLOCK_D)
+        g = tl.load(g_ptr + row[:, None] + t[None, :])
+        bits = tl.load(bits_ptr + row[:, None] + t[None, :])
+        a0 = matmul(tl.where(((bits >> (7 - j % 8)) & 1) != 0, g, 0.0).to(k.dtype), k, a0)
         if HI > 1:
-            a1 = matmul(tl.where((bits >> (6 - j % 8)) & 1 != 0, g, 0.0).to(k.dtype), k, a1)
-    Q += b.to(tl.int64) * sqb + j * sqh
-    o = (b.to(tl.int64) * S + i) * HI + j
-    ok = (i < S)[:, None] & (d < D)[None, :]
-    a0 = a0 / G_SCALE
-    w = tl.load(W + (b.to(tl.int64) * HI + j) * S + i, mask=i < S, other=0.0)
-    tl.store(DW + o, tl.sum(load_tile(Q, i.to(tl.int64) * sqs, i < S, 0, D, BD).to(tl.float32) * a0, 1), mask=i < S)
-    tl.store(DQ + o[:, None] * D + d[None, :], (a0 * w[:, None]).to(DQ.dtype.element_ty), mask=ok)
+            a1 = matmul(tl.where(((bits >> (6 - j % 8)) & 1) != 0, g, 0.0).to(k.dtype), k, a1)
+    q_ptr += b.to(tl.int64) * stride_qb + j * stride_qh
+    store_query_gradient(q_ptr, w_ptr, dq_ptr, dw_ptr, a0, b, s, j, S, stride_qs, HI, D, BLOCK_D)
     if j + 1 < HI:
-        a1 = a1 / G_SCALE
-        w = tl.load(W + (b.to(tl.int64) * HI + j + 1) * S + i, mask=i < S, other=0.0)
-        tl.store(DW + o + 1, tl.sum(load_tile(Q + sqh, i.to(tl.int64) * sqs, i < S, 0, D, BD).to(tl.float32) * a1, 1), mask=i < S)
-        tl.store(DQ + (o + 1)[:, None] * D + d[None, :], (a1 * w[:, None]).to(DQ.dtype.element_ty), mask=ok)
+        store_query_gradient(
+            q_ptr + stride_qh, w_ptr, dq_ptr, dw_ptr, a1, b, s, j + 1, S, stride_qs, HI, D, BLOCK_D)
 
 
 @triton.jit
-def loss_dk_kernel(WQ, G, BITS, DK, FIRST, LAST, S, T, TP, plane, B, block0, BLOCKS, HI: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                   PAD: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """dk of a block of keys from one group of HEADS <= 8 heads, added to what earlier chunks left. wq = r w q of the chunk's rows (padded as they are)"""
+def loss_dk_kernel(
+        wq_ptr, g_ptr, bits_ptr, dk_ptr, first_ptr, last_ptr,
+        B, S, T, width, plane, block0, blocks,
+        HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, HEADS: tl.constexpr,
+        BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+    """dk of a tile of keys from one group of HEADS <= 8 heads, added to what earlier chunks left. wq = dkl w
+    q of the chunk's queries, padded as they are."""
     group = tl.program_id(1)
-    n0 = tl.program_id(0) * BN
-    n = n0 + tl.arange(0, BN)
-    d = tl.arange(0, BD)
-    per_batch = tl.cdiv(S, PAD)
-    b0 = block0 // per_batch
-    b = b0 + tl.program_id(2)
-    x0 = (b * per_batch - block0) * PAD  # where the chunk's buffers hold (or would hold) row 0 of this batch
-    r0 = tl.maximum(0, -x0)
-    r1 = tl.minimum(S, BLOCKS * PAD - x0)
-    lo, hi, _ = rows_seeing(FIRST, LAST, b, n0, n0 + BN, r0, r1, S, 1024)
+    t0 = tl.program_id(0) * BLOCK_T
+    t = t0 + tl.arange(0, BLOCK_T)
+    d = tl.arange(0, BLOCK_D)
+    per_sequence = tl.cdiv(S, PAD)
+    b = block0 // per_sequence + tl.program_id(2)
+    x0 = (b * per_sequence - block0) * PAD  # where the chunk's buffers hold (or would hold) query 0 of b
+    s0 = tl.maximum(0, -x0)
+    s1 = tl.minimum(S, blocks * PAD - x0)
+    lo, hi, _ = queries_seeing(first_ptr, last_ptr, b, t0, t0 + BLOCK_T, s0, s1, S, T)
     if lo < hi:
-        BITS += group.to(tl.int64) * plane
-        acc = tl.zeros([BN, BD], tl.float32)
-        for i0 in tl.range(lo // BM * BM, hi, BM, num_stages=STAGES):
-            i = i0 + tl.arange(0, BM)
-            x = (x0 + i).to(tl.int64)
-            g = tl.load(G + x[None, :] * TP + n[:, None])
-            bits = tl.load(BITS + x[None, :] * TP + n[:, None])
-            for j in tl.static_range(HEADS):
-                ok = (i < r1) & (group * 8 + j < HI)
-                wq = tl.load(WQ + x[:, None] * (HI * D) + (group * 8 + j) * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
-                acc = matmul(tl.where((bits >> (7 - j)) & 1 != 0, g, 0.0).to(wq.dtype), wq, acc)
-        o = DK + ((group * B + b).to(tl.int64) * T + n)[:, None] * D + d[None, :]
-        ok = (n < T)[:, None] & (d < D)[None, :]
-        tl.store(o, tl.load(o, mask=ok, other=0.0) + acc / G_SCALE, mask=ok)
+        bits_ptr += group.to(tl.int64) * plane
+        acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for start in tl.range(lo // BLOCK_S * BLOCK_S, hi, BLOCK_S, num_stages=STAGES):
+            s = start + tl.arange(0, BLOCK_S)
+            x = (x0 + s).to(tl.int64)
+            g = tl.load(g_ptr + x[None, :] * width + t[:, None])
+            bits = tl.load(bits_ptr + x[None, :] * width + t[:, None])
+            for i in tl.static_range(HEADS):
+                j = group * 8 + i
+                ok = (s < s1) & (j < HI)
+                wq = load_tile(wq_ptr + j * D, x * (HI * D), ok, 0, D, BLOCK_D)
+                acc = matmul(tl.where(((bits >> (7 - i)) & 1) != 0, g, 0.0).to(wq.dtype), wq, acc)
+        at = dk_ptr + ((group * B + b).to(tl.int64) * T + t)[:, None] * D + d[None, :]
+        ok = (t < T)[:, None] & (d < D)[None, :]
+        tl.store(at, tl.load(at, mask=ok, other=0.0) + acc / G_SCALE, mask=ok)
 
 
-def _loss_tiles(x):
-    """-> rows of a block, keys of a tile, stages, warps"""
-    if x.dtype == torch.float32:
-        return 32, 32, 1, 4
-    return (128, 128, 3, 8) if limits(x.device)[0] > 200_000 else (128, 64, 2, 8)
+class LossTiles(NamedTuple):
+    block_s: int  # queries of a block, to a multiple of which sequences are padded
+    block_t: int
+    num_stages: int
+    num_warps: int
 
 
-def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
-    """p of a chunk of row blocks; lse2 (B,H,S) in base 2"""
-    hopper = hopper_kernels(q)
-    if hopper and hopper.target_supported(q):
-        return hopper.loss_target(q, k, lse2, p, scale, first, last, block0, blocks)
-    (B, S, H, D), T, TP = q.shape, k.shape[1], p.shape[1]
-    BM, BN, stages, warps = _loss_tiles(q)
-    keys = triton.cdiv(T, BN)
-    loss_target_kernel[blocks * keys,](
-        q, k, lse2, p, first, last, *q.stride()[:3], *k.stride()[:2], 0 if k.shape[2] == 1 else k.stride(2), scale * LOG2E.value, S, T, TP, block0,
-        blocks, keys, H, D, min(64, max(16, triton.next_power_of_2(D))), BM, BN, stages + 1, num_warps=warps)
+def loss_tiles(q, q_index):
+    """Tiles of the dense loss for these dtypes and this device."""
+    if torch.float32 in (q.dtype, q_index.dtype):
+        return LossTiles(32, 32, 1, 4)
+    if limits(q.device)[0] > LARGE_SHARED_MEMORY:
+        return LossTiles(128, 128, 3, 8)
+    return LossTiles(128, 64, 2, 8)
 
 
-def loss_query_grad(q_index, k_index, wt, g, bits, dq, dw, first, last, block0, blocks):
-    """dq, dw (r = 1) of a chunk of row blocks; wt (B,HI,S)"""
-    (B, S, HI, dI), T, (_, rows, TP) = q_index.shape, k_index.shape[1], bits.shape
-    PAD, BN, stages, warps = _loss_tiles(q_index)
-    BM = PAD
-    while BM > 16 and triton.cdiv(HI, 2) * blocks * (PAD // BM) < 2 * limits(q_index.device)[1]:  # few heads: smaller tiles to fill the device
-        BM, warps = BM // 2, 4
-    loss_dq_kernel[triton.cdiv(HI, 2), blocks * (PAD // BM)](
-        q_index, k_index, wt, g, bits, dq, dw, first, last, *q_index.stride()[:3], *k_index.stride()[:2], S, T, TP, rows * TP, block0, HI, dI,
-        max(16, triton.next_power_of_2(dI)), PAD, BM, min(BN, 64), stages, num_warps=warps)
+def loss_target(tiles, q, k, lse2, p, scale, first, last, block0, blocks):
+    """p (rows,width) of the chunk of `blocks` blocks from block0 on; lse2 (B,H,S) in base 2"""
+    if is_hopper(q) and tiles.block_s == HOPPER_BLOCK:
+        from triton_kernels import hopper
+        if hopper.target_supported(q):
+            hopper.loss_target(q, k, lse2, p, scale, first, last, block0, blocks)
+            return
+    S, H, D = q.shape[1:]
+    T = k.shape[1]
+    key_tiles = triton.cdiv(T, tiles.block_t)
+    loss_target_kernel[(blocks * key_tiles,)](
+        q_ptr=q, k_ptr=k, lse2_ptr=lse2, p_ptr=p, first_ptr=first, last_ptr=last,
+        scale_log2=scale * LOG2E.value, S=S, T=T, width=p.shape[1],
+        block0=block0, blocks=blocks, key_tiles=key_tiles,
+        stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
+        stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=0 if k.shape[2] == 1 else k.stride(2),
+        H=H, D=D, BLOCK_D=min(64, power_of_two(D)), BLOCK_S=tiles.block_s, BLOCK_T=tiles.block_t,
+        STAGES=tiles.num_stages + 1,
+        num_warps=tiles.num_warps)
 
 
-def loss_key_grad(wq, g, bits, dk, first, last, block0, blocks):
-    """dk (groups,B,T,dI) += what a chunk of row blocks contributes; wq (rows,HI,dI)"""
-    (_, HI, dI), (groups, B, T, _), (_, rows, TP), S = wq.shape, dk.shape, bits.shape, first.shape[1]
-    BM, BN, stages, warps = _loss_tiles(wq)
-    per_batch = triton.cdiv(S, BM)
-    batches = (block0 + blocks - 1) // per_batch + 1 - block0 // per_batch
-    loss_dk_kernel[triton.cdiv(T, BN), groups, batches](
-        wq, g, bits, dk, first, last, S, T, TP, rows * TP, B, block0, blocks, HI, dI, max(16, triton.next_power_of_2(dI)), BM, min(8, HI), 32, BN,
-        stages - 1, num_warps=warps)
+def loss_scores(tiles, q_index, k_index, w_heads, score, bits, first, last, block0, blocks):
+    """I (rows,width) and bits (groups,rows,width) of a chunk; w_heads (B,HI,S)"""
+    S, HI, DI = q_index.shape[1:]
+    T = k_index.shape[1]
+    rows, width = score.shape
+    key_tiles = triton.cdiv(T, tiles.block_t)
+    loss_scores_kernel[(blocks * key_tiles,)](
+        q_ptr=q_index, k_ptr=k_index, w_ptr=w_heads, score_ptr=score, bits_ptr=bits,
+        first_ptr=first, last_ptr=last,
+        S=S, T=T, width=width, plane=rows * width, block0=block0, blocks=blocks, key_tiles=key_tiles,
+        stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
+        stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
+        HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=tiles.block_s, BLOCK_T=tiles.block_t,
+        STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps)
 
 
-def _dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, r, want_dq):
-    """Sweep all chunks: kl, kl_uniform (B,S); with r (B,S): dk_index (B,T,dI) float32 of sum r kl; with want_dq: dq_index, dw of sum kl."""
-    (B, S), T, (HI, dI), groups = q.shape[:2], k.shape[1], q_index.shape[2:], triton.cdiv(q_index.shape[2], 8)
-    BM, BN, stages, warps = _loss_tiles(q)
-    TP, per_batch = triton.cdiv(T, 128) * 128, triton.cdiv(S, BM)
-    rows = BM * max(1, min(B * per_batch, LOSS_CHUNK // (BM * TP)))  # of a chunk
-    new = lambda *shape, dtype=torch.float32, zero=False: (torch.zeros if zero else torch.empty)(*shape, dtype=dtype, device=q.device)
-    p, score, bits = new(rows, TP), new(rows, TP), new(groups, rows, TP, dtype=torch.uint8)
-    kl, uniform = new(B, S), new(B, S)
-    dk, dq, dw, g = None, None, None, p
-    if r is not None:
-        dk, g, wq = new(groups, B, T, dI, zero=True), new(rows, TP, dtype=q_index.dtype), new(rows, HI, dI, dtype=q_index.dtype, zero=True)
-    if want_dq:
-        dq, dw = new(B, S, HI, dI, dtype=q_index.dtype), new(B, S, HI)
-    lse2, wt = (lse.transpose(1, 2) * LOG2E.value).contiguous(), w.transpose(1, 2).contiguous()
-    for block0 in range(0, B * per_batch, rows // BM):
-        blocks = min(rows // BM, B * per_batch - block0)
-        keys = triton.cdiv(T, BN)
-        loss_target(q, k, lse2, p, scale, first, last, block0, blocks)
-        loss_scores_kernel[blocks * keys,](
-            q_index, k_index, wt, score, bits, first, last, *q_index.stride()[:3], *k_index.stride()[:2], S, T, TP, rows * TP, block0, blocks, keys,
-            HI, dI, max(16, triton.next_power_of_2(dI)), BM, BN, stages, num_warps=warps)
-        loss_row_kernel[blocks * BM,](p, score, g, first, last, kl, uniform, block0 * BM, TP, 0, S, BM, 1, r is not None, 1024, num_warps=4)
-        if want_dq:
-            loss_query_grad(q_index, k_index, wt, g, bits, dq, dw, first, last, block0, blocks)
-        if r is not None:
-            for b in range(block0 // per_batch, (block0 + blocks - 1) // per_batch + 1):  # the chunk's rows of batch b
-                x0 = (b * per_batch - block0) * BM
-                lo, hi = max(0, -x0), min(S, blocks * BM - x0)
-                torch.mul(q_index[b, lo:hi], (w[b, lo:hi] * r[b, lo:hi, None])[..., None], out=wq[x0 + lo:x0 + hi])
-            loss_key_grad(wq, g, bits, dk, first, last, block0, blocks)
-    return kl, uniform, None if dk is None else dk.sum(0), dq, dw
+def loss_query_grad(tiles, q_index, k_index, w_heads, g, bits, dq, dw, first, last, block0, blocks):
+    """dq, dw (dkl = 1) of the queries of a chunk; w_heads (B,HI,S)"""
+    S, HI, DI = q_index.shape[1:]
+    T = k_index.shape[1]
+    rows, width = g.shape
+    head_pairs = triton.cdiv(HI, 2)
+    block_s = tiles.block_s
+    num_warps = tiles.num_warps
+    # few heads: smaller tiles, to fill the device
+    while block_s > 16 and head_pairs * blocks * (tiles.block_s // block_s) < 2 * limits(q_index.device)[1]:
+        block_s //= 2
+        num_warps = 4
+    loss_dq_kernel[(head_pairs, blocks * (tiles.block_s // block_s))](
+        q_ptr=q_index, k_ptr=k_index, w_ptr=w_heads, g_ptr=g, bits_ptr=bits, dq_ptr=dq, dw_ptr=dw,
+        first_ptr=first, last_ptr=last,
+        S=S, T=T, width=width, plane=rows * width, block0=block0,
+        stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
+        stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
+        HI=HI, D=DI, BLOCK_D=power_of_two(DI), PAD=tiles.block_s, BLOCK_S=block_s,
+        BLOCK_T=min(tiles.block_t, 64), STAGES=tiles.num_stages,
+        num_warps=num_warps)
 
 
-class IndexerLossDense(torch.autograd.Function):
-    """indexer_loss_dense: unit gradients come with the forward and are scaled by the incoming gradient of each row."""
+def loss_key_grad(tiles, wq, g, bits, dk, first, last, S, block0, blocks):
+    """dk (groups,B,T,DI) += what the queries of a chunk contribute; wq (rows,HI,DI)"""
+    HI, DI = wq.shape[1:]
+    groups, B, T, _ = dk.shape
+    rows, width = g.shape
+    per_sequence = triton.cdiv(S, tiles.block_s)
+    sequences = (block0 + blocks - 1) // per_sequence + 1 - block0 // per_sequence
+    loss_dk_kernel[(triton.cdiv(T, tiles.block_t), groups, sequences)](
+        wq_ptr=wq, g_ptr=g, bits_ptr=bits, dk_ptr=dk, first_ptr=first, last_ptr=last,
+        B=B, S=S, T=T, width=width, plane=rows * width, block0=block0, blocks=blocks,
+        HI=HI, D=DI, BLOCK_D=power_of_two(DI), PAD=tiles.block_s, HEADS=min(8, HI), BLOCK_S=32,
+        BLOCK_T=tiles.block_t, STAGES=tiles.num_stages - 1,
+        num_warps=tiles.num_warps)
 
-    @staticmethod
-    def forward(ctx, q, k, lse, scale, q_index, k_index, w, first, last, grad):
-        r = torch.ones(q.shape[:2], device=q.device) if grad else None
-        kl, uniform, dk, dq, dw = _dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, r, grad)
-        if grad:
-            ctx.save_for_backward(q, k, lse, q_index, k_index, w, first, last, dk, dq, dw)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(uniform)
-        return kl, uniform
 
-    @staticmethod
-    def backward(ctx, r, _):
-        q, k, lse, q_index, k_index, w, first, last, dk, dq, dw = ctx.saved_tensors
-        r = r.float()
-        c = r.median()
-        rest = _dense_sweep(q, k, lse, ctx.scale, q_index, k_index, w, first, torch.where(r == c, -1, last), r - c, False)[2]
-        dq_index = torch.mul(dq, r[..., None, None], out=torch.empty_like(dq))
-        return None, None, None, None, dq_index, (c * dk + rest).to(k_index.dtype), (dw * r[..., None]).to(w.dtype), None, None, None
+def dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, query_gradients):
+    """One sweep over all chunks -> kl, kl_uniform (B,S); with query_gradients dq (B,S,HI,DI) and dw (B,S,HI)
+    of sum kl; with dkl (B,S) dk (B,T,DI) float32 of sum dkl kl; else None for them."""
+    B, S, H, _ = q.shape
+    T = k.shape[1]
+    HI, DI = q_index.shape[2:]
+    groups = triton.cdiv(HI, 8)
+    device = q.device
+    tiles = loss_tiles(q, q_index)
+    block_s = tiles.block_s
+    per_sequence = triton.cdiv(S, block_s)
+    all_blocks = B * per_sequence
+    width = triton.cdiv(T, ALIGNED.value) * ALIGNED.value
+    chunk = max(1, min(all_blocks, LOSS_CHUNK // max(1, block_s * width)))  # blocks
+    rows = chunk * block_s
+
+    kl = torch.empty(B, S, dtype=torch.float32, device=device)
+    kl_uniform = torch.empty(B, S, dtype=torch.float32, device=device)
+    p = torch.empty(rows, width, dtype=torch.float32, device=device)
+    score = torch.empty(rows, width, dtype=torch.float32, device=device)
+    bits = torch.empty(groups, rows, width, dtype=torch.uint8, device=device)
+    g = None
+    dq = None
+    dk = None
+    dw = None
+    if dkl is not None:
+        g = torch.empty(rows, width, dtype=q_index.dtype, device=device)
+        wq = torch.zeros(rows, HI, DI, dtype=q_index.dtype, device=device)
+        dk = torch.zeros(groups, B, T, DI, dtype=torch.float32, device=device)
+    if query_gradients:
+        dq = torch.empty(B, S, HI, DI, dtype=q_index.dtype, device=device)
+        dw = torch.empty(B, S, HI, dtype=torch.float32, device=device)
+    lse2 = (lse.transpose(1, 2) * LOG2E.value).contiguous()  # (B, H, S)
+    w_heads = w.transpose(1, 2).contiguous()  # (B, HI, S)
+
+    for block0 in range(0, all_blocks, chunk):
+        blocks = min(chunk, all_blocks - block0)
+        loss_target(tiles, q, k, lse2, p, scale, first, last, block0, blocks)
+        loss_scores(tiles, q_index, k_index, w_heads, score, bits, first, last, block0, blocks)
+        loss_row_kernel[(blocks * block_s,)](
+            p_ptr=p, score_ptr=score, g_ptr=g, kl_ptr=kl, uniform_ptr=kl_uniform,
+            first_ptr=first, last_ptr=last,
+            S=S, T=T, width=width, plane=0, row0=block0 * block_s,
+            BLOCK_S=block_s, PLANES=1, BLOCK_T=1024,
+            num_warps=4)
+        if query_gradients:
+            loss_query_grad(tiles, q_index, k_index, w_heads, g, bits, dq, dw, first, last, block0, blocks)
+        if dkl is None:
+            continue
+        for b in range(block0 // per_sequence, (block0 + blocks - 1) // per_sequence + 1):
+            x0 = (b * per_sequence - block0) * block_s  # where the chunk holds, or would hold, query 0 of b
+            lo = max(0, -x0)
+            hi = min(S, blocks * block_s - x0)
+            weight = w[b, lo:hi] * dkl[b, lo:hi, None]  # (hi - lo, HI)
+            torch.mul(q_index[b, lo:hi], weight[..., None], out=wq[x0 + lo:x0 + hi])
+        loss_key_grad(tiles, wq, g, bits, dk, first, last, S, block0, blocks)
+    return kl, kl_uniform, dq, None if dk is None else dk.sum(0), dw
+
+
+@operation("indexer_loss_dense")
+def loss_dense(q: Tensor, k: Tensor, lse: Tensor, scale: float, q_index: Tensor, k_index: Tensor, w: Tensor,
+               first: Tensor | None, last: Tensor | None,
+               learns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments as kernels.indexer_loss_dense, with unit strides, first and last (B,S) contiguous int32
+    -> kl, kl_uniform, and the gradients dq, dk (float32), dw of sum kl, empty unless learns"""
+    dkl = torch.ones(q.shape[:2], dtype=torch.float32, device=q.device) if learns else None  # (B, S)
+    kl, kl_uniform, dq, dk, dw = dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, learns)
+    if not learns:
+        dq = q_index.new_empty(0)
+        dk = k_index.new_empty(0, dtype=torch.float32)
+        dw = w.new_empty(0, dtype=torch.float32)
+    return kl, kl_uniform, dq, dk, dw
+
+
+@loss_dense.register_fake
+def _(q, k, lse, scale, q_index, k_index, w, first, last, learns):
+    kl = q.new_empty(q.shape[:2], dtype=torch.float32)
+    dq = q_index.new_empty(q_index.shape if learns else 0)
+    dk = k_index.new_empty(k_index.shape if learns else 0, dtype=torch.float32)
+    dw = w.new_empty(w.shape if learns else 0, dtype=torch.float32)
+    return kl, torch.empty_like(kl), dq, dk, dw
+
+
+@operation("indexer_loss_dense_backward")
+def loss_dense_backward(dkl: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: float, q_index: Tensor,
+                        k_index: Tensor, w: Tensor, first: Tensor | None, last: Tensor | None, dq: Tensor,
+                        dk: Tensor, dw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dkl (B,S), arguments and gradients of loss_dense -> dq_index, dk_index, dw of sum dkl kl"""
+    S = q.shape[1]
+    T = k.shape[1]
+    if dkl.numel() == 0:
+        return torch.zeros_like(dq), dk.to(k_index.dtype, copy=True), dw.to(w.dtype, copy=True)
+    dkl = dkl.float().contiguous()
+    c = dkl.median()
+    if last is None:
+        last = torch.arange(T - S, T, dtype=torch.int32, device=q.device)  # (S,)
+    last = torch.where(dkl == c, -1, last)  # (B, S): the second sweep sees the other queries alone
+    rest = dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl - c, False)[3]  # (B, T, DI)
+    dq_index = torch.mul(dq, dkl[..., None, None], out=torch.empty_like(dq))  # (B, S, HI, DI)
+    return dq_index, (c * dk + rest).to(k_index.dtype), (dw * dkl[..., None]).to(w.dtype)
+
+
+@loss_dense_backward.register_fake
+def _(dkl, q, k, lse, scale, q_index, k_index, w, first, last, dq, dk, dw):
+    return tuple(x.new_empty(x.shape) for x in (q_index, k_index, w))
+
+
+def keep_dense(ctx, inputs, output):
+    q, k, lse, ctx.scale, q_index, k_index, w, first, last, _ = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
+    ctx.save_for_backward(q, k, lse, q_index, k_index, w, first, last, *output[2:])
+
+
+def differentiate_dense(ctx, dkl, *_):
+    q, k, lse, q_index, k_index, w, first, last, dq, dk, dw = ctx.saved_tensors
+    gradients = loss_dense_backward(dkl, q, k, lse, ctx.scale, q_index, k_index, w, first, last, dq, dk, dw)
+    return None, None, None, None, *gradients, None, None, None
+
+
+loss_dense.register_autograd(differentiate_dense, setup_context=keep_dense)
 
 
 def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=None):
-    """Warm-up loss, KL(p_t || softmax(I_t)) over all visible tokens (paper eq. 3), p the mean over heads of exp(scale q.k - lse).
-
-    q (B,S,H,d), k (B,T,H or 1,d), lse (B,S,H) natural logarithm, of the frozen attention: no gradient. q_index (B,S,HI,dI), k_index (B,T,dI),
-    w (B,S,HI) float32 receive one -> kl (B,S), kl_uniform (B,S) float32; 0 for a row that sees nothing. Deterministic. ValueError: shapes that don't fit."""
-    (B, S, H, d), T, (HI, dI) = q.shape, k.shape[1], q_index.shape[2:]
-    fit(k=(k, (B, T, k.shape[2] if k.shape[2] == 1 else H, d)), lse=(lse, (B, S, H)), q_index=(q_index, (B, S, HI, dI)), k_index=(k_index, (B, T, dI)), w=(w, (B, S, HI)))
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_index, k_index, w))
-    q, k, q_index, k_index = _unit(q.detach(), k.detach(), q_index, k_index)
-    return IndexerLossDense.apply(q, k, lse.detach(), scale, q_index, k_index, w, *_bounds(first, last, B, S, T, q.device), grad)
-
-
-# indexer_loss_sparse: the same over the selection S_t, p from the latents and the lse of the sparse attention.
-# A program takes a block of QP neighbouring queries with all heads (or HB of them) and walks over the union of their selections (section 3), BN
-# gathered tokens at a time as the M operand; what belongs to query i goes to the token's place among those that i chose. First p, then I, then the
-# row pass of the dense loss, whose g (rows,K) the backward reads by place: A_j = sum_s g [q_j.k_s > 0] k_s gives dq and dw as there, dk_s by atomics.
-# Operations per entry of the union: 2 QP (H D + HI dI) forward, 6 QP HI dI backward. Bytes gathered: 2 D + 2 dI, and 2 dI backward; dI float32 atomics.
+    B, S, H, D = q.shape
+    T, Hk = k.shape[1:3]
+    HI, DI = q_index.shape[2:]
+    fit(k=(k, (B, T, 1 if Hk == 1 else H, D)), lse=(lse, (B, S, H)), q_index=(q_index, (B, S, HI, DI)),
+        k_index=(k_index, (B, T, DI)), w=(w, (B, S, HI)))
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q_index, k_index, w))
+    kl, kl_uniform, *_ = loss_dense(
+        unit_stride(q.detach()), unit_stride(k.detach()), lse.detach(), scale,
+        unit_stride(q_index), unit_stride(k_index), w,
+        full_bounds(first, B, S), full_bounds(last, B, S), learns)
+    return kl, kl_uniform.detach()
 
 
-@triton.jit
-def loss_rows(block, group, blocks, S, H, QP: tl.constexpr, HB: tl.constexpr):
-    """QP queries x HB heads of a block -> batch, query, head of each row, is it real"""
-    row = tl.arange(0, QP * HB)
-    query, h = block % blocks * QP + row // HB, group * HB + row % HB
-    return (block // blocks).to(tl.int64), query, h, (query < S) & (h < H)
-
-
-@triton.jit
-def loss_places(bits, base, QP: tl.constexpr):
-    """-> which of QP queries chose these tokens, at which place of its own, (tokens, QP) each, and how many it has chosen so far"""
-    chosen = (bits[:, None] >> tl.arange(0, QP)[None, :]) & 1
-    return chosen != 0, base[None, :] + tl.cumsum(chosen, 0) - chosen, base + tl.sum(chosen, 0)
+# ---- indexer_loss_sparse ----
+# contract    kernels.indexer_loss_sparse
+# in PyTorch  as indexer_loss_dense over latents[indices] and k_index[indices], see
+# indexer.indexer_loss_sparse
+# equation    as indexer_loss_dense, s in S_t
+# tiling      a program takes BLOCK_S neighbouring queries with all heads, or BLOCK_H of them, and walks over
+#             the union of their selections (sparse.py), BLOCK_U gathered tokens at a time as the M operand;
+#             what belongs to query s goes to the token's slot among those that s chose. First p, then I, then
+#             the row pass of the dense loss, whose g the backward reads by slot. dq and dw stay in the
+#             program; dk is summed by float32 atomics
+# FLOPs       per token of the union 2 BLOCK_S (H D + HI DI) forward, 6 BLOCK_S HI DI backward
+# bytes       per token of the union 2 D + 2 DI forward; 2 DI and DI float32 atomics backward
 
 
 @triton.jit
-def loss_sparse_target_kernel(Q, LATENTS, LSE, LISTS, BITS, LENGTH, P, sqb, sqs, sqh, slb, slt, scale_log2, S, K, blocks, width, block0, plane,
-                              H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, QP: tl.constexpr, HB: tl.constexpr,
-                              BN: tl.constexpr, STAGES: tl.constexpr):
-    local, group = tl.program_id(0), tl.program_id(1)
+def union_rows(block, group, blocks, S, H, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Rows (query, head) of a block and a group of heads -> sequence, query and head of each, is it real.
+    Beyond the last head it is the last again: a q of zeros would make NaN of an infinite token."""
+    row = tl.arange(0, BLOCK_S * BLOCK_H)
+    s = block % blocks * BLOCK_S + row // BLOCK_H
+    h = group * BLOCK_H + row % BLOCK_H
+    return (block // blocks).to(tl.int64), s, tl.minimum(h, H - 1), (s < S) & (h < H)
+
+
+@triton.jit
+def slots_of(bits, used, BLOCK_S: tl.constexpr):
+    """Which of the queries chose these tokens, and in which of its slots each stands, (tokens, BLOCK_S);
+    slots used so far, before and after."""
+    chosen = (bits[:, None] >> tl.arange(0, BLOCK_S)[None, :]) & 1
+    return chosen != 0, used[None, :] + tl.cumsum(chosen, 0) - chosen, used + tl.sum(chosen, 0)
+
+
+@triton.jit
+def loss_sparse_target_kernel(
+        q_ptr, latents_ptr, lse_ptr, lists_ptr, bits_ptr, length_ptr, p_ptr,
+        scale_log2, S, K, blocks, list_width, block0, plane,
+        stride_qb, stride_qs, stride_qh, stride_lb, stride_lt,
+        H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_S: tl.constexpr,
+        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, STAGES: tl.constexpr):
+    """The share of BLOCK_H heads in p, of one block of queries: one plane of p."""
+    local = tl.program_id(0)
+    group = tl.program_id(1)
     block = block0 + local
-    b, query, h, ok = loss_rows(block, group, blocks, S, H, QP, HB)
-    row = b * sqb + query.to(tl.int64) * sqs + h * sqh
-    q1 = load_tile(Q, row, ok, 0, D, D1)
+    b, s, h, ok = union_rows(block, group, blocks, S, H, BLOCK_S, BLOCK_H)
+    row = b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
+    q1 = load_tile(q_ptr, row, s < S, 0, D, D1)
     if D2 > 0:
-        q2 = load_tile(Q, row, ok, D1, D, D2)
-    lse = tl.load(LSE + (b * S + query) * H + h, mask=ok, other=float("inf")) * LOG2E
-    length, start, LATENTS = tl.load(LENGTH + block), block.to(tl.int64) * width, LATENTS + b * slb
-    base = tl.zeros([QP], tl.int32)
-    P += group.to(tl.int64) * plane + local.to(tl.int64) * QP * K
-    for j in tl.range(0, length, BN, num_stages=STAGES):
-        t, bits = sparse_tokens(LISTS, BITS, start, j, length, QP, BN)
-        token = t.to(tl.int64) * slt
-        s = matmul(load_tile(LATENTS, token, bits >= 0, 0, D, D1), tl.trans(q1))
+        q2 = load_tile(q_ptr, row, s < S, D1, D, D2)
+    lse2 = tl.load(lse_ptr + (b * S + s) * H + h, mask=ok, other=float("inf")) * LOG2E
+    length = tl.load(length_ptr + block)
+    start = block.to(tl.int64) * list_width
+    latents_ptr += b * stride_lb
+    p_ptr += group.to(tl.int64) * plane + local.to(tl.int64) * BLOCK_S * K
+    used = tl.zeros([BLOCK_S], tl.int32)
+    for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
+        token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
+        at = token.to(tl.int64) * stride_lt
+        logits = matmul(load_tile(latents_ptr, at, bits >= 0, 0, D, D1), tl.trans(q1))
         if D2 > 0:
-            s = matmul(load_tile(LATENTS, token, bits >= 0, D1, D, D2), tl.trans(q2), s)
-        p = tl.sum(tl.reshape(tl.exp2(s * scale_log2 - lse[None, :]), [BN, QP, HB]), 2) * (1.0 / H)
-        chosen, place, base = loss_places(bits, base, QP)
-        tl.store(P + tl.arange(0, QP)[None, :] * K + place, p, mask=chosen)
+            logits = matmul(load_tile(latents_ptr, at, bits >= 0, D1, D, D2), tl.trans(q2), logits)
+        p = tl.exp2(logits * scale_log2 - lse2[None, :])
+        p = tl.sum(tl.reshape(p, [BLOCK_U, BLOCK_S, BLOCK_H]), 2) * (1.0 / H)
+        chosen, slot, used = slots_of(bits, used, BLOCK_S)
+        tl.store(p_ptr + tl.arange(0, BLOCK_S)[None, :] * K + slot, p, mask=chosen)
 
 
 @triton.jit
-def loss_sparse_scores_kernel(Q, KEYS, W, LISTS, BITS, LENGTH, I, sqb, sqs, sqh, skb, skt, S, K, blocks, width, block0, HI: tl.constexpr,
-                              D: tl.constexpr, BD: tl.constexpr, QP: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+def loss_sparse_scores_kernel(
+        q_ptr, k_ptr, w_ptr, lists_ptr, bits_ptr, length_ptr, score_ptr,
+        S, K, blocks, list_width, block0,
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
+        HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, STAGES: tl.constexpr):
+    """I of one block of queries."""
     block = block0 + tl.program_id(0)
-    b, query, h, ok = loss_rows(block, 0, blocks, S, HI, QP, HB)
-    q = load_tile(Q, b * sqb + query.to(tl.int64) * sqs + h * sqh, ok, 0, D, BD)
-    w = tl.load(W + (b * S + query) * HI + h, mask=ok, other=0.0)
-    length, start, KEYS = tl.load(LENGTH + block), block.to(tl.int64) * width, KEYS + b * skb
-    base = tl.zeros([QP], tl.int32)
-    I += tl.program_id(0).to(tl.int64) * QP * K
-    for j in tl.range(0, length, BN, num_stages=STAGES):
-        t, bits = sparse_tokens(LISTS, BITS, start, j, length, QP, BN)
-        s = matmul(load_tile(KEYS, t.to(tl.int64) * skt, bits >= 0, 0, D, BD), tl.trans(q))
-        chosen, place, base = loss_places(bits, base, QP)
-        tl.store(I + tl.arange(0, QP)[None, :] * K + place, tl.sum(tl.reshape(tl.maximum(s, 0.0) * w[None, :], [BN, QP, HB]), 2), mask=chosen)
+    b, s, h, ok = union_rows(block, 0, blocks, S, HI, BLOCK_S, BLOCK_H)
+    q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, s < S, 0, D, BLOCK_D)
+    w = tl.load(w_ptr + (b * S + s) * HI + h, mask=ok, other=0.0)
+    length = tl.load(length_ptr + block)
+    start = block.to(tl.int64) * list_width
+    k_ptr += b * stride_kb
+    score_ptr += tl.program_id(0).to(tl.int64) * BLOCK_S * K
+    used = tl.zeros([BLOCK_S], tl.int32)
+    for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
+        token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
+        dots = matmul(load_tile(k_ptr, token.to(tl.int64) * stride_kt, bits >= 0, 0, D, BLOCK_D), tl.trans(q))
+        chosen, slot, used = slots_of(bits, used, BLOCK_S)
+        relu = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        score = tl.sum(tl.reshape(relu * w[None, :], [BLOCK_U, BLOCK_S, BLOCK_H]), 2)
+        tl.store(score_ptr + tl.arange(0, BLOCK_S)[None, :] * K + slot, score, mask=chosen)
 
 
 @triton.jit
-def loss_sparse_backward_kernel(Q, KEYS, W, LISTS, BITS, LENGTH, G, R, LARGEST, DQ, DK, DW, sqb, sqs, sqh, skb, skt, S, T, K, blocks, width, rows, HI: tl.constexpr,
-                                D: tl.constexpr, BD: tl.constexpr, QP: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """R: incoming gradients divided by the LARGEST of them, so that r w q keeps its digits in fp16; G has `rows` rows per sequence"""
+def loss_sparse_backward_kernel(
+        q_ptr, k_ptr, w_ptr, lists_ptr, bits_ptr, length_ptr, g_ptr, dkl_ptr, largest_ptr,
+        dq_ptr, dk_ptr, dw_ptr,
+        S, T, K, blocks, list_width, g_rows,
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
+        HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, STAGES: tl.constexpr):
+    """dq, dw of one block of queries, and what it adds to dk. dkl: incoming gradients divided by the largest
+    of them, so that dkl w q keeps its digits in fp16; g has g_rows rows per sequence."""
     block = tl.program_id(0)
-    b, query, h, ok = loss_rows(block, 0, blocks, S, HI, QP, HB)
-    q = load_tile(Q, b * sqb + query.to(tl.int64) * sqs + h * sqh, ok, 0, D, BD)
-    wr, scale = tl.load(W + (b * S + query) * HI + h, mask=ok, other=0.0), tl.load(LARGEST) / G_SCALE
-    r = tl.load(R + b * S + query, mask=ok, other=0.0)
-    wr *= r
-    wq = (q.to(tl.float32) * wr[:, None]).to(q.dtype)
-    length, start, KEYS = tl.load(LENGTH + block), block.to(tl.int64) * width, KEYS + b * skb
-    base, d = tl.zeros([QP], tl.int32), tl.arange(0, BD)
-    G += (b * rows + block % blocks * QP) * K
-    a = tl.zeros([BD, QP * HB], tl.float32)  # A^T
-    for j in tl.range(0, length, BN, num_stages=STAGES):
-        t, bits = sparse_tokens(LISTS, BITS, start, j, length, QP, BN)
-        chosen, place, base = loss_places(bits, base, QP)
-        g = tl.load(G + tl.arange(0, QP)[None, :] * K + place, mask=chosen, other=0.0).to(tl.float32)
-        g = tl.reshape(tl.broadcast_to(g[:, :, None], [BN, QP, HB]), [BN, QP * HB])
-        k = load_tile(KEYS, t.to(tl.int64) * skt, bits >= 0, 0, D, BD)
+    b, s, h, ok = union_rows(block, 0, blocks, S, HI, BLOCK_S, BLOCK_H)
+    q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, s < S, 0, D, BLOCK_D)
+    weight = tl.load(w_ptr + (b * S + s) * HI + h, mask=ok, other=0.0)
+    scale = tl.load(largest_ptr) / G_SCALE
+    dkl = tl.load(dkl_ptr + b * S + s, mask=ok, other=0.0)
+    weight *= dkl
+    wq = (q.to(tl.float32) * weight[:, None]).to(q.dtype)
+    length = tl.load(length_ptr + block)
+    start = block.to(tl.int64) * list_width
+    k_ptr += b * stride_kb
+    g_ptr += (b * g_rows + block % blocks * BLOCK_S) * K
+    d = tl.arange(0, BLOCK_D)
+    used = tl.zeros([BLOCK_S], tl.int32)
+    a = tl.zeros([BLOCK_D, BLOCK_S * BLOCK_H], tl.float32)  # A transposed
+    for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
+        token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
+        chosen, slot, used = slots_of(bits, used, BLOCK_S)
+        g = tl.load(g_ptr + tl.arange(0, BLOCK_S)[None, :] * K + slot, mask=chosen, other=0.0).to(tl.float32)
+        g = tl.broadcast_to(g[:, :, None], [BLOCK_U, BLOCK_S, BLOCK_H])
+        g = tl.reshape(g, [BLOCK_U, BLOCK_S * BLOCK_H])
+        k = load_tile(k_ptr, token.to(tl.int64) * stride_kt, bits >= 0, 0, D, BLOCK_D)
         g = tl.where(matmul(k, tl.trans(q)) > 0, g, 0.0).to(k.dtype)
         a = matmul(tl.trans(k), g, a)
-        tl.atomic_add(DK + (b * T + t)[:, None] * D + d[None, :], matmul(g, wq) * scale, mask=(bits != 0)[:, None] & (d < D)[None, :], sem="relaxed")
-    a, row = a * scale, (b * S + query) * HI + h
-    tl.store(DW + row, tl.sum(tl.trans(q).to(tl.float32) * a, 0) * r, mask=ok)
-    tl.store(DQ + row[None, :] * D + d[:, None], (a * wr[None, :]).to(DQ.dtype.element_ty), mask=ok[None, :] & (d < D)[:, None])
+        tl.atomic_add(
+            dk_ptr + (b * T + token)[:, None] * D + d[None, :], matmul(g, wq) * scale,
+            mask=(bits != 0)[:, None] & (d < D)[None, :], sem="relaxed")
+    a = a * scale
+    row = (b * S + s) * HI + h
+    tl.store(dw_ptr + row, tl.sum(tl.trans(q).to(tl.float32) * a, 0) * dkl, mask=ok)
+    dq = (a * weight[None, :]).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + row[None, :] * D + d[:, None], dq, mask=ok[None, :] & (d < D)[:, None])
 
 
-def _sharing(heads, S, dtype):
-    """-> how many queries share a list: as many as make 64 rows (query, head), at most 16; one where products are float32 (or there is only one)"""
-    return min(16, max(1, 64 // triton.next_power_of_2(heads))) if dtype.itemsize == 2 and S > 1 else 1
+class SparseLossTiles(NamedTuple):
+    block_s: int  # queries that share a list
+    block_h: int  # heads of the attention in one program
+    block_hi: int  # indexer heads, all of them
+    block_u: int
 
 
-class IndexerLossSparse(torch.autograd.Function):
-    """indexer_loss_sparse with its backward; dk_index is summed by float32 atomics."""
+def sparse_loss_tiles(x, S, H, HI, D1):
+    """Tiles for S queries of H heads, whose first D1 columns are one product, and HI indexer heads, in x's
+    dtype. As many queries share a list as make 64 rows (query, head), at most 16; in float32, one."""
+    half = x.element_size() == 2
+    large = half and limits(x.device)[0] > LARGE_SHARED_MEMORY
+    block_s = min(16, max(1, 64 // power_of_two(max(H, HI), 1))) if half and S > 1 else 1
+    most = 128 if large and D1 <= 256 else 64  # rows of the program that computes p
+    block_u = 16
+    if half:
+        block_u = 64 if large else 32
+    return SparseLossTiles(
+        block_s=block_s,
+        block_h=max(16 // block_s, min(most, power_of_two(H, 1))),
+        block_hi=max(16 // block_s, power_of_two(HI, 1)),
+        block_u=block_u)
 
-    @staticmethod
-    def forward(ctx, q, latents, lse, indices, scale, q_index, k_index, w, grad):
-        (B, S, H, D), T, K, (HI, dI) = q.shape, latents.shape[1], indices.shape[2], q_index.shape[2:]
-        (D1, D2), half = _split(D), q.element_size() == 2
-        wide = half and limits(q.device)[0] > 200_000
-        most = 64 if D1 > 256 or not wide else 128  # rows of p's program
-        QP = _sharing(max(H, HI), S, q.dtype)
-        HB, HBI, BN = max(16 // QP, min(most, triton.next_power_of_2(H))), max(16 // QP, triton.next_power_of_2(HI)), 64 if wide else 32 if half else 16
-        lists, bits, length = sparse_union(indices, T, QP)
-        planes, blocks, width = triton.cdiv(H, HB), triton.cdiv(S, QP), lists.shape[-1]
-        last = (indices >= 0).sum(-1, dtype=torch.int32) - 1  # the last used place, as `last` of a row of K keys
-        kl, uniform = torch.empty(B, S, device=q.device), torch.empty(B, S, device=q.device)
-        g = torch.empty(B * blocks * QP, K, dtype=q_index.dtype, device=q.device) if grad else kl
-        chunk = max(1, min(B * blocks, LOSS_CHUNK // (QP * K)))
-        p, score = torch.empty(planes, chunk * QP, K, device=q.device), torch.empty(chunk * QP, K, device=q.device)
-        tile = (dI, max(16, triton.next_power_of_2(dI)), QP, HBI, BN)
-        for block0 in range(0, B * blocks, chunk):
-            n = min(chunk, B * blocks - block0)
-            loss_sparse_target_kernel[n, planes](
-                q, latents, lse, lists, bits, length, p, *q.stride()[:3], *latents.stride()[:2], scale * LOG2E.value, S, K, blocks, width, block0,
-                chunk * QP * K, H, D, D1, D2, QP, HB, BN, 2 if half else 1, num_warps=4)
-            loss_sparse_scores_kernel[n,](
-                q_index, k_index, w, lists, bits, length, score, *q_index.stride()[:3], *k_index.stride()[:2], S, K, blocks, width, block0, HI, *tile,
-                3 if half else 1, num_warps=4)
-            loss_row_kernel[n * QP,](p, score, g[block0 * QP:] if grad else g, torch.zeros_like(last), last, kl, uniform, block0 * QP, K, chunk * QP * K, S, QP,
-                                     planes, grad, min(1024, max(128, triton.next_power_of_2(K))), num_warps=4)
-        ctx.save_for_backward(indices, q_index, k_index, w, g)
-        ctx.rows, ctx.BN = blocks * QP, BN
-        ctx.mark_non_differentiable(uniform)
-        return kl, uniform
 
-    @staticmethod
-    def backward(ctx, r, _):
-        indices, q_index, k_index, w, g = ctx.saved_tensors
-        (B, S, HI, dI), T, K = q_index.shape, k_index.shape[1], indices.shape[2]
-        QP = _sharing(HI, S, q_index.dtype)  # more than forward, where the main heads are many
-        lists, bits, length = sparse_union(indices, T, QP)
-        blocks, largest = triton.cdiv(S, QP), r.abs().max().float().clamp(min=1e-30)
-        dq = torch.empty(q_index.shape, dtype=q_index.dtype, device=q_index.device)
-        dk, dw = torch.zeros(B, T, dI, device=q_index.device), torch.empty_like(w)
-        loss_sparse_backward_kernel[B * blocks,](
-            q_index, k_index, w, lists, bits, length, g, (r / largest).float().contiguous(), largest, dq, dk, dw, *q_index.stride()[:3], *k_index.stride()[:2],
-            S, T, K, blocks, lists.shape[-1], ctx.rows, HI, dI, max(16, triton.next_power_of_2(dI)), QP, max(16 // QP, triton.next_power_of_2(HI)), ctx.BN, 2, num_warps=4)
-        return None, None, None, None, None, dq, dk.to(k_index.dtype), dw, None
+@operation("indexer_loss_sparse")
+def loss_sparse(q: Tensor, latents: Tensor, lse: Tensor, indices: Tensor, scale: float, q_index: Tensor,
+                k_index: Tensor, w: Tensor, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments as kernels.indexer_loss_sparse, with unit strides, lse, indices and w contiguous
+    -> kl, kl_uniform, g (B, S padded to whole blocks, K), see loss_row_kernel, empty unless learns"""
+    B, S, H, D = q.shape
+    T = latents.shape[1]
+    K = indices.shape[2]
+    HI, DI = q_index.shape[2:]
+    D1, D2 = two_powers(D)
+    half = q.element_size() == 2
+    tiles = sparse_loss_tiles(q, S, H, HI, D1)
+    block_s = tiles.block_s
+    blocks = triton.cdiv(S, block_s)
+    planes = triton.cdiv(H, tiles.block_h)
+    g = torch.empty((B, blocks * block_s, K) if learns else 0, dtype=q_index.dtype, device=q.device)
+    if T == 0 or indices.numel() == 0:
+        kl = torch.zeros(B, S, dtype=torch.float32, device=q.device)
+        return kl, kl.clone(), g
+
+    kl = torch.empty(B, S, dtype=torch.float32, device=q.device)
+    kl_uniform = torch.empty(B, S, dtype=torch.float32, device=q.device)
+    lists, bits, length = union(indices, T, block_s)
+    last_slot = (indices >= 0).sum(-1, dtype=torch.int32) - 1  # (B, S), as `last` of a row of K keys
+    chunk = max(1, min(B * blocks, LOSS_CHUNK // (block_s * K)))  # blocks
+    plane = chunk * block_s * K
+    p = torch.empty(planes, chunk * block_s, K, dtype=torch.float32, device=q.device)
+    score = torch.empty(chunk * block_s, K, dtype=torch.float32, device=q.device)
+    for block0 in range(0, B * blocks, chunk):
+        n = min(chunk, B * blocks - block0)
+        loss_sparse_target_kernel[(n, planes)](
+            q_ptr=q, latents_ptr=latents, lse_ptr=lse, lists_ptr=lists, bits_ptr=bits, length_ptr=length,
+            p_ptr=p,
+            scale_log2=scale * LOG2E.value, S=S, K=K, blocks=blocks, list_width=lists.shape[-1],
+            block0=block0, plane=plane,
+            stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
+            stride_lb=latents.stride(0), stride_lt=latents.stride(1),
+            H=H, D=D, D1=D1, D2=D2, BLOCK_S=block_s, BLOCK_H=tiles.block_h, BLOCK_U=tiles.block_u,
+            STAGES=2 if half else 1,
+            num_warps=4)
+        loss_sparse_scores_kernel[(n,)](
+            q_ptr=q_index, k_ptr=k_index, w_ptr=w, lists_ptr=lists, bits_ptr=bits, length_ptr=length,
+            score_ptr=score,
+            S=S, K=K, blocks=blocks, list_width=lists.shape[-1], block0=block0,
+            stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
+            stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
+            HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=block_s, BLOCK_H=tiles.block_hi,
+            BLOCK_U=tiles.block_u, STAGES=3 if half else 1,
+            num_warps=4)
+        loss_row_kernel[(n * block_s,)](
+            p_ptr=p, score_ptr=score, g_ptr=g.view(-1, K)[block0 * block_s:] if learns else None,
+            kl_ptr=kl, uniform_ptr=kl_uniform, first_ptr=None, last_ptr=last_slot,
+            S=S, T=K, width=K, plane=plane, row0=block0 * block_s,
+            BLOCK_S=block_s, PLANES=planes, BLOCK_T=min(1024, power_of_two(K, 128)),
+            num_warps=4)
+    return kl, kl_uniform, g
+
+
+@loss_sparse.register_fake
+def _(q, latents, lse, indices, scale, q_index, k_index, w, learns):
+    B, S, H, D = q.shape
+    block_s = sparse_loss_tiles(q, S, H, q_index.shape[2], two_powers(D)[0]).block_s
+    padded = triton.cdiv(S, block_s) * block_s
+    kl = q.new_empty((B, S), dtype=torch.float32)
+    g = q_index.new_empty((B, padded, indices.shape[2]) if learns else 0)
+    return kl, torch.empty_like(kl), g
+
+
+@operation("indexer_loss_sparse_backward")
+def loss_sparse_backward(dkl: Tensor, indices: Tensor, q_index: Tensor, k_index: Tensor, w: Tensor,
+                         g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dkl (B,S), arguments and g of loss_sparse -> dq_index, dk_index, dw of sum dkl kl"""
+    B, S, HI, DI = q_index.shape
+    T = k_index.shape[1]
+    K = indices.shape[2]
+    device = q_index.device
+    dk = torch.zeros(B, T, DI, dtype=torch.float32, device=device)
+    if T == 0 or indices.numel() == 0:
+        return q_index.new_zeros(q_index.shape), dk.to(k_index.dtype), w.new_zeros(w.shape)
+
+    # more queries share a list than forward, where the heads of the attention are many
+    tiles = sparse_loss_tiles(q_index, S, HI, HI, DI)
+    blocks = triton.cdiv(S, tiles.block_s)
+    lists, bits, length = union(indices, T, tiles.block_s)
+    largest = dkl.abs().max().float().clamp(min=1e-30)
+    dq = torch.empty(q_index.shape, dtype=q_index.dtype, device=device)
+    dw = torch.empty(w.shape, dtype=w.dtype, device=device)
+    loss_sparse_backward_kernel[(B * blocks,)](
+        q_ptr=q_index, k_ptr=k_index, w_ptr=w, lists_ptr=lists, bits_ptr=bits, length_ptr=length,
+        g_ptr=g, dkl_ptr=(dkl / largest).float().contiguous(), largest_ptr=largest,
+        dq_ptr=dq, dk_ptr=dk, dw_ptr=dw,
+        S=S, T=T, K=K, blocks=blocks, list_width=lists.shape[-1], g_rows=g.shape[1],
+        stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
+        stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
+        HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_hi,
+        BLOCK_U=tiles.block_u, STAGES=2,
+        num_warps=4)
+    return dq, dk.to(k_index.dtype), dw
+
+
+@loss_sparse_backward.register_fake
+def _(dkl, indices, q_index, k_index, w, g):
+    return tuple(x.new_empty(x.shape) for x in (q_index, k_index, w))
+
+
+def keep_sparse(ctx, inputs, output):
+    _, _, _, indices, _, q_index, k_index, w, _ = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
+    ctx.save_for_backward(indices, q_index, k_index, w, output[2])
+
+
+def differentiate_sparse(ctx, dkl, *_):
+    gradients = loss_sparse_backward(dkl, *ctx.saved_tensors)
+    return None, None, None, None, None, *gradients, None
+
+
+loss_sparse.register_autograd(differentiate_sparse, setup_context=keep_sparse)
 
 
 def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
-    """Sparse-stage loss, KL(p_{t,S_t} || softmax(I_{t,S_t})) over the selection only (paper eq. 4), p the mean over heads of exp(scale q.latent - lse).
-
-    q (B,S,H,D) absorbed, latents (B,T,D), lse (B,S,H) natural logarithm over the selection, indices (B,S,K) int32 ascending, then -1, as from `select`.
-    Gradients to q_index (B,S,HI,dI), k_index (B,T,dI) (float32 atomics: sums in no fixed order), w (B,S,HI) float32
-    -> kl (B,S), kl_uniform (B,S) float32; 0 for a row with nothing selected. ValueError: shapes or types that don't fit."""
-    (B, S, H, D), T, (HI, dI) = q.shape, latents.shape[1], q_index.shape[2:]
-    fit(latents=(latents, (B, T, D)), lse=(lse, (B, S, H)), indices=(indices, (B, S, indices.shape[-1])), q_index=(q_index, (B, S, HI, dI)),
-        k_index=(k_index, (B, T, dI)), w=(w, (B, S, HI)))
-    if indices.dtype != torch.int32:
-        raise ValueError(f"indices are int32, not {indices.dtype}: pass indices.int()")
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_index, k_index, w))
-    q, latents, q_index, k_index = _unit(q.detach(), latents.detach(), q_index, k_index)
-    return IndexerLossSparse.apply(q, latents, lse.detach().contiguous(), indices.contiguous(), scale, q_index, k_index, w.contiguous(), grad)
+    B, S, H, D = q.shape
+    T = latents.shape[1]
+    HI, DI = q_index.shape[2:]
+    fit(latents=(latents, (B, T, D)), lse=(lse, (B, S, H)), indices=(indices, (B, S, indices.shape[-1])),
+        q_index=(q_index, (B, S, HI, DI)), k_index=(k_index, (B, T, DI)), w=(w, (B, S, HI)))
+    check_indices(indices)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q_index, k_index, w))
+    kl, kl_uniform, _ = loss_sparse(
+        unit_stride(q.detach()), unit_stride(latents.detach()), lse.detach().contiguous(),
+        indices.contiguous(), scale, unit_stride(q_index), unit_stride(k_index), w.contiguous(), learns)
+    return kl, kl_uniform.detach()
