@@ -6,7 +6,8 @@ import triton.language as tl
 
 from triton_kernels.common import fit, limits, LOG2E
 from triton_kernels.dense import _bounds, _split, _unit, hopper_kernels, load_bounds, load_tile, matmul, rows_seeing
-from triton_kernels.sparse import sparse_tokens, sparse_union
+from triton_kernels.sparse import union as sparse_union
+from triton_kernels.sparse import union_tokens as sparse_tokens
 
 LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk of the dense loss holds at a time: 18 bytes each at 64 indexer heads
 G_SCALE = tl.constexpr(64.0)  # gradients with respect to scores are kept times this: float16 would lose those of long rows
