@@ -113,6 +113,7 @@ def assert_lse(got, want, shape, what="lse"):
 def check(shape, dtype, attention=sparse_attention, size=1.0, worst=WORST):
     """Outputs and gradients of sparse_attention against float64 -> out, lse, dq, indices"""
     q, latents, indices, scale, V, dout = draw(shape, dtype, size=size)
+    indices[-1, shape[1] // 2] = -1  # one query has nothing
     poison()
     out, lse = attention(q, latents, indices, scale, V)
     poison()
@@ -138,7 +139,8 @@ def test_forward_backward(shape, dtype):
     """Also: a row with nothing selected gives out 0, lse -inf and gradient 0 (T11, T20)."""
     out, lse, dq, indices = check(shape, dtype)
     assert not lse.requires_grad and lse.is_contiguous()
-    empty = (indices < 0).all(-1)
+    empty = (indices < 0).all(-1)  # (B, S)
+    assert empty.any()
     assert (lse[empty] == -INF).all() and (out[empty] == 0).all() and (dq[empty] == 0).all()
 
 
@@ -203,18 +205,27 @@ def test_chunks_and_incoming_gradient(dtype, monkeypatch):
 
 
 @COMBINE
-@pytest.mark.parametrize("dtype", [HALF, torch.float32])
-def test_lists_in_parts(dtype, monkeypatch):
+@pytest.mark.parametrize("dtype,packed", [(HALF, False), (torch.float32, False), (HALF, True)])
+def test_lists_in_parts(dtype, packed, monkeypatch):
     """Few queries: a list is split among programs and combined. The same as in one part, to rounding."""
     shape = (1, 2, 700, 3, 16, 16, 530)
     parts = []
     launch = sparse.launch_combine
-    monkeypatch.setattr(sparse, "launch_combine", lambda *args: (parts.append(len(args[0])), launch(*args)))
+
+    def counted(part, part_lse, out, lse):
+        parts.append(len(part))
+        launch(part, part_lse, out, lse)
+
+    monkeypatch.setattr(sparse, "launch_combine", counted)
     q, latents, indices, scale, V, _ = draw(shape, dtype)
     indices[0, 1, 9:] = -1  # the later parts are empty
-    out, lse = sparse_attention(q.detach(), latents.detach(), indices, scale, V)
+    tokens = latents.detach()
+    meaning = tokens.double()
+    if packed:
+        tokens, meaning = pack(tokens, V, True)
+    out, lse = sparse_attention(q.detach(), tokens, indices, scale, V)
     assert parts and parts[0] > 1
-    want, lse64 = attend(q.detach().double(), latents.detach().double(), indices, scale, V)
+    want, lse64 = attend(q.detach().double(), meaning, indices, scale, V)
     assert_close(out, want, *bounds("out", shape, dtype), "out")
     assert_lse(lse, lse64, shape)
 
@@ -453,6 +464,8 @@ if CUDA:
 @pytest.mark.parametrize("ue8m0", [True, False])
 def test_fp8_cache(shape, ue8m0):
     q, latents, indices, scale, V, _ = draw(shape, HALF)
+    if shape[1] > 1:
+        indices[0, 0] = -1
     packed, meaning = pack(latents.detach(), V, ue8m0)
     poison()
     out, lse = sparse_attention(q.detach(), packed, indices, scale, V)
