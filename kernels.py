@@ -88,7 +88,13 @@ def sparse_attention(q, latents, indices, scale, value_dim):
     dtype, lse (B,S,H) float32, natural logarithm, not differentiated. A row with nothing selected: out 0, lse
     -inf, gradient 0. Differentiable in q and latents; dlatents is summed in float32 by atomics, so its last
     bits vary from run to run. Memory beyond outputs: 8 bytes x B S K (lists), at most 1 GB for P and dS, 4
-    bytes x B T D (dlatents). ValueError: shapes or dtypes that do not fit."""
+    bytes x B T D (dlatents). ValueError: shapes or dtypes that do not fit.
+
+    Not finite: NaN in q, or in a token that a query selected, makes its rows NaN, out and lse. A token that
+    nobody selected is not read, given that empty slots come last, as `select` leaves them. Queries that share
+    a union, fewer than 32 neighbours, read all its tokens, with weight 0 what they did not select: there a
+    token (and, in dlatents, a query) that is not finite may make NaN of the block's out and gradients, not of
+    its lse. A row whose scores are all -inf counts as one with nothing selected."""
     return sparse.sparse_attention(q, latents, indices, scale, value_dim)
 
 

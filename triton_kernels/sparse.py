@@ -1,685 +1,1037 @@
-"""Chapter 3: sparse attention."""
+"""Chapter 3: sparse attention. With few heads a block of neighbouring queries shares the union of its
+selections: one gathered latent serves all rows (query, head) of the block, and a bit per query masks what
+that query did not select. The backward is three matrix products over the same lists.
+"""
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from triton_kernels.common import fit, has_fp8, is_hopper, limits, LOG2E
+from triton_kernels.common import (
+    LN2, LOG2E, check_indices, e4m3_to_fp16, fit, has_fp8, is_hopper, launch_combine, launch_delta, limits,
+    matmul, operation, power_of_two)
+
+LOWEST = tl.constexpr(-1e38)  # where a running maximum starts; finite, so that no inf - inf arises
+SHARED_ROWS = 64  # rows (query, head) that share a list: 64 // H queries
+MOST_SHARING = 31  # queries that share a list, a bit of an int32 each
+FEW_QUERIES = 8  # up to so many (decoding) read their own lists: no kernel runs before the attention
+LARGE_MEMORY = 160_000  # bytes of shared memory that only data-centre GPUs have: A100, H100, B200
+SMALL_VALUE = 128  # dimensions of a value; up to here q, dout and dq of 64 rows stay in registers together
+MEDIUM_VALUE = 256  # up to here the output of 64 rows does, on four warps
+LARGE_VALUE = 512  # up to here a tile of 64 latents fits into the memory of a data-centre GPU twice
+FEW_HEADS = 16  # up to here a tile of rows of one query is the smallest that a product takes
+SOME_HEADS = 32  # up to here half a tile of 64 rows holds all heads
+MANY_HEADS = 64  # beyond, the backward holds 128 rows at a time
+SCORES_BYTES = 2**30  # of P and dS that the backward holds at a time
+UNION_PROGRAMS = 1056  # of the union's kernel at most: eight per multiprocessor of an H100
+UNION_PROGRAMS_LEAST = 16
+UNION_SCRATCH = 2**24  # words of scratch memory of all these programs: 64 MB
+UNION_PAD = 128  # entries without bits behind each list, for tiles that reach beyond its end
+SCALE_BLOCK = 128  # values of an FP8 cache entry to a scale
+P_SCALE = tl.constexpr(256.0)  # brings P times a scale near the largest of 128 values: fp16 keeps its digits
 
 
-def hopper_kernels(x):  # temporary, until the rewritten chapter takes this file's place
-    if not is_hopper(x):
-        return None
-    from triton_kernels import hopper
-    return hopper
+# ---- union ----
+# contract    `union`
+# in PyTorch  per block of queries: torch.unique(selections of the block), and who selected each token
+# equation    list = union of S_t over the queries t of the block, ascending; bit i of an entry: query i chose
+# tiling      persistent programs, a block at a time; a scratch row holds BLOCK_S bits per token, in words of
+#             32 // BLOCK_S tokens: scatter the selections into the row, compact the words that are not zero,
+#             expand these into tokens
+# bytes       4 S K read, 8 per entry written; of the row T / (32 // BLOCK_S) words per block scanned, in L2
 
-
-# ===========================================================================================================================================
-# 3  Sparse attention. With few heads, a block of neighbouring queries shares the union of their selections: one gathered latent serves all
-#    its rows (query, head), and a bit per query masks what that query did not select. The backward is three matrix products over the lists.
-# ===========================================================================================================================================
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Union of the selections of BQ neighbouring queries:  lists[b, :length[b]] ascending tokens, bits[b, u] bit i = query i of the block chose it.
-#   one program per block, persistent; its scratch row holds BQ bits per token, 32 // BQ tokens to a word
-#   scatter the selections into the row, compact the words that are not zero, expand these words into tokens
-#   reads 4 S K bytes, writes 8 bytes per entry; scanning costs T / (32 // BQ) words per block, in L2
+class Union(NamedTuple):
+    """What the blocks of neighbouring queries selected; see `union`."""
+    lists: Tensor  # (B * blocks, width) int32: tokens
+    bits: Tensor  # (B * blocks, width) int32: who selected them
+    length: Tensor | None  # (B * blocks,) int32; None: all lists are as wide as the selection
 
 
 @triton.jit
-def sparse_union_kernel(Index, Scratch, Words, Lists, Bits, Length, S, K, blocks, total, row_words, width,
-                        BQ: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
-                        PAD: tl.constexpr):
-    PER: tl.constexpr = 32 // BQ  # tokens per word
-    pid = tl.program_id(0)
-    row = Scratch + pid.to(tl.int64) * row_words
-    found = Words + pid.to(tl.int64) * 2 * width  # (word number, word) of the words that are not zero
-    n, e, g = tl.arange(0, BW), tl.arange(0, BE), tl.arange(0, GP)
-    for step in range(tl.cdiv(total - pid, tl.num_programs(0))):
-        b = pid + step * tl.num_programs(0)
-        low, high = 2147483647, -1
-        for i in range(tl.minimum(BQ, S - (b % blocks) * BQ)):
-            source = Index + ((b // blocks).to(tl.int64) * S + (b % blocks) * BQ + i) * K
-            for j in range(0, K, BK):
-                t = tl.load(source + j + tl.arange(0, BK), mask=j + tl.arange(0, BK) < K, other=-1)
-                tl.atomic_or(row + t // PER, 1 << (t % PER * BQ + i), mask=t >= 0, sem="relaxed")
-                low, high = tl.minimum(low, tl.min(tl.where(t < 0, 2147483647, t))), tl.maximum(high, tl.max(t))
+def union_kernel(
+        indices_ptr, scratch_ptr, words_ptr, lists_ptr, bits_ptr, length_ptr,
+        S, K, blocks, total, row_words, width,
+        BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+        BLOCK_E: tl.constexpr, PAD: tl.constexpr):
+    PER_WORD: tl.constexpr = 32 // BLOCK_S  # tokens
+    program = tl.program_id(0)
+    row = scratch_ptr + program.to(tl.int64) * row_words
+    found = words_ptr + program.to(tl.int64) * 2 * width  # words that are not zero: their numbers, then they
+    k = tl.arange(0, BLOCK_K)
+    w = tl.arange(0, BLOCK_W)
+    e = tl.arange(0, BLOCK_E)
+    g = tl.arange(0, BLOCK_T)
+    for step in range(tl.cdiv(total - program, tl.num_programs(0))):
+        block = program + step * tl.num_programs(0)
+
+        # scatter: set the bit of every (token, query)
+        low = 2147483647
+        high = -1
+        s = (block % blocks) * BLOCK_S
+        for i in range(tl.minimum(BLOCK_S, S - s)):
+            selection = indices_ptr + ((block // blocks).to(tl.int64) * S + s + i) * K
+            for j in range(0, K, BLOCK_K):
+                t = tl.load(selection + j + k, mask=j + k < K, other=-1)
+                bit = 1 << (t % PER_WORD * BLOCK_S + i)
+                tl.atomic_or(row + t // PER_WORD, bit, mask=t >= 0, sem="relaxed")
+                low = tl.minimum(low, tl.min(tl.where(t < 0, 2147483647, t)))
+                high = tl.maximum(high, tl.max(t))
         tl.debug_barrier()
+
+        # compact: the words that are not zero, and zeros in their place for the next block
         count = 0
-        for j in range(low // PER, high // PER + 1, BW):
-            ok = j + n <= high // PER
-            w = tl.load(row + j + n, mask=ok, other=0, cache_modifier=".cg")
-            hit = (w != 0).to(tl.int32)
-            at = found + count + tl.cumsum(hit, 0) - 1
-            tl.store(at, j + n, mask=w != 0)
-            tl.store(at + width, w, mask=w != 0)
-            tl.store(row + j + n, 0, mask=w != 0)
+        for j in range(low // PER_WORD, high // PER_WORD + 1, BLOCK_W):
+            word = tl.load(row + j + w, mask=j + w <= high // PER_WORD, other=0, cache_modifier=".cg")
+            hit = (word != 0).to(tl.int32)
+            to = found + count + tl.cumsum(hit, 0) - 1
+            tl.store(to, j + w, mask=word != 0)
+            tl.store(to + width, word, mask=word != 0)
+            tl.store(row + j + w, 0, mask=word != 0)
             count += tl.sum(hit, 0)
         tl.debug_barrier()
-        out, length = b.to(tl.int64) * width, 0
-        for j in range(0, count, BE):
-            first = tl.load(found + j + e, mask=j + e < count, other=0, cache_modifier=".cg") * PER
-            w = tl.load(found + width + j + e, mask=j + e < count, other=0, cache_modifier=".cg")
-            bits = tl.where(g[None, :] < PER, (w[:, None] >> (g * BQ)[None, :]) & ((1 << BQ) - 1), 0)
+
+        # expand: a word into its tokens
+        out = block.to(tl.int64) * width
+        length = 0
+        for j in range(0, count, BLOCK_E):
+            first = tl.load(found + j + e, mask=j + e < count, other=0, cache_modifier=".cg") * PER_WORD
+            word = tl.load(found + width + j + e, mask=j + e < count, other=0, cache_modifier=".cg")
+            bits = (word[:, None] >> (g * BLOCK_S)[None, :]) & ((1 << BLOCK_S) - 1)
+            bits = tl.where(g[None, :] < PER_WORD, bits, 0)
             hit = (bits != 0).to(tl.int32)
-            per_word = tl.sum(hit, 1)
-            at = out + length + (tl.cumsum(per_word, 0) - per_word)[:, None] + tl.cumsum(hit, 1) - 1
-            tl.store(Lists + at, first[:, None] + g[None, :], mask=bits != 0)
-            tl.store(Bits + at, bits, mask=bits != 0)
-            length += tl.sum(per_word, 0)
+            hits = tl.sum(hit, 1)
+            to = out + length + (tl.cumsum(hits, 0) - hits)[:, None] + tl.cumsum(hit, 1) - 1
+            tl.store(lists_ptr + to, first[:, None] + g[None, :], mask=bits != 0)
+            tl.store(bits_ptr + to, bits, mask=bits != 0)
+            length += tl.sum(hits, 0)
+
+        # the last token again, without bits
         pad = tl.arange(0, PAD)
-        tl.store(Lists + out + length + pad, high + tl.zeros([PAD], tl.int32))
-        tl.store(Bits + out + length + pad, tl.zeros([PAD], tl.int32))
-        tl.store(Length + b, length)
+        tl.store(lists_ptr + out + length + pad, high + tl.zeros([PAD], tl.int32))
+        tl.store(bits_ptr + out + length + pad, tl.zeros([PAD], tl.int32))
+        tl.store(length_ptr + block, length)
         tl.debug_barrier()
 
 
 @triton.jit
-def sparse_length_kernel(Index, Length, K, BK: tl.constexpr):
-    """One query per block needs no union, only where its list ends."""
-    r = tl.program_id(0)
+def selection_length_kernel(indices_ptr, length_ptr, K, BLOCK_K: tl.constexpr):
+    """A block of one query needs no union, only where its list ends."""
+    row = tl.program_id(0)
     last = -1
-    for j in range(0, K, BK):
-        n = j + tl.arange(0, BK)
-        t = tl.load(Index + r.to(tl.int64) * K + n, mask=n < K, other=-1)
-        last = tl.maximum(last, tl.max(tl.where(t < 0, -1, n)))
-    tl.store(Length + r, last + 1)
+    for j in range(0, K, BLOCK_K):
+        k = j + tl.arange(0, BLOCK_K)
+        t = tl.load(indices_ptr + row.to(tl.int64) * K + k, mask=k < K, other=-1)
+        last = tl.maximum(last, tl.max(tl.where(t < 0, -1, k)))
+    tl.store(length_ptr + row, last + 1)
 
 
-def sparse_union(indices, T, BQ):
-    """indices (B,S,K) -> lists, bits (B * blocks, width) int32 and length (B * blocks) int32 of the blocks of BQ neighbouring queries;
-    128 entries without bits follow each list, for tiles that reach past its end. Memory: 8 bytes for each of
-    S * K entries (the bound without a host synchronisation), and at most 64 MB of scratch."""
+def union(indices, T, block_s):
+    """indices (B,S,K) contiguous int32 of tokens below T, K at least 1, block_s 1..31 -> Union of the B *
+    ceil(S / block_s) blocks of block_s neighbouring queries.
+
+    lists[b, :length[b]] are the tokens, ascending, bit i of bits[b, u] says that query i of the block chose
+    lists[b, u]; UNION_PAD entries follow that repeat the last token without bits. block_s = 1: lists and bits
+    are the indices themselves, length is that of a list up to its last token; `union_tokens` reads both. No
+    host synchronisation, hence memory for the longest lists, 8 bytes for each of S * K entries, and at most
+    64 MB of scratch."""
     B, S, K = indices.shape
-    blocks, new = triton.cdiv(S, BQ), lambda *shape: torch.empty(shape, dtype=torch.int32, device=indices.device)
-    length, BK = new(B * blocks), min(1024, triton.next_power_of_2(K))
-    if BQ == 1:
-        sparse_length_kernel[(B * S,)](indices, length, K, BK)
-        return indices, indices, length
-    width, row_words = triton.cdiv(min(BQ * K, T), 128) * 128 + 128, triton.cdiv(T, 32 // BQ)
-    programs = min(B * blocks, 1056, max(16, (1 << 24) // row_words))
-    lists, bits, words = new(B * blocks, width), new(B * blocks, width), new(programs, 2, width)
-    scratch = torch.zeros(programs, row_words, dtype=torch.int32, device=indices.device)
-    sparse_union_kernel[(programs,)](indices, scratch, words, lists, bits, length, S, K, blocks, B * blocks, row_words, width,
-                                     BQ, triton.next_power_of_2(32 // BQ), BK, 1024, 256, 128, num_warps=4)
-    return lists, bits, length
+    blocks = triton.cdiv(S, block_s)
+    int32 = dict(dtype=torch.int32, device=indices.device)
+    length = torch.empty(B * blocks, **int32)
+    block_k = min(1024, power_of_two(K, 1))
+    if block_s == 1:
+        selection_length_kernel[(B * S,)](
+            indices_ptr=indices, length_ptr=length,
+            K=K,
+            BLOCK_K=block_k)
+        return Union(indices, indices, length)
 
+    width = triton.cdiv(min(block_s * K, T), UNION_PAD) * UNION_PAD + UNION_PAD
+    row_words = triton.cdiv(T, 32 // block_s)
+    programs = min(B * blocks, UNION_PROGRAMS, max(UNION_PROGRAMS_LEAST, UNION_SCRATCH // row_words))
+    lists = torch.empty(B * blocks, width, **int32)
+    bits = torch.empty(B * blocks, width, **int32)
+    words = torch.empty(programs, 2, width, **int32)
+    scratch = torch.zeros(programs, row_words, **int32)
+    union_kernel[(programs,)](
+        indices_ptr=indices, scratch_ptr=scratch, words_ptr=words,
+        lists_ptr=lists, bits_ptr=bits, length_ptr=length,
+        S=S, K=K, blocks=blocks, total=B * blocks, row_words=row_words, width=width,
+        BLOCK_S=block_s, BLOCK_T=power_of_two(32 // block_s, 1), BLOCK_K=block_k, BLOCK_W=1024, BLOCK_E=256,
+        PAD=UNION_PAD,
+        num_warps=4)
+    return Union(lists, bits, length)
+
+
+# ---- how kernels read lists ----
 
 @triton.jit
-def sparse_rows(block, group, S, H, blocks, HB: tl.constexpr, BQ: tl.constexpr, N: tl.constexpr):
-    """Rows of a program: BQ queries x HB heads, padded to N -> query within the block, row number in (B,S,H), is it real."""
-    row = tl.arange(0, N)
-    i, head = row // HB, group * HB + row % HB
-    query = block % blocks * BQ + i
-    return i, ((block // blocks).to(tl.int64) * S + query) * H + head, (i < BQ) & (query < S) & (head < H)
-
-
-@triton.jit
-def sparse_length(Length, block, width):
-    if Length is None:
+def union_length(length_ptr, block, width):
+    """Entries of a block's list; without lengths all lists are as wide as the selection."""
+    if length_ptr is None:
         length = width
     else:
-        length = tl.load(Length + block)
+        length = tl.load(length_ptr + block)
     return length
 
 
 @triton.jit
-def sparse_tokens(Lists, Bits, start, j, length, BQ: tl.constexpr, BN: tl.constexpr):
-    """Entries j ... j + BN of a list -> token, bits (0: nobody chose it, or past the end, where the last token is repeated)."""
-    n = j + tl.arange(0, BN)
-    if BQ == 1:
-        t = tl.load(Lists + start + tl.minimum(n, length - 1))
-        bits = ((t >= 0) & (n < length)).to(tl.int32)
-        t = tl.maximum(t, 0)
+def union_tokens(
+        lists_ptr, bits_ptr, start, j, length,
+        BLOCK_S: tl.constexpr, BLOCK_U: tl.constexpr, spare=None):
+    """Entries j ... j + BLOCK_U of the list at `start` -> token, bits. An entry without bits, which nobody
+    chose, is a token that may be read all the same: beyond the end of a list its last token, in an empty slot
+    `spare` or token 0."""
+    u = j + tl.arange(0, BLOCK_U)
+    if BLOCK_S == 1:
+        t = tl.load(lists_ptr + start + tl.minimum(u, length - 1))
+        bits = ((t >= 0) & (u < length)).to(tl.int32)
+        if spare is None:
+            t = tl.maximum(t, 0)
+        else:
+            t = tl.where(t < 0, spare, t)
     else:
-        t, bits = tl.load(Lists + start + n), tl.load(Bits + start + n)
+        t = tl.load(lists_ptr + start + u)
+        bits = tl.load(bits_ptr + start + u)
     return t, bits
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Forward:  out = softmax(scale q . latents[S_t]) latents[S_t, :value_dim]   (paper eq. 2), online softmax over the list of the block.
-#   program = N rows (query, head) of one block, or one of SPLITS pieces of its list (few queries: decoding)
-#   tile = BN gathered latents, used twice: scores with the whole vector, values with its first D numbers
-#   2 S H K (2 D + R) operations counted, U / K times as many done; gathers U (D + R) numbers per block, U = length of the union
-# Latents of more than 256 numbers leave no room for N x D accumulators: there the forward is the first two products of the backward below.
+@triton.jit
+def selected_token(lists_ptr, start, width, BLOCK_U: tl.constexpr):
+    """One of the tokens of a selection (the first slot's, unless that is empty), -1 if there is none."""
+    token = tl.load(lists_ptr + start)
+    if token < 0:
+        for j in range(0, width, BLOCK_U):
+            u = j + tl.arange(0, BLOCK_U)
+            token = tl.maximum(token, tl.max(tl.load(lists_ptr + start + u, mask=u < width, other=-1)))
+    return token
 
 
 @triton.jit
-def sparse_forward_kernel(Q, KV, Lists, Bits, Length, Out, Lse, scale_log2, S, T, H, blocks, width, rows_total, SPLITS,
-                          HB: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-                          STAGES: tl.constexpr):
-    W: tl.constexpr = D + R
-    block, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i, g, ok = sparse_rows(block, group, S, H, blocks, HB, BQ, N)
-    d, r = tl.arange(0, D), tl.arange(0, R)
-    q = tl.load(Q + g[:, None] * W + d[None, :], mask=ok[:, None], other=0.)
-    qr = tl.load(Q + g[:, None] * W + D + r[None, :], mask=ok[:, None], other=0.)
-    m, l, acc = tl.full([N], -1e38, tl.float32), tl.zeros([N], tl.float32), tl.zeros([N, D], tl.float32)
-    length = sparse_length(Length, block, width)
-    piece = tl.cdiv(tl.cdiv(length, BN), SPLITS) * BN
-    start, latents = block.to(tl.int64) * width, KV + (block // blocks).to(tl.int64) * T * W
-    for j in tl.range(split * piece, tl.minimum(length, (split + 1) * piece), BN, num_stages=STAGES):
-        t, bits = sparse_tokens(Lists, Bits, start, j, length, BQ, BN)
-        kp = latents + t[:, None].to(tl.int64) * W
-        k, kr = tl.load(kp + d[None, :]), tl.load(kp + D + r[None, :])
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = tl.dot(qr, tl.trans(kr), s, input_precision="ieee")
-        s = tl.where(((bits[None, :] >> i[:, None]) & 1) != 0, s * scale_log2, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        a, p = tl.exp2(m - m_new), tl.exp2(s - m_new[:, None])
-        l, m = l * a + tl.sum(p, 1), m_new
-        acc = tl.dot(p.to(k.dtype), k, acc * a[:, None], input_precision="ieee")
-    # computed afresh (min(length, 0) is 0, which the compiler cannot know): row addresses kept through the loop would cost 40 registers
-    _, g, ok = sparse_rows(block + tl.minimum(length, 0), group, S, H, blocks, HB, BQ, N)
-    some = l > 0  # a row that selected nothing gives 0 and -inf
-    g += split.to(tl.int64) * rows_total
-    tl.store(Out + g[:, None] * D + d[None, :], (acc / tl.where(some, l, 1.)[:, None]).to(Out.dtype.element_ty), mask=ok[:, None])
-    tl.store(Lse + g, tl.where(some, (m + tl.log2(l)) * 0.6931471805599453, float("-inf")), mask=ok)
+def block_rows(
+        block, group, S, H, blocks,
+        BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows of a program: BLOCK_S queries x BLOCK_H heads, filled up to BLOCK_N -> query within the block, row
+    number in (B,S,H), is it real."""
+    n = tl.arange(0, BLOCK_N)
+    i = n // BLOCK_H
+    h = group * BLOCK_H + n % BLOCK_H
+    s = block % blocks * BLOCK_S + i
+    return i, ((block // blocks).to(tl.int64) * S + s) * H + h, (i < BLOCK_S) & (s < S) & (h < H)
 
 
-@triton.jit
-def sparse_combine_kernel(Part, PartLse, Out, Lse, rows, SPLITS, D: tl.constexpr, DP: tl.constexpr):
-    """out = sum_i exp(lse_i - lse) out_i over the pieces of a list."""
-    g, d = tl.program_id(0).to(tl.int64), tl.arange(0, DP)
-    m, l, acc = float("-inf"), 0., tl.zeros([DP], tl.float32)
-    for i in range(SPLITS):
-        lse = tl.load(PartLse + i * rows + g)
-        m_new = tl.maximum(m, lse)
-        ref = tl.where(m_new == float("-inf"), 0., m_new)
-        a, e = tl.exp(m - ref), tl.exp(lse - ref)
-        acc = acc * a + tl.load(Part + (i * rows + g) * D + d, mask=d < D, other=0.) * e
-        l, m = l * a + e, m_new
-    tl.store(Out + g * D + d, (acc / tl.where(l > 0, l, 1.)).to(Out.dtype.element_ty), mask=d < D)
-    tl.store(Lse + g, tl.where(l > 0, m + tl.log(tl.where(l > 0, l, 1.)), float("-inf")))
+class Rows(NamedTuple):
+    """How the rows (query, head) of a (B,S,H) are laid out in programs."""
+    block_h: int  # heads of a program
+    groups: int  # programs for all heads
+    block_s: int  # queries of a block
+    blocks: int  # of a sequence
 
 
-@triton.jit
-def sparse_e4m3(x, dtype: tl.constexpr):
-    """e4m3 numbers, or their bytes where the GPU knows no e4m3 (below sm_89): moved into fp16's fields they are 2^-8 of their value, exactly."""
-    if x.dtype == tl.uint8:
-        y = x.to(tl.int16)
-        x = (((y & 128) << 8) | ((y & 127) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.
-    return x.to(dtype)
+def sharing_queries(H, dtype):
+    """-> how many queries may share a list: one in float32, whose tiles are small."""
+    return 1 if dtype == torch.float32 else max(1, min(SHARED_ROWS // H, MOST_SHARING))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Backward.  P = exp(scale q.k - lse), dP = dout . v, delta = sum(out dout), dS = scale P (dP - delta):
-#            dq = dS k,  dk = dS^T q,  dv = P^T dout,  dlatents = dk with dv added to its first value_dim columns.
-#   score:   program = one tile of BN tokens x N rows; streams columns of q, dout and gathered k like a plain matrix product; writes P, dS
-#   product: program = N rows x DC columns; loops over the list (second gather), dq in registers. Up to 128 numbers: score and product in one
-#   latent:  program = DC columns of a block, or all if they fit; loops over the list; a tile of dlatents leaves as float32 atomics, no gather
-#   2 S H K (3 (D + R) + 2 D) operations, U (D + R) atomics per block (0.95 T/s on an H200: the bound of few heads); P and dS: 4 N bytes per entry,
-#   in chunks of blocks of at most 1 GB
-# FORWARD: the same score kernel writes P relative to the maximum of its tile, the product kernel rescales tile by tile and multiplies by values.
+def share_rows(S, H, block_n, queries):
+    """-> Rows of tiles of block_n rows, where up to so many queries may share a list."""
+    block_h = min(H, block_n)
+    block_s = min(queries, S, block_n // block_h)
+    return Rows(block_h, triton.cdiv(H, block_h), block_s, triton.cdiv(S, block_s))
 
 
-@triton.jit
-def sparse_delta_kernel(Out, DOut, Delta, rows, D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr):
-    g, d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, DP)
-    at, ok = g[:, None].to(tl.int64) * D + d[None, :], (g < rows)[:, None] & (d < D)[None, :]
-    x = tl.load(Out + at, mask=ok, other=0.).to(tl.float32) * tl.load(DOut + at, mask=ok, other=0.).to(tl.float32)
-    tl.store(Delta + g, tl.sum(x, 1), mask=g < rows)
-
-
-@triton.jit(do_not_specialize=["first_block"])
-def sparse_score_kernel(Q, KV, Scales, Rope, Lists, Bits, Length, DOut, Lse, Delta, P, DS, TileMax, TileSum, scale, scale_log2, first_block,
-                        S, T, H, blocks, width, tiles, FORWARD: tl.constexpr, FP8: tl.constexpr, BYTES: tl.constexpr, G: tl.constexpr,
-                        HB: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr, R: tl.constexpr, DC: tl.constexpr, N: tl.constexpr,
-                        BN: tl.constexpr, STAGES: tl.constexpr):
-    W: tl.constexpr = D + R
-    local, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles  # local: block and head group within this chunk of blocks
-    j, block, group = tile * BN, first_block + local // G, local % G
-    length = sparse_length(Length, block, width)
-    if j < length:
-        i, g, ok = sparse_rows(block, group, S, H, blocks, HB, BQ, N)
-        t, bits = sparse_tokens(Lists, Bits, block.to(tl.int64) * width, j, length, BQ, BN)
-        token = (block // blocks).to(tl.int64) * T + t
-        c, r, ok2 = tl.arange(0, DC), tl.arange(0, R), ok[:, None]
-        q_row, do_row = Q + g[:, None] * W, DOut + g[:, None] * D
-        qr = tl.load(q_row + D + r[None, :], mask=ok2, other=0.)
-        if FP8:
-            kr = tl.load(Rope + token[:, None] * (BYTES // 2) + (D + D // 32) // 2 + r[None, :]).to(qr.dtype)
-            k_row = KV + token[:, None] * BYTES
-        else:
-            k_row = KV + token[:, None] * W
-            kr = tl.load(k_row + D + r[None, :])
-        s, dp = tl.dot(kr, tl.trans(qr), input_precision="ieee"), tl.zeros([BN, N], tl.float32)  # (BN, N): tokens fill the rows of the tile
-        for at in tl.range(0, D, DC, num_stages=STAGES):
-            k, q = tl.load(k_row + at + c[None, :]), tl.load(q_row + at + c[None, :], mask=ok2, other=0.)
-            if FP8:
-                f = tl.load(Scales + token * (BYTES // 4) + D // 4 + at // 128)
-                s += tl.dot(sparse_e4m3(k, q.dtype), tl.trans(q), input_precision="ieee") * f[:, None]
-            else:
-                s = tl.dot(k, tl.trans(q), s, input_precision="ieee")
-            if not FORWARD:
-                dp = tl.dot(k, tl.trans(tl.load(do_row + at + c[None, :], mask=ok2, other=0.)), dp, input_precision="ieee")
-        chosen = ((bits[:, None] >> i[None, :]) & 1) != 0
-        n, row = j + tl.arange(0, BN), tl.arange(0, N)
-        to, real = (local.to(tl.int64) * width + n)[:, None] * N + row[None, :], (n < length)[:, None]
-        if FORWARD:
-            s = tl.where(chosen, s * scale_log2, float("-inf"))
-            m = tl.maximum(tl.max(s, 0), -1e38)
-            p = tl.exp2(s - m[None, :])
-            tl.store(TileMax + tl.program_id(0).to(tl.int64) * N + row, m)
-            tl.store(TileSum + tl.program_id(0).to(tl.int64) * N + row, tl.sum(p, 0))
-        else:
-            lse = tl.load(Lse + g, mask=ok, other=float("-inf")) * 1.4426950408889634
-            lse = tl.where(lse == float("-inf"), float("inf"), lse)
-            p = tl.where(chosen, tl.exp2(s * scale_log2 - lse[None, :]), 0.)
-            ds = p * (dp - tl.load(Delta + g, mask=ok, other=0.)[None, :]) * scale
-            tl.store(DS + to, ds.to(DS.dtype.element_ty), mask=real)
-        tl.store(P + to, p.to(P.dtype.element_ty), mask=real)
-
-
-@triton.jit
-def sparse_product(KV, Scales, Lists, Bits, P, TileMax, m, l, Out, g, ok, start, p_start, tile_start, batch_row, length, column,
-                   FORWARD: tl.constexpr, FP8: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr,
-                   BQ: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):
-    """out (N, C) = P^T k of one list, columns column ... column + C."""
-    c, row, acc = column + tl.arange(0, C), tl.arange(0, N), tl.zeros([N, C], tl.float32)
-    for j in tl.range(0, length, BN, num_stages=STAGES):
-        t, bits = sparse_tokens(Lists, Bits, start, j, length, BQ, BN)
-        n = j + tl.arange(0, BN)
-        p = tl.load(P + (p_start + n)[:, None] * N + row[None, :], mask=(n < length)[:, None], other=0.)
-        k = tl.load(KV + (batch_row + t)[:, None] * STRIDE + c[None, :])
-        if FORWARD:
-            x = p.to(tl.float32) * tl.exp2(tl.load(TileMax + (tile_start + j // TILE) * N + row) - m)[None, :]
-            if FP8:
-                x *= tl.load(Scales + (batch_row + t) * (STRIDE // 4) + D // 4 + column // 128)[:, None] * 256.
-                k = sparse_e4m3(k, p.dtype)
-            p = x.to(p.dtype)
-        acc = tl.dot(tl.trans(p), k, acc, input_precision="ieee")
-    if FORWARD:
-        acc /= l[:, None]
-    tl.store(Out + g[:, None] * OUT + c[None, :], acc.to(Out.dtype.element_ty), mask=ok[:, None])
-
-
-@triton.jit(do_not_specialize=["first_block"])
-def sparse_product_kernel(KV, Scales, Lists, Bits, Length, P, Out, TileMax, TileSum, Lse, first_block, S, T, H, blocks, width, tiles,
-                          FORWARD: tl.constexpr, FP8: tl.constexpr, STRIDE: tl.constexpr, G: tl.constexpr, HB: tl.constexpr, BQ: tl.constexpr,
-                          D: tl.constexpr, R: tl.constexpr, DC: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
-                          STAGES: tl.constexpr):
-    CHUNKS: tl.constexpr = D // DC if FORWARD else D // DC + 1  # the rope columns are the last chunk of dq
-    local, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
-    block = first_block + local // G
-    i, g, ok = sparse_rows(block, local % G, S, H, blocks, HB, BQ, N)
-    length, start, p_start = sparse_length(Length, block, width), block.to(tl.int64) * width, local.to(tl.int64) * width
-    tile_start, batch_row, row = local.to(tl.int64) * tiles, (block // blocks).to(tl.int64) * T, tl.arange(0, N)
-    m, l = tl.full([N], -1e38, tl.float32), tl.zeros([N], tl.float32)
-    if FORWARD:
-        for tile in range(tl.cdiv(length, TILE)):
-            m_tile, l_tile = tl.load(TileMax + (tile_start + tile) * N + row), tl.load(TileSum + (tile_start + tile) * N + row)
-            m_new = tl.maximum(m, m_tile)
-            l, m = l * tl.exp2(m - m_new) + l_tile * tl.exp2(m_tile - m_new), m_new
-        if chunk == 0:
-            tl.store(Lse + g, tl.where(l > 0, (m + tl.log2(l)) * 0.6931471805599453, float("-inf")), mask=ok)
-        l = tl.where(l > 0, l, 1.) * (256. if FP8 else 1.)
-    if chunk < D // DC:
-        sparse_product(KV, Scales, Lists, Bits, P, TileMax, m, l, Out, g, ok, start, p_start, tile_start, batch_row, length, chunk * DC,
-                       FORWARD, FP8, STRIDE, D, D if FORWARD else D + R, DC, BQ, N, BN, TILE, STAGES)
-    elif not FORWARD:
-        sparse_product(KV, Scales, Lists, Bits, P, TileMax, m, l, Out, g, ok, start, p_start, tile_start, batch_row, length, D,
-                       FORWARD, FP8, STRIDE, D, D + R, R, BQ, N, BN, TILE, STAGES)
-
-
-@triton.jit(do_not_specialize=["first_block"])
-def sparse_score_query_kernel(Q, KV, Lists, Bits, Length, DOut, Lse, Delta, P, DS, DQ, scale, scale_log2, first_block, S, T, H, blocks, width,
-                              G: tl.constexpr, HB: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
-                              BN: tl.constexpr, STAGES: tl.constexpr):
-    """The first two products in one pass, for latents small enough that q, dout and dq of a block stay on chip."""
-    W: tl.constexpr = D + R
-    local = tl.program_id(0)
-    block = first_block + local // G
-    i, g, ok = sparse_rows(block, local % G, S, H, blocks, HB, BQ, N)
-    d, r, ok2, row = tl.arange(0, D), tl.arange(0, R), ok[:, None], tl.arange(0, N)
-    q, qr = tl.load(Q + g[:, None] * W + d[None, :], mask=ok2, other=0.), tl.load(Q + g[:, None] * W + D + r[None, :], mask=ok2, other=0.)
-    do, delta = tl.load(DOut + g[:, None] * D + d[None, :], mask=ok2, other=0.), tl.load(Delta + g, mask=ok, other=0.)
-    lse = tl.load(Lse + g, mask=ok, other=float("-inf")) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    acc, acc_r = tl.zeros([N, D], tl.float32), tl.zeros([N, R], tl.float32)
-    length, start, p_start = sparse_length(Length, block, width), block.to(tl.int64) * width, local.to(tl.int64) * width
-    latents = KV + (block // blocks).to(tl.int64) * T * W
-    for j in tl.range(0, length, BN, num_stages=STAGES):
-        t, bits = sparse_tokens(Lists, Bits, start, j, length, BQ, BN)
-        kp = latents + t[:, None].to(tl.int64) * W
-        k, kr = tl.load(kp + d[None, :]), tl.load(kp + D + r[None, :])
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = tl.dot(qr, tl.trans(kr), s, input_precision="ieee")
-        dp = tl.dot(do, tl.trans(k), input_precision="ieee")
-        p = tl.where(((bits[None, :] >> i[:, None]) & 1) != 0, tl.exp2(s * scale_log2 - lse[:, None]), 0.)
-        ds = (p * (dp - delta[:, None]) * scale).to(k.dtype)
-        n = j + tl.arange(0, BN)
-        to, real = (p_start + n)[None, :] * N + row[:, None], (n < length)[None, :]
-        tl.store(P + to, p.to(k.dtype), mask=real)
-        tl.store(DS + to, ds, mask=real)
-        acc, acc_r = tl.dot(ds, k, acc, input_precision="ieee"), tl.dot(ds, kr, acc_r, input_precision="ieee")
-    _, g, ok = sparse_rows(block + tl.minimum(length, 0), local % G, S, H, blocks, HB, BQ, N)  # as in the forward: frees registers
-    tl.store(DQ + g[:, None] * W + d[None, :], acc.to(DQ.dtype.element_ty), mask=ok[:, None])
-    tl.store(DQ + g[:, None] * W + D + r[None, :], acc_r.to(DQ.dtype.element_ty), mask=ok[:, None])
-
-
-@triton.jit
-def sparse_latent_grad(Q, DOut, Lists, Bits, P, DS, DKV, start, p_start, batch_row, length, g, ok, column,
-                       D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BQ: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-                       STAGES: tl.constexpr, VALUES: tl.constexpr, R: tl.constexpr):
-    """Columns column ... column + C, and with R the last R, too."""
-    c, row = column + tl.arange(0, C), tl.arange(0, N)
-    q = tl.load(Q + g[:, None] * W + c[None, :], mask=ok[:, None], other=0.)
-    if R:
-        r = D + tl.arange(0, R)
-        qr = tl.load(Q + g[:, None] * W + r[None, :], mask=ok[:, None], other=0.)
-    if VALUES:
-        do = tl.load(DOut + g[:, None] * D + c[None, :], mask=ok[:, None], other=0.)
-    for j in tl.range(0, length, BN, num_stages=STAGES):
-        t, bits = sparse_tokens(Lists, Bits, start, j, length, BQ, BN)
-        n = j + tl.arange(0, BN)
-        at, real = (p_start + n)[:, None] * N + row[None, :], (n < length)[:, None]
-        ds, to = tl.load(DS + at, mask=real, other=0., eviction_policy="evict_first"), DKV + (batch_row + t)[:, None] * W
-        x = tl.dot(ds, q, input_precision="ieee")  # (BN, C)
-        if VALUES:
-            x = tl.dot(tl.load(P + at, mask=real, other=0., eviction_policy="evict_first"), do, x, input_precision="ieee")
-        tl.atomic_add(to + c[None, :], x, mask=(bits != 0)[:, None], sem="relaxed")
-        if R:
-            tl.atomic_add(to + r[None, :], tl.dot(ds, qr, input_precision="ieee"), mask=(bits != 0)[:, None], sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["first_block"])
-def sparse_latent_grad_kernel(Q, DOut, Lists, Bits, Length, P, DS, DKV, first_block, S, T, H, blocks, width,
-                              G: tl.constexpr, HB: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr, R: tl.constexpr, DC: tl.constexpr,
-                              N: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    W: tl.constexpr = D + R
-    CHUNKS: tl.constexpr = D // DC
-    PARTS: tl.constexpr = CHUNKS + (CHUNKS > 1)  # one program takes everything, or one more takes the rope part
-    local, chunk = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    block = first_block + local // G
-    i, g, ok = sparse_rows(block, local % G, S, H, blocks, HB, BQ, N)
-    length, start, p_start = sparse_length(Length, block, width), block.to(tl.int64) * width, local.to(tl.int64) * width
-    batch_row = (block // blocks).to(tl.int64) * T
-    if chunk < CHUNKS:
-        sparse_latent_grad(Q, DOut, Lists, Bits, P, DS, DKV, start, p_start, batch_row, length, g, ok, chunk * DC, D, W, DC, BQ, N, BN, STAGES, True,
-                           0 if CHUNKS > 1 else R)
-    else:
-        sparse_latent_grad(Q, DOut, Lists, Bits, P, DS, DKV, start, p_start, batch_row, length, g, ok, D, D, W, R, BQ, N, BN, STAGES, False, 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# The same forward from packed FP8 latents: value_dim e4m3 numbers | a float32 scale per 128 of them | rope in bf16.
-#   e4m3 is exact in bf16 and fp16, so nothing is dequantised: the scale of a 128-wide piece multiplies its scores, and P before its values
-
-
-@triton.jit
-def sparse_piece(KV8, Scales, at, scale_at, some, D: tl.constexpr, C: tl.constexpr, PIECE: tl.constexpr, dtype: tl.constexpr):
-    """One 128-wide piece of gathered latents -> numbers (BN, C), scale (BN,)."""
-    c = PIECE * C + tl.arange(0, C)
-    k = sparse_e4m3(tl.load(KV8 + at[:, None] + c[None, :], mask=some[:, None] & (c < D)[None, :], other=0.), dtype)
-    return k, tl.load(Scales + scale_at + PIECE, mask=some & (PIECE * C < D), other=0.)
-
-
-@triton.jit
-def sparse_query_piece(Q, g, ok, W: tl.constexpr, D: tl.constexpr, C: tl.constexpr, PIECE: tl.constexpr):
-    c = PIECE * C + tl.arange(0, C)
-    return tl.load(Q + g[:, None] * W + c[None, :], mask=ok[:, None] & (c < D)[None, :], other=0.)
-
-
-@triton.jit
-def sparse_store_piece(Out, acc, l, g, ok, D: tl.constexpr, C: tl.constexpr, PIECE: tl.constexpr):
-    c = PIECE * C + tl.arange(0, C)
-    tl.store(Out + g[:, None] * D + c[None, :], (acc / l[:, None]).to(Out.dtype.element_ty), mask=ok[:, None] & (c < D)[None, :])
-
-
-@triton.jit
-def sparse_forward_fp8_kernel(Q, KV8, Scales, Rope, Index, Out, Lse, scale_log2, S, T, H, K, rows_total, SPLITS,
-                              D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr,
-                              SCALES: tl.constexpr, BYTES: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    W: tl.constexpr = D + R
-    query, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i, g, ok = sparse_rows(query, group, S, H, S, N, 1, N)
-    r = tl.arange(0, RP)
-    qr = tl.load(Q + g[:, None] * W + D + r[None, :], mask=ok[:, None] & (r < R)[None, :], other=0.)
-    q0 = sparse_query_piece(Q, g, ok, W, D, C, 0)
-    m, l = tl.full([N], -1e38, tl.float32), tl.zeros([N], tl.float32)
-    acc0 = tl.zeros([N, C], tl.float32)
-    if PIECES > 1:
-        q1, acc1 = sparse_query_piece(Q, g, ok, W, D, C, 1), tl.zeros([N, C], tl.float32)
-    if PIECES > 2:
-        q2, acc2 = sparse_query_piece(Q, g, ok, W, D, C, 2), tl.zeros([N, C], tl.float32)
-        q3, acc3 = sparse_query_piece(Q, g, ok, W, D, C, 3), tl.zeros([N, C], tl.float32)
-    piece = tl.cdiv(tl.cdiv(K, BN), SPLITS) * BN
-    start, entry = query.to(tl.int64) * K, (query // S).to(tl.int64) * T
-    end = tl.minimum(K, (split + 1) * piece)
-    for j in tl.range(split * piece, end, BN, num_stages=STAGES):
-        t, bits = sparse_tokens(Index, Index, start, j, K, 1, BN)
-        some, token = bits != 0, entry + t
-        at, scale_at = token * BYTES, token * (BYTES // 4) + D // 4
-        rope = Rope + token[:, None] * (BYTES // 2) + (D + 4 * SCALES) // 2 + r[None, :]
-        kr = tl.load(rope, mask=some[:, None] & (r < R)[None, :], other=0.).to(q0.dtype)
-        k0, f0 = sparse_piece(KV8, Scales, at, scale_at, some, D, C, 0, q0.dtype)
-        s = tl.dot(qr, tl.trans(kr), input_precision="ieee") + tl.dot(q0, tl.trans(k0), input_precision="ieee") * f0[None, :]
-        if PIECES > 1:
-            k1, f1 = sparse_piece(KV8, Scales, at, scale_at, some, D, C, 1, q0.dtype)
-            s += tl.dot(q1, tl.trans(k1), input_precision="ieee") * f1[None, :]
-        if PIECES > 2:
-            k2, f2 = sparse_piece(KV8, Scales, at, scale_at, some, D, C, 2, q0.dtype)
-            k3, f3 = sparse_piece(KV8, Scales, at, scale_at, some, D, C, 3, q0.dtype)
-            s += tl.dot(q2, tl.trans(k2), input_precision="ieee") * f2[None, :] + tl.dot(q3, tl.trans(k3), input_precision="ieee") * f3[None, :]
-        s = tl.where(some[None, :], s * scale_log2, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        a, p = tl.exp2(m - m_new), tl.exp2(s - m_new[:, None])
-        l, m = l * a + tl.sum(p, 1), m_new
-        p *= 256.  # 256 x scale is of the size of the piece's largest value, so P x scale keeps its digits in fp16 too
-        acc0 = tl.dot((p * f0[None, :]).to(q0.dtype), k0, acc0 * a[:, None], input_precision="ieee")
-        if PIECES > 1:
-            acc1 = tl.dot((p * f1[None, :]).to(q0.dtype), k1, acc1 * a[:, None], input_precision="ieee")
-        if PIECES > 2:
-            acc2 = tl.dot((p * f2[None, :]).to(q0.dtype), k2, acc2 * a[:, None], input_precision="ieee")
-            acc3 = tl.dot((p * f3[None, :]).to(q0.dtype), k3, acc3 * a[:, None], input_precision="ieee")
-    some = l > 0
-    g += split.to(tl.int64) * rows_total
-    tl.store(Lse + g, tl.where(some, (m + tl.log2(l)) * 0.6931471805599453, float("-inf")), mask=ok)
-    l = tl.where(some, l, 1.) * 256.
-    sparse_store_piece(Out, acc0, l, g, ok, D, C, 0)
-    if PIECES > 1:
-        sparse_store_piece(Out, acc1, l, g, ok, D, C, 1)
-    if PIECES > 2:
-        sparse_store_piece(Out, acc2, l, g, ok, D, C, 2)
-        sparse_store_piece(Out, acc3, l, g, ok, D, C, 3)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Launchers
-
-
-def sparse_config(H, D, dtype, device):
-    """Tiles by shape. BQ: queries that share a list, rows: N of the two-product path and of the backward, two: rows in all (B S H) from which
-    the forward takes two products, registers: cap per thread. Tuples: (columns DC,) tokens BN, stages, warps; flash has N in front."""
-    if dtype == torch.float32:
-        product = (32, 16, 1, 4)
-        return dict(BQ=1, rows=16, two=None, registers=None, flash=(16, 16, 1, 4), fp8=(16, 1, 4), fused=None,
-                    score=product, product=product, latent=product)
-    config = dict(BQ=max(1, min(64 // H, 31)), two=4096 if D > 256 else None, registers=None, fused=None)
-    if limits(device)[0] > 160_000:  # data-centre GPUs: A100, H100, B200
-        many = H > 64
-        config.update(rows=128 if many else 64, flash=(64, 64, 3, 4) if D <= 256 else (64, 32, 3, 8), fp8=(32, 3, 8),
-                      score=(32, 128, 4, 8 if many else 4), product=(128, 64, 3, 4), latent=(128, 64, 3, 4))
-        if D <= 128:
-            config.update(registers=168, fused=(64, 2, 4))
-    else:
-        config.update(rows=64, flash=(64, 64, 2, 4) if D <= 128 else (32, 32, 2, 4) if D <= 256 else (16, 32, 1, 4), fp8=(16, 2, 4),
-                      score=(32, 64, 3, 4), product=(128, 32, 2, 4), latent=(64, 32, 2, 4))
-    return config
-
-
-def sparse_splits(programs, tiles, device):
-    """Pieces per list so that few queries still fill the GPU; at least two tiles a piece."""
+def list_parts(programs, tiles, device):
+    """-> parts per list, so that few queries still fill the GPU; at least two tiles each."""
     return max(1, min(tiles // 2, limits(device)[1] // programs))
 
 
-def sparse_blocks(H, S, BQ, N):
-    """-> heads per program, head groups, queries per block, blocks per sequence."""
-    HB = min(H, N)
-    BQ = min(BQ, S, N // HB)
-    return HB, triton.cdiv(H, HB), BQ, triton.cdiv(S, BQ)
-
-
-def sparse_forward(q, latents, indices, scale, D, config=None, budget=1 << 30):
-    """Latents in q's dtype, D and rope powers of two, or packed FP8 -> out, lse. Wide latents and many rows: two products; else one flash pass."""
-    (B, S, H, W), T, K, fp8 = q.shape, latents.shape[1], indices.shape[2], latents.dtype == torch.uint8
-    config = config or sparse_config(H, D, q.dtype, q.device)
-    values = torch.float8_e4m3fn if q.is_cuda and has_fp8(q.device) else torch.uint8
-    views = [latents.view(x) for x in (values, torch.float32, torch.bfloat16)] if fp8 else [latents, latents, latents]
-    out, lse = torch.empty(B, S, H, D, device=q.device, dtype=q.dtype), torch.empty(B, S, H, device=q.device)
-    even = D % 128 == 0 and W - D >= 16 and (W - D) & (W - D - 1) == 0  # always, but for an odd FP8 cache
-    if config["two"] is not None and B * S * H >= config["two"] and even:
-        N = config["rows"]
-        HB, G, BQ, blocks = sparse_blocks(H, S, 1 if fp8 else config["BQ"], N)
-        lists, bits, length = sparse_union(indices, T, BQ)
-        width = lists.shape[-1]
-        (DC, BN, stages, warps), (DC2, BN2, stages2, warps2) = config["score"], config["product"]
-        DC, tiles, size = 128 if fp8 else DC, triton.cdiv(width, BN), latents.shape[-1]
-        chunk = max(1, min(B * blocks, budget // (G * width * N * q.element_size())))
-        p = torch.empty(chunk, G, width, N, device=q.device, dtype=q.dtype)
-        tile_max, tile_sum = torch.empty(2, chunk, G, tiles, N, device=q.device).unbind()
-        for first in range(0, B * blocks, chunk):
-            n = min(chunk, B * blocks - first) * G
-            sparse_score_kernel[(n * tiles,)](
-                q, *views, lists, bits, length, q, lse, lse, p, p, tile_max, tile_sum, scale, scale * LOG2E.value, first, S, T, H, blocks, width, tiles,
-                True, fp8, size, G, HB, BQ, D, W - D, DC, N, BN, stages, num_warps=warps)
-            sparse_product_kernel[(n * (D // DC2),)](
-                *views[:2], lists, bits, length, p, out, tile_max, tile_sum, lse, first, S, T, H, blocks, width, tiles,
-                True, fp8, size, G, HB, BQ, D, W - D, DC2, N, BN2, BN, stages2, num_warps=warps2)
+def part_buffers(parts, out, lse):
+    """-> where the parts of lists leave their results: out and lse themselves if there is one."""
+    if parts == 1:
         return out, lse
-    N, BN, stages, warps = config["flash"]
-    HB, G, BQ, blocks = sparse_blocks(H, S, 1 if fp8 else config["BQ"], N)
-    if fp8:
-        N = HB = max(16, min(N, triton.next_power_of_2(H)))
-        BN, stages, warps = config["fp8"]
-    if S > 8 and not fp8:
-        lists, bits, length = sparse_union(indices, T, BQ)
-    else:  # decoding: too few queries to share a list, and a kernel less to launch
-        BQ, blocks, lists, bits, length = 1, S, indices, indices, None
-    N = max(16, min(N, triton.next_power_of_2(HB * BQ)))
-    splits = sparse_splits(B * blocks * G, triton.cdiv(K, BN), q.device)
-    if splits > 1:
-        part, part_lse = torch.empty(splits, B, S, H, D, device=q.device), torch.empty(splits, B, S, H, device=q.device)
+    part = out.new_empty(parts, *out.shape, dtype=torch.float32)
+    return part, lse.new_empty(parts, *lse.shape)
+
+
+def pad_columns(x, V, BLOCK_V, BLOCK_R):
+    """Columns [V | rest] of x -> [BLOCK_V | BLOCK_R], zeros between."""
+    R = x.shape[-1] - V
+    if (V, R) == (BLOCK_V, BLOCK_R):
+        return x
+    values = F.pad(x[..., :V], (0, BLOCK_V - V))
+    rope = F.pad(x[..., V:], (0, BLOCK_R - R))
+    return torch.cat((values, rope), -1)
+
+
+def crop_columns(x, V, R, BLOCK_V):
+    """The inverse of `pad_columns`."""
+    if x.shape[-1] == V + R:
+        return x
+    return torch.cat((x[..., :V], x[..., BLOCK_V:BLOCK_V + R]), -1)
+
+
+def nothing_selected(q, V):
+    """-> out (B,S,H,V) and lse (B,S,H) of queries without a token."""
+    return q.new_zeros(*q.shape[:3], V), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+
+
+def hopper_chapter(q, latents, indices, V):
+    """triton_kernels.hopper where its kernels take these arguments, else None."""
+    if not is_hopper(q):
+        return None
+    from triton_kernels import hopper
+    return hopper if hopper.supported(q, latents, indices, V) else None
+
+
+# ---- sparse_attention ----
+# contract    kernels.sparse_attention
+# in PyTorch  sparse_attn.sparse_attention
+# equation    out[t] = sum_{s in S_t} softmax_s(scale q_t . c_s) c_s[:V]   (eq. 2)
+# tiling      a program per block and group of heads, BLOCK_N rows (query, head), or, where queries are few,
+#             one for each part of the list; online softmax over tiles of BLOCK_U gathered latents, each used
+#             twice: the scores take all columns, the values the first V
+# FLOPs       2 S H K (D + V) counted, U / K times as many done
+# bytes       2 U D gathered per block, from L2
+
+@triton.jit
+def flash_kernel(
+        q_ptr, latents_ptr, lists_ptr, bits_ptr, length_ptr, out_ptr, lse_ptr,
+        scale_log2, S, T, H, blocks, width, rows, parts,
+        BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
+    D: tl.constexpr = V + R
+    block = tl.program_id(0)
+    group = tl.program_id(1)
+    part = tl.program_id(2)
+    i, row, ok = block_rows(block, group, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+    v = tl.arange(0, V)
+    r = tl.arange(0, R)
+    q = tl.load(q_ptr + row[:, None] * D + v[None, :], mask=ok[:, None], other=0.0)
+    q_rope = tl.load(q_ptr + row[:, None] * D + V + r[None, :], mask=ok[:, None], other=0.0)
+
+    # online softmax over this part of the list
+    m = tl.full([BLOCK_N], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, V], tl.float32)
+    length = union_length(length_ptr, block, width)
+    start = block.to(tl.int64) * width
+    spare = None
+    if length_ptr is None:  # empty slots must not stand for a token that nobody selected
+        spare = selected_token(lists_ptr, start, width, BLOCK_U)
+        length = tl.where(spare < 0, 0, length)
+    share = tl.cdiv(tl.cdiv(length, BLOCK_U), parts) * BLOCK_U
+    sequence_ptr = latents_ptr + (block // blocks).to(tl.int64) * T * D
+    for j in tl.range(part * share, tl.minimum(length, (part + 1) * share), BLOCK_U, num_stages=NUM_STAGES):
+        t, bits = union_tokens(lists_ptr, bits_ptr, start, j, length, BLOCK_S, BLOCK_U, spare)
+        token_ptr = sequence_ptr + t[:, None].to(tl.int64) * D
+        k = tl.load(token_ptr + v[None, :])
+        k_rope = tl.load(token_ptr + V + r[None, :])
+        s = matmul(q, tl.trans(k))
+        s = matmul(q_rope, tl.trans(k_rope), s)
+        s = tl.where(((bits[None, :] >> i[:, None]) & 1) != 0, s * scale_log2, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        l = l * alpha + tl.sum(p, 1)
+        m = m_new
+        acc = matmul(p.to(k.dtype), k, acc * alpha[:, None])
+
+    # rows once more: kept through the loop, their addresses would cost 40 registers
+    block += tl.minimum(length, 0)  # 0, which the compiler cannot know
+    _, row, ok = block_rows(block, group, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+    row += part.to(tl.int64) * rows
+    empty = l == 0  # nothing selected; not: "unless l > 0", which would hide a NaN
+    l = tl.where(empty, 1.0, l)
+    out = acc / l[:, None]
+    tl.store(out_ptr + row[:, None] * V + v[None, :], out.to(out_ptr.dtype.element_ty), mask=ok[:, None])
+    tl.store(lse_ptr + row, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=ok)
+
+
+class FlashTiles(NamedTuple):
+    block_n: int  # rows
+    block_u: int  # tokens
+    num_stages: int
+    num_warps: int
+    maxnreg: int | None  # registers of a thread
+
+
+def is_blackwell(device):
+    """Is this a GPU of sm_100 or newer?"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
+def flash_tiles(H, V, dtype, device):
+    if dtype == torch.float32 or V > LARGE_VALUE:
+        return FlashTiles(block_n=16, block_u=16, num_stages=1, num_warps=4, maxnreg=None)
+    if limits(device)[0] > LARGE_MEMORY:
+        if V <= MEDIUM_VALUE:
+            maxnreg = 168 if V <= SMALL_VALUE else None  # three programs per multiprocessor
+            return FlashTiles(block_n=64, block_u=64, num_stages=3, num_warps=4, maxnreg=maxnreg)
+        if H <= SOME_HEADS:
+            return FlashTiles(block_n=32, block_u=64, num_stages=2, num_warps=4, maxnreg=None)
+        if is_blackwell(device):  # compiled for sm_100, tiles of 64 x 64 take 353 KB of shared memory
+            return FlashTiles(block_n=64, block_u=32, num_stages=3, num_warps=8, maxnreg=None)
+        return FlashTiles(block_n=64, block_u=64, num_stages=2, num_warps=8, maxnreg=None)
+    if V <= SMALL_VALUE:
+        return FlashTiles(block_n=64, block_u=64, num_stages=2, num_warps=4, maxnreg=None)
+    if V <= MEDIUM_VALUE:
+        return FlashTiles(block_n=32, block_u=32, num_stages=2, num_warps=4, maxnreg=None)
+    return FlashTiles(block_n=16, block_u=32, num_stages=1, num_warps=4, maxnreg=None)
+
+
+@operation("sparse_attention")
+def sparse_forward(q: Tensor, latents: Tensor, indices: Tensor, scale: float,
+                   value_dim: int) -> tuple[Tensor, Tensor]:
+    """Latents in q's dtype -> out (B,S,H,value_dim), lse (B,S,H) float32."""
+    B, S, H, D = q.shape
+    T = latents.shape[1]
+    K = indices.shape[2]
+    if B * S * H * T * K == 0:
+        return nothing_selected(q, value_dim)
+    q = q.contiguous()
+    latents = latents.contiguous()
+    indices = indices.contiguous()
+    hopper = hopper_chapter(q, latents, indices, value_dim)
+    if hopper is not None:
+        out, lse = hopper.sparse_forward(q, latents, indices, scale)
+        return out.contiguous(), lse.contiguous()
+
+    # odd sizes
+    V = power_of_two(value_dim)
+    R = power_of_two(D - value_dim)
+    q = pad_columns(q, value_dim, V, R)  # (B, S, H, V + R)
+    latents = pad_columns(latents, value_dim, V, R)  # (B, T, V + R)
+
+    # lists, and how many programs work at each
+    tiles = flash_tiles(H, V, q.dtype, q.device)
+    if S > FEW_QUERIES:
+        rows = share_rows(S, H, tiles.block_n, sharing_queries(H, q.dtype))
+        lists = union(indices, T, rows.block_s)
     else:
-        part, part_lse = out, lse
-    if fp8:
-        pieces = triton.cdiv(D, 128)
-        sparse_forward_fp8_kernel[(B * S, G, splits)](
-            q, *views, indices, part, part_lse, scale * LOG2E.value, S, T, H, K, B * S * H, splits, D, W - D, max(16, triton.next_power_of_2(W - D)),
-            min(128, max(16, triton.next_power_of_2(D))), 4 if pieces == 3 else pieces, pieces, latents.shape[-1], N, BN, stages, num_warps=warps)
+        rows = share_rows(S, H, tiles.block_n, 1)
+        lists = Union(indices, indices, None)
+    parts = list_parts(B * rows.blocks * rows.groups, triton.cdiv(K, tiles.block_u), q.device)
+
+    out = q.new_empty(B, S, H, V)
+    lse = q.new_empty(B, S, H, dtype=torch.float32)
+    part, part_lse = part_buffers(parts, out, lse)
+    flash_kernel[(B * rows.blocks, rows.groups, parts)](
+        q_ptr=q, latents_ptr=latents, lists_ptr=lists.lists, bits_ptr=lists.bits, length_ptr=lists.length,
+        out_ptr=part, lse_ptr=part_lse,
+        scale_log2=scale * LOG2E.value, S=S, T=T, H=H, blocks=rows.blocks, width=lists.lists.shape[-1],
+        rows=B * S * H, parts=parts,
+        BLOCK_H=rows.block_h, BLOCK_S=rows.block_s, V=V, R=R,
+        BLOCK_N=min(tiles.block_n, power_of_two(rows.block_h * rows.block_s)), BLOCK_U=tiles.block_u,
+        NUM_STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
+    if parts > 1:
+        launch_combine(part, part_lse, out, lse)
+    return out[..., :value_dim].contiguous(), lse
+
+
+@sparse_forward.register_fake
+def _(q, latents, indices, scale, value_dim):
+    B, S, H, _ = q.shape
+    return q.new_empty(B, S, H, value_dim), q.new_empty(B, S, H, dtype=torch.float32)
+
+
+# ---- sparse_attention, backward ----
+# equation    P = exp(scale q . c - lse),  dP = dout . c[:V],  dS = scale P (dP - delta),  delta = out . dout
+#             dq = dS c,  dlatents = dS^T q, with P^T dout added to its first V columns
+# tiling      score   a program per tile of BLOCK_U tokens x BLOCK_N rows streams columns of q, dout and
+#                     gathered latents like a plain matrix product and writes P and dS
+#             query   a program per BLOCK_N rows x BLOCK_V columns loops over the list (second gather), dq in
+#                     registers
+#             fused   the two in one, where q, dout and dq of a block fit on chip together (SMALL_VALUE)
+#             latent  a program per block and BLOCK_V columns, or all if they fit, loops over the list; a tile
+#                     of dlatents leaves as float32 atomics, without a gather
+# FLOPs       2 S H K (3 D + 2 V) counted, U / K times as many done
+# bytes       U D atomics per block (0.95 T/s on an H200: the bound of few heads); P and dS 4 BLOCK_N bytes
+#             per entry, in chunks of blocks of at most SCORES_BYTES
+
+@triton.jit(do_not_specialize=["first_block"])
+def score_kernel(
+        q_ptr, latents_ptr, lists_ptr, bits_ptr, length_ptr, dout_ptr, lse_ptr, delta_ptr, p_ptr, ds_ptr,
+        scale, scale_log2, first_block, S, T, H, blocks, width, tiles,
+        GROUPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+        BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
+    D: tl.constexpr = V + R
+    local = tl.program_id(0) // tiles  # block and group of heads, counted within this chunk of blocks
+    tile = tl.program_id(0) % tiles
+    j = tile * BLOCK_U
+    block = first_block + local // GROUPS
+    length = union_length(length_ptr, block, width)
+    if j < length:
+        i, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+        t, bits = union_tokens(lists_ptr, bits_ptr, block.to(tl.int64) * width, j, length, BLOCK_S, BLOCK_U)
+        token = (block // blocks).to(tl.int64) * T + t
+        v = tl.arange(0, BLOCK_V)
+        r = tl.arange(0, R)
+        q_row = q_ptr + row[:, None] * D
+        dout_row = dout_ptr + row[:, None] * V
+        token_ptr = latents_ptr + token[:, None] * D
+
+        # q . c and dout . c[:V], tokens first: they fill the rows of the tile
+        q_rope = tl.load(q_row + V + r[None, :], mask=ok[:, None], other=0.0)
+        k_rope = tl.load(token_ptr + V + r[None, :])
+        s = matmul(k_rope, tl.trans(q_rope))
+        dp = tl.zeros([BLOCK_U, BLOCK_N], tl.float32)
+        for column in tl.range(0, V, BLOCK_V, num_stages=NUM_STAGES):
+            k = tl.load(token_ptr + column + v[None, :])
+            q = tl.load(q_row + column + v[None, :], mask=ok[:, None], other=0.0)
+            s = matmul(k, tl.trans(q), s)
+            dout = tl.load(dout_row + column + v[None, :], mask=ok[:, None], other=0.0)
+            dp = matmul(k, tl.trans(dout), dp)
+
+        # P and dS
+        chosen = ((bits[:, None] >> i[None, :]) & 1) != 0
+        u = j + tl.arange(0, BLOCK_U)
+        n = tl.arange(0, BLOCK_N)
+        to = (local.to(tl.int64) * width + u)[:, None] * BLOCK_N + n[None, :]
+        real = (u < length)[:, None]
+        lse = tl.load(lse_ptr + row, mask=ok, other=float("-inf")) * LOG2E
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing selected: P = 0
+        p = tl.where(chosen, tl.exp2(s * scale_log2 - lse[None, :]), 0.0)
+        ds = p * (dp - tl.load(delta_ptr + row, mask=ok, other=0.0)[None, :]) * scale
+        tl.store(ds_ptr + to, ds.to(ds_ptr.dtype.element_ty), mask=real)
+        tl.store(p_ptr + to, p.to(p_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def query_columns(
+        latents_ptr, lists_ptr, bits_ptr, ds_ptr, dq_ptr,
+        row, ok, start, ds_start, first_token, length, column,
+        BLOCK_S: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
+    """dq = dS c of one block, columns column ... column + COLUMNS"""
+    d = column + tl.arange(0, COLUMNS)
+    n = tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
+    for j in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
+        t, bits = union_tokens(lists_ptr, bits_ptr, start, j, length, BLOCK_S, BLOCK_U)
+        u = j + tl.arange(0, BLOCK_U)
+        ds_row = ds_ptr + (ds_start + u)[:, None] * BLOCK_N
+        ds = tl.load(ds_row + n[None, :], mask=(u < length)[:, None], other=0.0)
+        k = tl.load(latents_ptr + (first_token + t)[:, None] * D + d[None, :])
+        acc = matmul(tl.trans(ds), k, acc)
+    tl.store(dq_ptr + row[:, None] * D + d[None, :], acc.to(dq_ptr.dtype.element_ty), mask=ok[:, None])
+
+
+@triton.jit(do_not_specialize=["first_block"])
+def query_kernel(
+        latents_ptr, lists_ptr, bits_ptr, length_ptr, ds_ptr, dq_ptr,
+        first_block, S, T, H, blocks, width,
+        GROUPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+        BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
+    CHUNKS: tl.constexpr = V // BLOCK_V + 1  # the last has the rope columns
+    local = tl.program_id(0) // CHUNKS
+    chunk = tl.program_id(0) % CHUNKS
+    block = first_block + local // GROUPS
+    i, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+    length = union_length(length_ptr, block, width)
+    start = block.to(tl.int64) * width
+    ds_start = local.to(tl.int64) * width
+    first_token = (block // blocks).to(tl.int64) * T
+    if chunk < V // BLOCK_V:
+        query_columns(
+            latents_ptr, lists_ptr, bits_ptr, ds_ptr, dq_ptr,
+            row, ok, start, ds_start, first_token, length, chunk * BLOCK_V,
+            BLOCK_S, V + R, BLOCK_V, BLOCK_N, BLOCK_U, NUM_STAGES)
     else:
-        sparse_forward_kernel[(B * blocks, G, splits)](
-            q, latents, lists, bits, length, part, part_lse, scale * LOG2E.value, S, T, H, blocks, lists.shape[-1], B * S * H, splits,
-            HB, BQ, D, W - D, N, BN, stages, num_warps=warps, maxnreg=config["registers"])
-    if splits > 1:
-        sparse_combine_kernel[(B * S * H,)](part, part_lse, out, lse, B * S * H, splits, D, triton.next_power_of_2(D), num_warps=1)
+        query_columns(
+            latents_ptr, lists_ptr, bits_ptr, ds_ptr, dq_ptr,
+            row, ok, start, ds_start, first_token, length, V,
+            BLOCK_S, V + R, R, BLOCK_N, BLOCK_U, NUM_STAGES)
+
+
+@triton.jit(do_not_specialize=["first_block"])
+def fused_kernel(
+        q_ptr, latents_ptr, lists_ptr, bits_ptr, length_ptr, dout_ptr, lse_ptr, delta_ptr, p_ptr, ds_ptr,
+        dq_ptr,
+        scale, scale_log2, first_block, S, T, H, blocks, width,
+        GROUPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
+    D: tl.constexpr = V + R
+    local = tl.program_id(0)
+    block = first_block + local // GROUPS
+    i, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+    v = tl.arange(0, V)
+    r = tl.arange(0, R)
+    n = tl.arange(0, BLOCK_N)
+    q = tl.load(q_ptr + row[:, None] * D + v[None, :], mask=ok[:, None], other=0.0)
+    q_rope = tl.load(q_ptr + row[:, None] * D + V + r[None, :], mask=ok[:, None], other=0.0)
+    dout = tl.load(dout_ptr + row[:, None] * V + v[None, :], mask=ok[:, None], other=0.0)
+    delta = tl.load(delta_ptr + row, mask=ok, other=0.0)
+    lse = tl.load(lse_ptr + row, mask=ok, other=float("-inf")) * LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing selected: P = 0
+
+    # P, dS and dq, tile by tile
+    acc = tl.zeros([BLOCK_N, V], tl.float32)
+    acc_rope = tl.zeros([BLOCK_N, R], tl.float32)
+    length = union_length(length_ptr, block, width)
+    start = block.to(tl.int64) * width
+    p_start = local.to(tl.int64) * width
+    sequence_ptr = latents_ptr + (block // blocks).to(tl.int64) * T * D
+    for j in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
+        t, bits = union_tokens(lists_ptr, bits_ptr, start, j, length, BLOCK_S, BLOCK_U)
+        token_ptr = sequence_ptr + t[:, None].to(tl.int64) * D
+        k = tl.load(token_ptr + v[None, :])
+        k_rope = tl.load(token_ptr + V + r[None, :])
+        s = matmul(q, tl.trans(k))
+        s = matmul(q_rope, tl.trans(k_rope), s)
+        dp = matmul(dout, tl.trans(k))
+        p = tl.where(((bits[None, :] >> i[:, None]) & 1) != 0, tl.exp2(s * scale_log2 - lse[:, None]), 0.0)
+        ds = (p * (dp - delta[:, None]) * scale).to(k.dtype)
+        u = j + tl.arange(0, BLOCK_U)
+        to = (p_start + u)[None, :] * BLOCK_N + n[:, None]
+        real = (u < length)[None, :]
+        tl.store(p_ptr + to, p.to(k.dtype), mask=real)
+        tl.store(ds_ptr + to, ds, mask=real)
+        acc = matmul(ds, k, acc)
+        acc_rope = matmul(ds, k_rope, acc_rope)
+
+    # rows once more, as in the forward
+    block += tl.minimum(length, 0)
+    _, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+    dq_row = dq_ptr + row[:, None] * D
+    tl.store(dq_row + v[None, :], acc.to(dq_ptr.dtype.element_ty), mask=ok[:, None])
+    tl.store(dq_row + V + r[None, :], acc_rope.to(dq_ptr.dtype.element_ty), mask=ok[:, None])
+
+
+@triton.jit
+def latent_columns(
+        q_ptr, dout_ptr, lists_ptr, bits_ptr, p_ptr, ds_ptr, dlatents_ptr,
+        row, ok, start, p_start, first_token, length, column,
+        BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr, VALUES: tl.constexpr, ROPE: tl.constexpr):
+    """dlatents of one block, columns column ... column + COLUMNS. VALUES: they belong to values; ROPE: and
+    the last R columns, too."""
+    D: tl.constexpr = V + R
+    d = column + tl.arange(0, COLUMNS)
+    n = tl.arange(0, BLOCK_N)
+    q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=ok[:, None], other=0.0)
+    if ROPE:
+        r = V + tl.arange(0, R)
+        q_rope = tl.load(q_ptr + row[:, None] * D + r[None, :], mask=ok[:, None], other=0.0)
+    if VALUES:
+        dout = tl.load(dout_ptr + row[:, None] * V + d[None, :], mask=ok[:, None], other=0.0)
+    for j in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
+        t, bits = union_tokens(lists_ptr, bits_ptr, start, j, length, BLOCK_S, BLOCK_U)
+        u = j + tl.arange(0, BLOCK_U)
+        at = (p_start + u)[:, None] * BLOCK_N + n[None, :]
+        real = (u < length)[:, None]
+        ds = tl.load(ds_ptr + at, mask=real, other=0.0, eviction_policy="evict_first")
+        token_ptr = dlatents_ptr + (first_token + t)[:, None] * D
+        x = matmul(ds, q)  # (BLOCK_U, COLUMNS)
+        if VALUES:
+            p = tl.load(p_ptr + at, mask=real, other=0.0, eviction_policy="evict_first")
+            x = matmul(p, dout, x)
+        chosen = (bits != 0)[:, None]
+        tl.atomic_add(token_ptr + d[None, :], x, mask=chosen, sem="relaxed")
+        if ROPE:
+            tl.atomic_add(token_ptr + r[None, :], matmul(ds, q_rope), mask=chosen, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["first_block"])
+def latent_kernel(
+        q_ptr, dout_ptr, lists_ptr, bits_ptr, length_ptr, p_ptr, ds_ptr, dlatents_ptr,
+        first_block, S, T, H, blocks, width,
+        GROUPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+        BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
+    CHUNKS: tl.constexpr = V // BLOCK_V
+    PROGRAMS: tl.constexpr = CHUNKS + (CHUNKS > 1)  # one takes all columns, or one more the rope part
+    local = tl.program_id(0) // PROGRAMS
+    chunk = tl.program_id(0) % PROGRAMS
+    block = first_block + local // GROUPS
+    i, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+    length = union_length(length_ptr, block, width)
+    start = block.to(tl.int64) * width
+    p_start = local.to(tl.int64) * width
+    first_token = (block // blocks).to(tl.int64) * T
+    if chunk < CHUNKS:
+        latent_columns(
+            q_ptr, dout_ptr, lists_ptr, bits_ptr, p_ptr, ds_ptr, dlatents_ptr,
+            row, ok, start, p_start, first_token, length, chunk * BLOCK_V,
+            BLOCK_S, V, R, BLOCK_V, BLOCK_N, BLOCK_U, NUM_STAGES, True, CHUNKS == 1)
+    else:
+        latent_columns(
+            q_ptr, dout_ptr, lists_ptr, bits_ptr, p_ptr, ds_ptr, dlatents_ptr,
+            row, ok, start, p_start, first_token, length, V,
+            BLOCK_S, V, R, R, BLOCK_N, BLOCK_U, NUM_STAGES, False, False)
+
+
+class FusedTiles(NamedTuple):
+    block_u: int  # tokens
+    num_stages: int
+    num_warps: int
+
+
+class ProductTiles(NamedTuple):
+    """Of score_kernel, query_kernel or latent_kernel."""
+    block_v: int  # columns
+    block_u: int  # tokens
+    num_stages: int
+    num_warps: int
+
+
+def backward_rows(H, dtype, device):
+    """-> rows (query, head) of a tile, the same in all kernels of the backward, which share P and dS."""
+    if dtype == torch.float32:
+        return 16
+    return 128 if limits(device)[0] > LARGE_MEMORY and H > MANY_HEADS else 64
+
+
+def fused_tiles(V, dtype, device):
+    """-> FusedTiles, or None where scores and queries take a kernel each."""
+    if dtype == torch.float32 or V > SMALL_VALUE or limits(device)[0] <= LARGE_MEMORY:
+        return None
+    return FusedTiles(block_u=64, num_stages=2, num_warps=4)
+
+
+def score_tiles(H, V, dtype, device):
+    if dtype == torch.float32:
+        return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
+    if limits(device)[0] > LARGE_MEMORY:
+        num_warps = 8 if H > MANY_HEADS else 4
+        return ProductTiles(block_v=min(32, V), block_u=128, num_stages=4, num_warps=num_warps)
+    return ProductTiles(block_v=min(32, V), block_u=64, num_stages=3, num_warps=4)
+
+
+def query_tiles(V, dtype, device):
+    if dtype == torch.float32:
+        return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
+    if limits(device)[0] > LARGE_MEMORY:
+        return ProductTiles(block_v=min(128, V), block_u=64, num_stages=3, num_warps=4)
+    return ProductTiles(block_v=min(128, V), block_u=32, num_stages=2, num_warps=4)
+
+
+def latent_tiles(V, dtype, device):
+    if dtype == torch.float32:
+        return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
+    if limits(device)[0] > LARGE_MEMORY:
+        return ProductTiles(block_v=min(128, V), block_u=64, num_stages=3, num_warps=4)
+    return ProductTiles(block_v=min(64, V), block_u=32, num_stages=2, num_warps=4)
+
+
+@operation("sparse_attention_backward")
+def sparse_backward(q: Tensor, latents: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
+                    scale: float) -> tuple[Tensor, Tensor]:
+    """What went into sparse_forward and came out of it, and the gradient of out -> dq, dlatents in q's and
+    latents' dtypes."""
+    B, S, H, D = q.shape
+    T = latents.shape[1]
+    value_dim = out.shape[-1]
+    if B * S * H * T * indices.shape[2] == 0:
+        return q.new_zeros(q.shape), latents.new_zeros(latents.shape)
+    q = q.contiguous()
+    latents = latents.contiguous()
+    indices = indices.contiguous()
+    dout = dout.contiguous()
+    hopper = hopper_chapter(q, latents, indices, value_dim)
+    if hopper is not None:
+        dq, dlatents = hopper.sparse_backward(q, latents, indices, out, lse, dout, scale)
+        return dq.contiguous(), dlatents.to(latents.dtype)
+    delta, _ = launch_delta(out, dout)  # (B, S, H)
+
+    # odd sizes
+    V = power_of_two(value_dim)
+    R = power_of_two(D - value_dim)
+    q = pad_columns(q, value_dim, V, R)  # (B, S, H, V + R)
+    dout = pad_columns(dout, value_dim, V, 0)  # (B, S, H, V)
+    latents = pad_columns(latents, value_dim, V, R)  # (B, T, V + R)
+    dq = torch.empty_like(q)
+    dlatents = torch.zeros_like(latents, dtype=torch.float32)
+
+    # lists, and room for P and dS of some blocks
+    block_n = backward_rows(H, q.dtype, q.device)
+    rows = share_rows(S, H, block_n, sharing_queries(H, q.dtype))
+    lists = union(indices, T, rows.block_s)
+    width = lists.lists.shape[-1]
+    total = B * rows.blocks
+    chunk = max(1, min(total, SCORES_BYTES // (2 * rows.groups * width * block_n * q.element_size())))
+    p = q.new_empty(chunk, rows.groups, width, block_n)
+    ds = torch.empty_like(p)
+
+    list_ptrs = dict(lists_ptr=lists.lists, bits_ptr=lists.bits, length_ptr=lists.length)
+    sizes = dict(
+        S=S, T=T, H=H, blocks=rows.blocks, width=width,
+        GROUPS=rows.groups, BLOCK_H=rows.block_h, BLOCK_S=rows.block_s, V=V, R=R, BLOCK_N=block_n)
+    scales = dict(scale=scale, scale_log2=scale * LOG2E.value)
+    fused = fused_tiles(V, q.dtype, q.device)
+    score = score_tiles(H, V, q.dtype, q.device)
+    query = query_tiles(V, q.dtype, q.device)
+    latent = latent_tiles(V, q.dtype, q.device)
+    for first_block in range(0, total, chunk):
+        programs = min(chunk, total - first_block) * rows.groups
+        if fused:
+            fused_kernel[(programs,)](
+                q_ptr=q, latents_ptr=latents, **list_ptrs, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
+                p_ptr=p, ds_ptr=ds, dq_ptr=dq,
+                **scales, first_block=first_block, **sizes,
+                BLOCK_U=fused.block_u, NUM_STAGES=fused.num_stages,
+                num_warps=fused.num_warps)
+        else:
+            tiles = triton.cdiv(width, score.block_u)
+            score_kernel[(programs * tiles,)](
+                q_ptr=q, latents_ptr=latents, **list_ptrs, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
+                p_ptr=p, ds_ptr=ds,
+                **scales, first_block=first_block, **sizes, tiles=tiles,
+                BLOCK_V=score.block_v, BLOCK_U=score.block_u, NUM_STAGES=score.num_stages,
+                num_warps=score.num_warps)
+            query_kernel[(programs * (V // query.block_v + 1),)](
+                latents_ptr=latents, **list_ptrs, ds_ptr=ds, dq_ptr=dq,
+                first_block=first_block, **sizes,
+                BLOCK_V=query.block_v, BLOCK_U=query.block_u, NUM_STAGES=query.num_stages,
+                num_warps=query.num_warps)
+        chunks = V // latent.block_v
+        latent_kernel[(programs * (chunks + (chunks > 1)),)](
+            q_ptr=q, dout_ptr=dout, **list_ptrs, p_ptr=p, ds_ptr=ds, dlatents_ptr=dlatents,
+            first_block=first_block, **sizes,
+            BLOCK_V=latent.block_v, BLOCK_U=latent.block_u, NUM_STAGES=latent.num_stages,
+            num_warps=latent.num_warps)
+    R = D - value_dim
+    return crop_columns(dq, value_dim, R, V), crop_columns(dlatents, value_dim, R, V).to(q.dtype)
+
+
+@sparse_backward.register_fake
+def _(q, latents, indices, out, lse, dout, scale):
+    return q.new_empty(q.shape), latents.new_empty(latents.shape)
+
+
+def keep(ctx, inputs, output):
+    q, latents, indices, ctx.scale, _ = inputs
+    ctx.save_for_backward(q, latents, indices, *output)
+
+
+def differentiate(ctx, dout, _):
+    dq, dlatents = sparse_backward(*ctx.saved_tensors, dout, ctx.scale)
+    return dq, dlatents, None, None, None
+
+
+sparse_forward.register_autograd(differentiate, setup_context=keep)
+
+
+# ---- sparse_attention from an FP8 cache ----
+# contract    kernels.sparse_attention
+# in PyTorch  sparse_attn.sparse_attention
+# equation    as above; an entry is V e4m3 values | a float32 scale per 128 of them | the rope part in bf16.
+#             e4m3 is exact in bf16 and fp16, so nothing is dequantised: the scale of 128 values multiplies
+#             their scores, and P before it meets them
+# tiling      a program per query and group of heads, or one for each part of the list where queries are few;
+#             values in one, two or four pieces of BLOCK_V columns
+# FLOPs       2 S H K (D + V)
+# bytes       K (V + 4 ceil(V / 128) + 2 R) gathered per program
+
+@triton.jit
+def fp8_query(q_ptr, row, ok, D: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, PIECE: tl.constexpr):
+    """Columns of q that meet one piece of the values -> (rows, BLOCK_V)"""
+    v = PIECE * BLOCK_V + tl.arange(0, BLOCK_V)
+    return tl.load(q_ptr + row[:, None] * D + v[None, :], mask=ok[:, None] & (v < V)[None, :], other=0.0)
+
+
+@triton.jit
+def fp8_values(
+        cache_ptr, scales_ptr, byte, scale_at, some,
+        V: tl.constexpr, BLOCK_V: tl.constexpr, PIECE: tl.constexpr, dtype: tl.constexpr):
+    """One piece of the gathered values -> values (BLOCK_U, BLOCK_V) without their scale, in dtype, and scales
+    (BLOCK_U,)."""
+    v = PIECE * BLOCK_V + tl.arange(0, BLOCK_V)
+    k = tl.load(cache_ptr + byte[:, None] + v[None, :], mask=some[:, None] & (v < V)[None, :], other=0.0)
+    if k.dtype == tl.uint8:
+        k = e4m3_to_fp16(k)
+    return k.to(dtype), tl.load(scales_ptr + scale_at + PIECE, mask=some & (PIECE * BLOCK_V < V), other=0.0)
+
+
+@triton.jit
+def fp8_store(out_ptr, acc, l, row, ok, V: tl.constexpr, BLOCK_V: tl.constexpr, PIECE: tl.constexpr):
+    v = PIECE * BLOCK_V + tl.arange(0, BLOCK_V)
+    out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * V + v[None, :], out, mask=ok[:, None] & (v < V)[None, :])
+
+
+@triton.jit
+def fp8_kernel(
+        q_ptr, cache_ptr, scales_ptr, rope_ptr, indices_ptr, out_ptr, lse_ptr,
+        scale_log2, S, T, H, K, rows, parts,
+        V: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, PIECES: tl.constexpr,
+        SCALES: tl.constexpr, BYTES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
+        NUM_STAGES: tl.constexpr):
+    D: tl.constexpr = V + R
+    query = tl.program_id(0)
+    group = tl.program_id(1)
+    part = tl.program_id(2)
+    i, row, ok = block_rows(query, group, S, H, S, BLOCK_N, 1, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    q_rope = tl.load(
+        q_ptr + row[:, None] * D + V + r[None, :], mask=ok[:, None] & (r < R)[None, :], other=0.0)
+    q0 = fp8_query(q_ptr, row, ok, D, V, BLOCK_V, 0)
+    m = tl.full([BLOCK_N], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_N], tl.float32)
+    acc0 = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if PIECES > 1:
+        q1 = fp8_query(q_ptr, row, ok, D, V, BLOCK_V, 1)
+        acc1 = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if PIECES > 2:
+        q2 = fp8_query(q_ptr, row, ok, D, V, BLOCK_V, 2)
+        q3 = fp8_query(q_ptr, row, ok, D, V, BLOCK_V, 3)
+        acc2 = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        acc3 = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+
+    # online softmax over this part of the list
+    share = tl.cdiv(tl.cdiv(K, BLOCK_U), parts) * BLOCK_U
+    start = query.to(tl.int64) * K
+    first_token = (query // S).to(tl.int64) * T
+    for j in tl.range(part * share, tl.minimum(K, (part + 1) * share), BLOCK_U, num_stages=NUM_STAGES):
+        t, bits = union_tokens(indices_ptr, indices_ptr, start, j, K, 1, BLOCK_U)
+        some = bits != 0
+        token = first_token + t
+        byte = token * BYTES
+        scale_at = token * (BYTES // 4) + V // 4
+        rope_row = rope_ptr + token[:, None] * (BYTES // 2) + (V + 4 * SCALES) // 2
+
+        # scores
+        k_rope = tl.load(rope_row + r[None, :], mask=some[:, None] & (r < R)[None, :], other=0.0).to(q0.dtype)
+        k0, f0 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 0, q0.dtype)
+        s = matmul(q_rope, tl.trans(k_rope)) + matmul(q0, tl.trans(k0)) * f0[None, :]
+        if PIECES > 1:
+            k1, f1 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 1, q0.dtype)
+            s += matmul(q1, tl.trans(k1)) * f1[None, :]
+        if PIECES > 2:
+            k2, f2 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 2, q0.dtype)
+            k3, f3 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 3, q0.dtype)
+            s += matmul(q2, tl.trans(k2)) * f2[None, :] + matmul(q3, tl.trans(k3)) * f3[None, :]
+        s = tl.where(some[None, :], s * scale_log2, float("-inf"))
+
+        # softmax, values
+        m_new = tl.maximum(m, tl.max(s, 1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        l = l * alpha + tl.sum(p, 1)
+        m = m_new
+        p *= P_SCALE
+        acc0 = matmul((p * f0[None, :]).to(q0.dtype), k0, acc0 * alpha[:, None])
+        if PIECES > 1:
+            acc1 = matmul((p * f1[None, :]).to(q0.dtype), k1, acc1 * alpha[:, None])
+        if PIECES > 2:
+            acc2 = matmul((p * f2[None, :]).to(q0.dtype), k2, acc2 * alpha[:, None])
+            acc3 = matmul((p * f3[None, :]).to(q0.dtype), k3, acc3 * alpha[:, None])
+
+    empty = l == 0  # not: "unless l > 0", which would hide a NaN
+    l = tl.where(empty, 1.0, l)
+    row += part.to(tl.int64) * rows
+    tl.store(lse_ptr + row, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=ok)
+    l *= P_SCALE
+    fp8_store(out_ptr, acc0, l, row, ok, V, BLOCK_V, 0)
+    if PIECES > 1:
+        fp8_store(out_ptr, acc1, l, row, ok, V, BLOCK_V, 1)
+    if PIECES > 2:
+        fp8_store(out_ptr, acc2, l, row, ok, V, BLOCK_V, 2)
+        fp8_store(out_ptr, acc3, l, row, ok, V, BLOCK_V, 3)
+
+
+class Fp8Tiles(NamedTuple):
+    block_n: int  # rows
+    block_u: int  # tokens
+    num_stages: int
+    num_warps: int
+
+
+def fp8_tiles(H, V, dtype, device):
+    if dtype == torch.float32:
+        return Fp8Tiles(block_n=16, block_u=16, num_stages=1, num_warps=4)
+    if limits(device)[0] > LARGE_MEMORY:
+        block_n = min(64, power_of_two(H))
+        if H <= FEW_HEADS:
+            return Fp8Tiles(block_n, block_u=64, num_stages=2, num_warps=4)
+        if H <= SOME_HEADS:
+            return Fp8Tiles(block_n, block_u=32, num_stages=2, num_warps=4)
+        return Fp8Tiles(block_n, block_u=32, num_stages=3, num_warps=8)
+    most = 16
+    if V <= SMALL_VALUE:
+        most = 64
+    elif V <= MEDIUM_VALUE:
+        most = 32
+    return Fp8Tiles(min(most, power_of_two(H)), block_u=16, num_stages=2, num_warps=4)
+
+
+def fp8_dtype(device):
+    """How a kernel reads e4m3: as such, or as bytes where the GPU has no FP8."""
+    return torch.float8_e4m3fn if device.type == "cuda" and has_fp8(device) else torch.uint8
+
+
+@operation("sparse_attention_fp8")
+def sparse_forward_fp8(q: Tensor, packed: Tensor, indices: Tensor, scale: float,
+                       value_dim: int) -> tuple[Tensor, Tensor]:
+    """Packed cache (B,T,bytes) uint8 -> out (B,S,H,value_dim), lse (B,S,H) float32."""
+    B, S, H, D = q.shape
+    T = packed.shape[1]
+    K = indices.shape[2]
+    if B * S * H * T * K == 0:
+        return nothing_selected(q, value_dim)
+    q = q.contiguous()
+    packed = packed.contiguous()
+    indices = indices.contiguous()
+    hopper = hopper_chapter(q, packed, indices, value_dim)
+    programs = B * S * triton.cdiv(H, 64)
+    if hopper is not None and programs >= limits(q.device)[1] // 2:  # fewer: only lists in parts fill the GPU
+        out, lse = hopper.sparse_forward(q, packed, indices, scale)
+        return out.contiguous(), lse.contiguous()
+
+    tiles = fp8_tiles(H, value_dim, q.dtype, q.device)
+    groups = triton.cdiv(H, tiles.block_n)
+    parts = list_parts(B * S * groups, triton.cdiv(K, tiles.block_u), q.device)
+    scales = triton.cdiv(value_dim, SCALE_BLOCK)
+    out = q.new_empty(B, S, H, value_dim)
+    lse = q.new_empty(B, S, H, dtype=torch.float32)
+    part, part_lse = part_buffers(parts, out, lse)
+    fp8_kernel[(B * S, groups, parts)](
+        q_ptr=q, cache_ptr=packed.view(fp8_dtype(q.device)), scales_ptr=packed.view(torch.float32),
+        rope_ptr=packed.view(torch.bfloat16), indices_ptr=indices, out_ptr=part, lse_ptr=part_lse,
+        scale_log2=scale * LOG2E.value, S=S, T=T, H=H, K=K, rows=B * S * H, parts=parts,
+        V=value_dim, R=D - value_dim, BLOCK_R=power_of_two(D - value_dim),
+        BLOCK_V=min(SCALE_BLOCK, power_of_two(value_dim)), PIECES=4 if scales == 3 else scales, SCALES=scales,
+        BYTES=packed.shape[-1], BLOCK_N=tiles.block_n, BLOCK_U=tiles.block_u, NUM_STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps)
+    if parts > 1:
+        launch_combine(part, part_lse, out, lse)
     return out, lse
 
 
-def sparse_backward(q, latents, indices, scale, out, lse, dout, config=None, budget=1 << 30):
-    """-> dq in q's dtype, dlatents float32. Works through chunks of blocks whose P and dS fit into budget bytes."""
-    (B, S, H, W), T, D = q.shape, latents.shape[1], out.shape[-1]
-    R, config = W - D, config or sparse_config(H, D, q.dtype, q.device)
-    N = config["rows"]
-    HB, G, BQ, blocks = sparse_blocks(H, S, config["BQ"], N)
-    lists, bits, length = sparse_union(indices, T, BQ)
-    width = lists.shape[-1]
-    delta, dq, dlatents = torch.empty_like(lse), torch.empty_like(q), torch.zeros(latents.shape, device=q.device)
-    sparse_delta_kernel[(triton.cdiv(lse.numel(), 16),)](out, dout, delta, lse.numel(), D, triton.next_power_of_2(D), 16)
-    chunk = max(1, min(B * blocks, budget // (2 * G * width * N * q.element_size())))
-    p, ds = torch.empty(2, chunk, G, width, N, device=q.device, dtype=q.dtype).unbind()
-    for first in range(0, B * blocks, chunk):
-        n = min(chunk, B * blocks - first) * G
-        if config["fused"]:
-            BN, stages, warps = config["fused"]
-            sparse_score_query_kernel[(n,)](q, latents, lists, bits, length, dout, lse, delta, p, ds, dq, scale, scale * LOG2E.value, first,
-                                            S, T, H, blocks, width, G, HB, BQ, D, R, N, BN, stages, num_warps=warps)
-        else:
-            DC, BN, stages, warps = config["score"]
-            tiles = triton.cdiv(width, BN)
-            sparse_score_kernel[(n * tiles,)](
-                q, latents, latents, latents, lists, bits, length, dout, lse, delta, p, ds, lse, lse, scale, scale * LOG2E.value, first,
-                S, T, H, blocks, width, tiles, False, False, 0, G, HB, BQ, D, R, min(DC, D), N, BN, stages, num_warps=warps)
-            DC, BN, stages, warps = config["product"]
-            DC = min(DC, D)
-            sparse_product_kernel[(n * (D // DC + 1),)](
-                latents, latents, lists, bits, length, ds, dq, lse, lse, lse, first, S, T, H, blocks, width, tiles,
-                False, False, W, G, HB, BQ, D, R, DC, N, BN, BN, stages, num_warps=warps)
-        DC, BN, stages, warps = config["latent"]
-        DC = min(DC, D)
-        sparse_latent_grad_kernel[(n * (D // DC + (D > DC)),)](
-            q, dout, lists, bits, length, p, ds, dlatents, first, S, T, H, blocks, width, G, HB, BQ, D, R, DC, N, BN, stages, num_warps=warps)
-    return dq, dlatents
+@sparse_forward_fp8.register_fake
+def _(q, packed, indices, scale, value_dim):
+    B, S, H, _ = q.shape
+    return q.new_empty(B, S, H, value_dim), q.new_empty(B, S, H, dtype=torch.float32)
 
 
-def sparse_pad(x, D, DP, RP):
-    """Columns [D | R] -> [DP | RP], zeros between."""
-    return x if x.shape[-1] == DP + RP else torch.cat((F.pad(x[..., :D], (0, DP - D)), F.pad(x[..., D:], (0, RP - x.shape[-1] + D))), -1)
+# ---- the public function ----
 
-
-def sparse_hopper(q, latents, indices, value_dim):
-    """kernels_hopper where its kernels take these arguments (sm_90, the published latents, many heads), else None."""
-    hopper = hopper_kernels(q)
-    return hopper if hopper and hopper.supported(q, latents, indices, value_dim) else None
-
-
-class SparseAttention(torch.autograd.Function):
-    """sparse_attention with its backward; sizes padded to powers of two on the way in, cropped on the way out."""
-
-    @staticmethod
-    def forward(ctx, q, latents, indices, scale, value_dim):
-        DP, RP = max(16, triton.next_power_of_2(value_dim)), max(16, triton.next_power_of_2(q.shape[-1] - value_dim))
-        hopper = sparse_hopper(q, latents, indices, value_dim)
-        if hopper:
-            out, lse = hopper.sparse_forward(q, latents, indices, scale)
-        else:
-            out, lse = sparse_forward(sparse_pad(q, value_dim, DP, RP), sparse_pad(latents, value_dim, DP, RP), indices, scale, DP)
-        ctx.save_for_backward(q, latents, indices, out, lse)
-        ctx.sizes = scale, value_dim, DP, RP
-        ctx.mark_non_differentiable(lse)
-        return out[..., :value_dim], lse
-
-    @staticmethod
-    def backward(ctx, dout, _):
-        (q, latents, indices, out, lse), (scale, D, DP, RP) = ctx.saved_tensors, ctx.sizes
-        hopper = sparse_hopper(q, latents, indices, D)
-        if hopper:
-            dq, dlatents = hopper.sparse_backward(q, latents, indices, out, lse, dout, scale)
-            return dq, dlatents.to(latents.dtype), None, None, None
-        dout = (F.pad(dout, (0, DP - D)) if DP > D else dout).contiguous()
-        dq, dlatents = sparse_backward(sparse_pad(q, D, DP, RP), sparse_pad(latents, D, DP, RP), indices, scale, out, lse, dout)
-        R = q.shape[-1] - D
-        crop = lambda x: x if DP + RP == D + R else torch.cat((x[..., :D], x[..., DP:DP + R]), -1)
-        return crop(dq), crop(dlatents).to(latents.dtype), None, None, None
+def check_arguments(q, latents, indices, value_dim):
+    """ValueError: shapes or dtypes that do not fit."""
+    if q.dim() != 4 or latents.dim() != 3 or indices.dim() != 3:
+        raise ValueError(f"q {tuple(q.shape)}, latents {tuple(latents.shape)}, "
+                         f"indices {tuple(indices.shape)} should be (B,S,H,D), (B,T,D), (B,S,K)")
+    B, S, _, D = q.shape
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"q is {q.dtype} and should be float32, float16 or bfloat16")
+    if not 0 < value_dim <= D:
+        raise ValueError(f"value_dim={value_dim} should lie within 1..{D}, the width of q")
+    entry = D
+    if latents.dtype == torch.uint8:
+        entry = value_dim + 4 * -(-value_dim // SCALE_BLOCK) + 2 * (D - value_dim)
+        if entry % 4 or value_dim % 4 or value_dim > 512:
+            raise ValueError(f"value_dim={value_dim}, entries of {entry} bytes: an FP8 cache takes a "
+                             "value_dim that is a multiple of 4 up to 512, and entries of 4 n bytes")
+    fit(latents=(latents, (B, latents.shape[1], entry)), indices=(indices, (B, S, indices.shape[2])))
+    check_indices(indices)
 
 
 def sparse_attention(q, latents, indices, scale, value_dim):
-    """Softmax attention over the selected tokens only, MQA mode   (paper eq. 2)
-
-    q (B,S,H,D) with W^UK absorbed, latents (B,T,D) = [c^KV ; k^R] (used in q's dtype) or a packed FP8 cache (B,T,bytes) uint8 (forward only),
-    indices (B,S,K) int32, -1 = empty place -> out (B,S,H,value_dim) in q's dtype, lse (B,S,H) float32, natural logarithm, not differentiated.
-    A row with nothing selected: out 0, lse -inf, gradient 0. Differentiable in q and latents; dlatents is summed in float32 by atomics, so
-    its last bits vary from run to run. Memory beyond outputs: 8 bytes x B S K (lists), at most 1 GB for P and dS, 4 bytes x B T D (dlatents).
-    ValueError: shapes or dtypes that do not fit."""
-    (B, S, H, D), packed = q.shape, latents.dtype == torch.uint8
-    entry = value_dim + 4 * triton.cdiv(value_dim, 128) + 2 * (D - value_dim) if packed else D
-    if not 0 < value_dim <= D:
-        raise ValueError(f"value_dim={value_dim} should lie within 1..{D}, the width of q")
-    if packed and (entry % 4 or value_dim % 4 or value_dim > 512):
-        raise ValueError(f"an FP8 cache takes a value_dim that is a multiple of 4 up to 512, and entries of 4 n bytes, not {value_dim} and {entry}")
-    fit(latents=(latents, (B, latents.shape[1], entry)), indices=(indices, (B, S, indices.shape[-1])))
-    if indices.dtype != torch.int32:
-        raise ValueError(f"indices are int32, not {indices.dtype}: pass indices.int()")
-    q, latents, indices = q.contiguous(), latents.contiguous(), indices.contiguous()
-    if packed:
-        hopper = sparse_hopper(q, latents, indices, value_dim)
-        if hopper and B * S * triton.cdiv(H, 64) >= limits(q.device)[1] // 2:  # fewer: only lists in pieces fill the GPU
-            return hopper.sparse_forward(q, latents, indices, scale)
-        return sparse_forward(q, latents, indices, scale, value_dim)
-    return SparseAttention.apply(q, latents.to(q.dtype), indices, scale, value_dim)
-
-
-# temporary: the names of the rewritten chapter
-union = sparse_union
-union_tokens = sparse_tokens
+    check_arguments(q, latents, indices, value_dim)
+    if latents.dtype == torch.uint8:
+        out, lse = sparse_forward_fp8(q, latents, indices, scale, value_dim)
+    else:
+        out, lse = sparse_forward(q, latents.to(q.dtype), indices, scale, value_dim)
+    return out, lse.detach()
