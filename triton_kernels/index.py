@@ -20,14 +20,31 @@ LEAST = tl.constexpr(-0x7f800000)  # finite
 HIGHEST = tl.constexpr(0x7fffffff)  # every NaN
 LOWEST = tl.constexpr(-0x80000000)  # less than any float: not a score
 
-WORDS_AT_ONCE = tl.constexpr(1024)  # of the filter's bits, that `positions_of_bits` reads in one step
-SIGMAS = tl.constexpr(4.5)  # by which a sample may err before `select_filtered` has to leave a row over
+# quantise
+QUANTISE_ELEMENTS = 4096  # of a program
 
-SELECT_CHUNK = 2**28  # scores that `select` holds at a time, 1 GB; processors idle at the end of each chunk
-SELECT_DIRECT = 2048  # keys up to which all of a row are candidates
-SAMPLED_HITS = 32  # of the K best that the filter's sample should hold
+# index_scores
+COLUMNS = 256  # queries x heads that a program keeps; fewer where they are wide
+PROGRAMS = 16  # per multiprocessor, between which the keys are split
+LEAST_SPAN = 256  # keys of a program
+LONGEST_SPAN = 8192
+FLOAT_TILE_BYTES = 140 * 1024  # of shared memory, that a float32 tile of 64 keys needs
+
+# topk
+DIRECT_ROW = 2048  # scores up to which all of a row are candidates
+SHORT_ROW = 16384  # up to which a row is sampled, and scanned, in smaller pieces
+MIDDLE_ROW = 65536
+LEAST_CAP = 1024  # candidates that a program has room for
+GUESS_SIGMAS = tl.constexpr(4.0)  # by which a row's sample may err without another guess
+GUESSES = tl.constexpr(3)  # by the sample
+
+# select
+SELECT_CHUNK = 2**28  # scores that are held at a time, 1 GB; processors idle at the end of each chunk
+SIGMAS = tl.constexpr(4.5)  # by which the filter's sample may err before the row is left over
+SAMPLED_HITS = 32  # of the K best that this sample should hold
 SAMPLED_STRIDE = 8  # keys of which at most one is sampled
 LARGEST_SAMPLE = 32768  # keys that a program compares at once, in registers
+WORDS_AT_ONCE = tl.constexpr(1024)  # of the filter's bits
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -137,13 +154,13 @@ def launch_quantise(x: Tensor, block: int, rotate: bool, ue8m0: bool) -> tuple[T
     scales = torch.empty((*x.shape[:-1], blocks), dtype=torch.float32, device=x.device)
     if rows:
         share = triton.next_power_of_2(max(1, rows // (4 * limits(x.device)[1])))
-        block_rows = max(1, min(4096 // padded_d, share))
+        block_rows = max(1, min(QUANTISE_ELEMENTS // padded_d, share))
         quantise_kernel[(triton.cdiv(rows, block_rows),)](
             x_ptr=x, values_ptr=values.view(torch.uint8), scales_ptr=scales,
             rows=rows, D=D, root=D**-0.5,
             BLOCK_ROWS=block_rows, BLOCK_D=padded_d, BLOCK=padded_block, BLOCKS=blocks,
             LOG_D=padded_d.bit_length() - 1, ROTATE=rotate, UE8M0=ue8m0,
-            num_warps=4 if block_rows * padded_d >= 2048 else 1)
+            num_warps=4 if block_rows * padded_d >= QUANTISE_ELEMENTS // 2 else 1)
     return values, scales
 
 
@@ -323,27 +340,27 @@ def score_tiles(q, rows):
     size = 2 if q.dtype == torch.uint8 else q.element_size()  # of an operand, in bytes
     block_h = power_of_two(HI, 2)
     block_d = power_of_two(DI, 32 if size == 1 else 16)
-    columns = max(block_h, 256 if size * block_d <= 128 else 256 // size)
+    columns = max(block_h, COLUMNS if size * block_d <= 128 else COLUMNS // size)
     block_s = max(16 // block_h, 1, min(columns // block_h, triton.next_power_of_2(rows)))
-    small = size == 4 and limits(q.device)[0] < 140 * 1024  # float32 tiles of 64 keys need 135 KB
+    small = size == 4 and limits(q.device)[0] < FLOAT_TILE_BYTES
     return ScoreTiles(
         block_s, block_h, block_d,
         block_t=32 if small else 64,
         turn=max(1, min(4, block_s, 128 // block_h)),
-        num_warps=8 if block_s * block_h == 256 else 4,
+        num_warps=8 if block_s * block_h == COLUMNS else 4,
         num_stages=4 if size == 1 else 3)
 
 
 def launch_scores(out, q, k, w, k_scale, first, last, row0, rows, fill=False, threshold=None):
     """Scores of the queries row0..row0+rows into out (B,rows,width >= T); without fill, what a query does not
     see is undefined. With threshold (B,rows), bits instead: a word of out (B,queries,width) per 16 keys, in
-    the order sequence, tile of block_s queries, tile of block_t keys, query, word -> the ScoreTiles."""
+    the order sequence, tile of block_s queries, tile of block_t keys, query, word."""
     B, S, HI, DI = q.shape
     T = k.shape[1]
     tiles = score_tiles(q, rows)
     blocks = triton.cdiv(rows, tiles.block_s)
-    span = triton.cdiv(B * blocks * T, 16 * limits(q.device)[1])
-    span = min(max(triton.cdiv(span, tiles.block_t) * tiles.block_t, 256), 8192)
+    span = triton.cdiv(B * blocks * T, PROGRAMS * limits(q.device)[1])
+    span = min(max(triton.cdiv(span, tiles.block_t) * tiles.block_t, LEAST_SPAN), LONGEST_SPAN)
     stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
     scores_kernel[(blocks, triton.cdiv(T, span), B)](
         q_ptr=q, k_ptr=k, w_ptr=w, k_scale_ptr=k_scale, threshold_ptr=threshold,
@@ -354,7 +371,6 @@ def launch_scores(out, q, k, w, k_scale, first, last, row0, rows, fill=False, th
         BLOCK_T=tiles.block_t, TURN=tiles.turn, DECODE_E4M3=q.dtype == torch.uint8, FILL=fill,
         WHOLE=T % tiles.block_t == 0 and DI == tiles.block_d,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    return tiles
 
 
 def check_inputs(q, k, w, k_scale):
@@ -406,8 +422,7 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 
 # ---- topk ----
 # contract    kernels.topk
-# in PyTorch  scores.sort(-1, descending=True, stable=True).indices[..., :K].sort(-1), -1 where the score is
-# -inf
+# in PyTorch  scores.sort(-1, descending=True, stable=True).indices[..., :K].sort(-1), but -1 for -inf
 # tiling      a program per row, several rows one after the other, finds the K best in one reading:
 #             guess   a threshold from a sample spread over the row, such that K..CAP scores reach it, mostly
 #             gather  the positions of these candidates: two steps per piece of the row, a bit per score, then
@@ -538,11 +553,15 @@ def positions_of_bits(dst, p, above, ties, higher, equal, need, most):
 
 
 @triton.jit
-def bits_between(first, last, p):
-    """The 16 lowest bits of a word whose bit i stands for position p + i: which lie in first..last? For p =
-    0, first = 2, last = 12: 0xfffc & 0x1fff."""
-    from_first = 0xffff << tl.minimum(tl.maximum(first - p, 0), 16)
-    to_last = 0xffff >> tl.minimum(tl.maximum(p + 15 - last, 0), 16)
+def bits_between(first, last, p, BITS: tl.constexpr):
+    """Bit i of a word of BITS bits, 16 or 32, stands for position p + i: which lie in first..last? For p = 0,
+    first = 2, last = 12, of 16: 0xfffc & 0x1fff."""
+    if BITS == 16:
+        from_first = 0xffff << tl.minimum(tl.maximum(first - p, 0), 16)
+        to_last = 0xffff >> tl.minimum(tl.maximum(p + 15 - last, 0), 16)
+    else:  # no shift by 32, which is undefined: -2 and 2 are shifted once already
+        from_first = tl.where(p < first, -2 << tl.minimum(tl.maximum(first - p - 1, 0), 31), -1)
+        to_last = (2 << tl.minimum(tl.maximum(last - p, 0), 31)) - 1
     return from_first & to_last
 
 
@@ -579,14 +598,12 @@ def gather(
         # write the positions, but none outside first..last
         p = start + tl.arange(0, WORDS) * BITS
         word = tl.load(bitmap + tl.arange(0, WORDS), mask=p <= last, other=0, cache_modifier=".cg")
+        seen = bits_between(first, last, p, BITS)
         if TIES:
-            seen = bits_between(first, last, p)
             higher, equal = positions_of_bits(
                 dst, p, (word >> 16) & seen, word & seen, higher, equal, need, CAP)
         else:
-            word &= tl.where(p < first, -2 << tl.minimum(tl.maximum(first - p - 1, 0), 31), -1)
-            word &= (2 << tl.minimum(tl.maximum(last - p, 0), 31)) - 1
-            higher, equal = positions_of_bits(dst, p, word, None, higher, equal, 0, CAP)
+            higher, equal = positions_of_bits(dst, p, word & seen, None, higher, equal, 0, CAP)
         tl.debug_barrier()
     return higher, equal
 
@@ -648,20 +665,21 @@ def topk_kernel(
                 tries = n * 0
                 done = n * 0
                 mean = SAMPLE * (K / n)  # hits of the K best in the sample
-                rank = tl.minimum(mean + 4 * tl.sqrt(mean) + 3, SAMPLE * 0.9)
+                rank = tl.minimum(mean + GUESS_SIGMAS * tl.sqrt(mean) + 3, SAMPLE * 0.9)
                 while done == 0:
-                    # guess: by the sample; or 0, relu's own value; or the middle of the range
+                    # guess: by the sample, where it is not tied first without regard to ties; then 0, relu's
+                    # own value; then the middle of the range
                     tied = tries * 0 + 1
-                    if tries < 3:
+                    if tries < GUESSES:
                         # runs of 8, as many as memory reads at once
                         run = (j // 8).to(tl.int64) * (n - 8) // (SAMPLE // 8)
                         sample = ordered(tl.load(x + first + run.to(tl.int32) + j % 8))
                         r = rank.to(tl.int32)
                         t, at_t = kth_value(
                             sample, r, tl.min(sample, 0), tl.max(sample, 0), n * 0 + SAMPLE, r // 16)
-                        tied = ((at_t > r + r // 16) | (t > INFINITY) | (tries > 0)).to(tl.int32)
+                        tied = ((at_t > r + r // 16) | (t > INFINITY) | (tries == GUESSES - 1)).to(tl.int32)
                     else:
-                        t = tl.where(tries == 3, 0, (lo & hi) + ((lo ^ hi) >> 1))
+                        t = tl.where(tries == GUESSES, 0, (lo & hi) + ((lo ^ hi) >> 1))
                     t = tl.minimum(tl.maximum(t, lo), hi)
 
                     # gather, and judge: what is gathered must hold the K best and fit
@@ -689,7 +707,7 @@ def topk_kernel(
                             need = tl.maximum(K - higher, 0)
                             lo = t
                             hi = t
-                            tries += 3
+                            tries += GUESSES
                         else:
                             done += 1
                     rank = tl.minimum(tl.maximum(rank * ((K + CAP) * 0.5 / (reach + 1)), 1.0), SAMPLE * 0.9)
@@ -720,23 +738,25 @@ class TopkTiles(NamedTuple):
 def topk_tiles(T, K, rows, device):
     """Tiles for `rows` rows of T scores."""
     processors = limits(device)[1]
-    if T <= SELECT_DIRECT:
+    if T <= DIRECT_ROW:
         cap = triton.next_power_of_2(T)
         num_warps = max(1, cap // 1024)
-        return TopkTiles(True, cap, 1024, 512, 4096, num_warps, min(rows, processors * (32 // num_warps)))
-    sample = 1024 if T <= 16384 else 2048 if T <= 65536 else 8192
+        programs = min(rows, processors * (32 // num_warps))
+        return TopkTiles(True, cap, 1024, 512, 4096, num_warps, programs)
+    if T <= SHORT_ROW:
+        sample = 1024
+        words = 512
+    else:
+        sample = 2048 if T <= MIDDLE_ROW else 8192
+        words = 1024
     # as in the kernel, for the longest row: the expected candidates and 2.5 standard deviations fit
     mean = sample * min(K, T) / T
-    rank = mean + 4 * mean**0.5 + 3
-    cap = triton.next_power_of_2(max(1024, int((rank + 2.5 * rank**0.5) * T / sample)))
-    small = cap <= 2048 and rows > 2 * processors  # few rows: none of them should take long
+    rank = mean + GUESS_SIGMAS.value * mean**0.5 + 3
+    cap = triton.next_power_of_2(max(LEAST_CAP, int((rank + 2.5 * rank**0.5) * T / sample)))
+    small = cap <= 2 * LEAST_CAP and rows > 2 * processors  # few rows: none of them should take long
     num_warps = 4 if small else max(8, min(32, cap // 512))
-    return TopkTiles(
-        False, cap, sample,
-        words=512 if T <= 16384 else 1024,
-        tile=2048 if small else 4096,
-        num_warps=num_warps,
-        programs=min(rows, processors * (32 // num_warps)))
+    programs = min(rows, processors * (32 // num_warps))
+    return TopkTiles(False, cap, sample, words, 2048 if small else 4096, num_warps, programs)
 
 
 def launch_topk(out, scores, T, first, last, row0, rows):
@@ -783,8 +803,8 @@ def topk(scores, topk, first=None, last=None):
 # in PyTorch  indexer.select
 # equation    S_t = the K highest of I[t, first..last], ties to the lower position
 # tiling      rows of queries in chunks: the scores of a chunk, then its top-k, both as above. Many queries of
-#             few heads over long contexts are filtered instead: their scores are computed, not kept, as above
-#             all the scores' way through memory costs:
+#             few heads over long contexts are filtered instead, since there it costs more to store scores and
+#             load them than to compute them:
 #             threshold  a row's t, from its scores of every `stride`-th key, so that K..CAP scores exceed it
 #             filter     all scores once more, of which two bits remain: above t, equal to t
 #             collect    a program per row: the positions of the bits above t. If these are K..CAP, their
@@ -830,7 +850,7 @@ def read_bits(dst, words, first, last, need, most, BLOCK_S, TILE_WORDS: tl.const
         p = i * 16
         tile = words + i // TILE_WORDS * (TILE_WORDS * BLOCK_S)
         word = tl.load(tile + i % TILE_WORDS, mask=p <= last, other=0)
-        seen = bits_between(first, last, p)
+        seen = bits_between(first, last, p, 16)
         above = (word >> 16) & seen
         higher, equal = positions_of_bits(dst, p, above, word & seen & ~above, higher, equal, need, most)
     return higher, equal
@@ -903,6 +923,7 @@ def collect_kernel(
 class FilterTiles(NamedTuple):
     stride: int  # every so many-th key is sampled
     sample: int  # a power of two that holds them
+    sample_warps: int
     cap: int  # candidates
     block_h: int
     block_c: int  # candidates that are scored at once
@@ -929,12 +950,13 @@ def filter_tiles(q, T, K):
     stride = max(K // SAMPLED_HITS, SAMPLED_STRIDE, triton.cdiv(T, LARGEST_SAMPLE)) | 1
     mean = K / stride
     rank = mean + SIGMAS.value * mean**0.5 + 3
-    cap = 1024
+    cap = LEAST_CAP
     while cap / stride - SIGMAS.value * (cap / stride)**0.5 < rank * 17 / 16:
         cap *= 2
     narrow = q.shape[3] * q.element_size() <= 128
+    sample = triton.next_power_of_2(triton.cdiv(T, stride))
     return FilterTiles(
-        stride=stride, sample=triton.next_power_of_2(triton.cdiv(T, stride)), cap=cap,
+        stride=stride, sample=sample, sample_warps=max(1, min(16, sample // 512), sample // 1024), cap=cap,
         block_h=power_of_two(q.shape[2]), block_c=128 if narrow else 64,
         num_warps=max(4, cap // 512), num_stages=3, registers=128)
 
@@ -958,7 +980,7 @@ def select_exact(out, q, k, w, k_scale, first, last):
     """`select` into out (B,S,K) by scores that are kept, a chunk at a time."""
     B, S, _ = out.shape
     T = k.shape[1]
-    multiple = 16 if T <= SELECT_DIRECT else 4096
+    multiple = 16 if T <= DIRECT_ROW else 4096
     width = triton.cdiv(T, multiple) * multiple
     for batch, row0, rows in chunks(B, S, width):
         n = batch.stop - batch.start
@@ -1009,7 +1031,7 @@ def select_filtered(out, q, k, w, k_scale, first, last):
             sample_ptr=scores, first_ptr=first_part, last_ptr=last_part, threshold_ptr=threshold,
             S=S, T=T, row0=row0, rows=rows, width=sampled, K=K, stride=tiles.stride,
             SAMPLE=tiles.sample,
-            num_warps=max(1, min(16, tiles.sample // 512), tiles.sample // 1024))
+            num_warps=tiles.sample_warps)
 
         # two bits per score
         score = score_tiles(q, rows)
