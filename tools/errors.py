@@ -19,6 +19,7 @@ import sparse_attn
 from bench import randn, selection
 from model import Transformer
 from sparse_attn import pack_latents
+from triton_kernels import index
 
 OPERATIONS = {  # name: the reference, what it returns, which of its arguments receive a gradient
     "dense_attention": (sparse_attn.dense_attention, ("out", "lse"), dict(dq=0, dk=1, dv=2)),
@@ -114,10 +115,12 @@ def small_kernels():
         (q, q_scale), (k_index, k_scale) = (kernels.quantise(x, rotate=True) for x in (q, k_index))
         args = q, k_index, w * q_scale[..., 0], k, k_scale[..., 0]
         kernels.index_scores(*args[:3], args[4])
-        usual = kernels.SELECT_FILTER
-        for kernels.SELECT_FILTER in (usual, (1, 1, 0, 0, 2048)):
+        usual = index.SELECT_FILTER
+        always = index.FilterRegime(
+            queries=1, keys=1, keys_per_head=0, keys_per_topk=0, most_keys=2**20, most_topk=2048)
+        for index.SELECT_FILTER in (usual, always):
             print(f"select, {heads} x {dim}, {k} of {T}: {same_selection(args):.2%} of the queries as the reference", flush=True)
-        kernels.SELECT_FILTER = usual
+        index.SELECT_FILTER = usual
     kernels.topk(randn(1, 5, 70000, dtype=torch.float32), 2048)
     kernels.topk(torch.zeros(1, 4, 9000, device="cuda"), 500)
     y = torch.randint(0, 5003, (70,), device="cuda")

@@ -50,11 +50,11 @@ REGISTERS = 65536  # of a multiprocessor
 
 class FilterRegime(NamedTuple):
     """Where `select` filters instead of keeping scores."""
-    queries: int  # from so many on: each call reads once whether rows are left over
-    keys: int  # from so many on, and from
-    keys_per_head: int  # so many for each indexer head: what the filter saves is memory traffic, not products
-    keys_per_topk: int  # and so many for each selected key
-    most_keys: int  # up to so many: a larger sample does not fit a program
+    queries: int  # at least; the host has to read whether rows are left over
+    keys: int  # at least
+    keys_per_head: int  # at least, of the indexer's: what is saved is memory traffic, not products
+    keys_per_topk: int  # at least
+    most_keys: int  # a larger sample does not fit a program
     most_topk: int
 
 
@@ -609,6 +609,13 @@ def gather(
 
 
 @triton.jit
+def empty_slots(out, n, K, BLOCK_K: tl.constexpr):
+    """-1 to the slots n..K-1 of out"""
+    slot = tl.arange(0, BLOCK_K)
+    tl.store(out + slot, slot * 0 - 1, mask=(slot >= n) & (slot < K))
+
+
+@triton.jit
 def write_best(out, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
     """Write to out, of K slots, those of the positions p (ascending) that have the K highest values v
     (ordered), equal ones by position; then -1. A value of -inf or LOWEST is not selected. WIDE: more than
@@ -632,8 +639,7 @@ def write_best(out, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
     chosen = (above != 0) | ((tie != 0) & (equal < need))
     tl.store(out + higher + tl.minimum(equal, need), p, mask=chosen)
     if n < K:
-        slot = tl.arange(0, BLOCK_K)
-        tl.store(out + slot, slot * 0 - 1, mask=(slot >= n) & (slot < K))
+        empty_slots(out, n, K, BLOCK_K)
 
 
 @triton.jit
@@ -888,8 +894,7 @@ def collect_kernel(
             if higher < K:
                 # all that are above the threshold, and the first ties
                 read_bits(out, words, first, last, K - higher, K, BLOCK_S, BLOCK_T // 16)
-                unused = tl.arange(0, BLOCK_K)
-                tl.store(out + unused, unused * 0 - 1, mask=(unused >= n) & (unused < K))
+                empty_slots(out, n, K, BLOCK_K)
             else:
                 # their scores again, BLOCK_C gathered keys at a time
                 q = tl.load(q_ptr + (at * HI + h)[:, None] * DI + d[None, :],
