@@ -39,8 +39,8 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
 
     amax clamped at 1e-4, scale = amax * float32(1/448), ue8m0: rounded up to a power of two (act_quant of the
     V3.2-Exp inference code). rotate: the orthonormal Walsh-Hadamard transform of the last dimension first. A
-    block that is not finite becomes NaN. ValueError: rotate with a d that is not a power of two; a smaller
-    block that is none."""
+    block that is not finite becomes NaN. Not differentiable. ValueError: rotate with a d that is not a power
+    of two; a smaller block that is none."""
     return index.quantise(x, block, rotate, ue8m0)
 
 
@@ -49,21 +49,26 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 
     q (B,S,HI,DI), k (B,T,DI) both bf16/fp16/fp32, or both e4m3 with k_scale (B,T) float32; w (B,S,HI) float32
     with HI^-1/2 DI^-1/2 (and q's scale) in it. first, last (B,S) int32: the visible range, None: 0 and T - S
-    + i. -> (B,S,T) float32, -inf where not visible. ValueError: types or shapes that don't fit."""
+    + i. -> (B,S,T) float32, -inf where not visible. Not differentiable. ValueError: types or shapes that do
+    not fit."""
     return index.index_scores(q, k, w, k_scale, first, last)
 
 
 def select(q, k, w, topk, k_scale=None, first=None, last=None):
-    """S_t = the topk visible keys with the highest index score   (section 2.1) -> (B,S,topk) int32: ascending positions, then -1 in unused slots.
+    """S_t = the topk visible keys with the highest index score   (section 2.1)
+    -> (B,S,topk) int32: ascending positions, then -1 in unused slots.
 
-    Arguments as `index_scores`. Equal scores go to the lower position (-0.0 equals 0.0), NaN ranks above all;
-    the same bits in every run. topk may exceed T. Memory: the result and at most some 1 GB of scores.
-    ValueError: topk < 1."""
+    Arguments as `index_scores`. Equal scores go to the lower position (-0.0 equals 0.0), NaN ranks above all,
+    and what scores -inf counts as not visible; the same bits in every run. topk may exceed T. Memory: the
+    result and at most some 1 GB of scores. Where it filters, the host reads once whether rows are left over;
+    elsewhere, and while a CUDA graph is captured, it reads nothing. Not differentiable. ValueError: topk < 1,
+    types or shapes that do not fit."""
     return index.select(q, k, w, topk, k_scale, first, last)
 
 
 def topk(scores, topk, first=None, last=None):
-    """`select` from scores (B,S,T) float32 that exist -> (B,S,topk) int32. ValueError: topk < 1."""
+    """`select` from scores (B,S,T) float32 that exist -> (B,S,topk) int32. Not differentiable. ValueError:
+    topk < 1."""
     return index.topk(scores, topk, first, last)
 
 

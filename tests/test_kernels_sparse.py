@@ -25,9 +25,6 @@ from triton_kernels import sparse
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bf16 product is broken
-COMBINE = pytest.mark.xfail(
-    not CUDA, raises=InterpreterError, strict=False,
-    reason="common.combine_kernel calls j.to() on a Python int in the interpreter; branch dense mends it")
 ROUNDINGS = dict(out=2, dq=3, dlatents=4)
 WORST = 4
 NAN = float("nan")
@@ -204,7 +201,6 @@ def test_chunks_and_incoming_gradient(dtype, monkeypatch):
         torch.testing.assert_close(x, 2 * y, rtol=2 * eps, atol=2 * eps)
 
 
-@COMBINE
 @pytest.mark.parametrize("dtype,packed", [(HALF, False), (torch.float32, False), (HALF, True)])
 def test_lists_in_parts(dtype, packed, monkeypatch):
     """Few queries: a list is split among programs and combined. The same as in one part, to rounding."""
@@ -321,7 +317,7 @@ REGIMES = [  # S, T, H, K, dtype
     (9, 40, 16, 8, HALF),  # unions of 4 queries
     (9, 40, 3, 8, torch.float32),  # single queries
     (9, 40, 40, 8, HALF),
-    pytest.param((1, 500, 4, 300, HALF), marks=COMBINE)]  # lists in parts
+    (1, 500, 4, 300, HALF)]  # lists in parts
 
 
 def regime(S, T, H, K, dtype):

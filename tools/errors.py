@@ -43,7 +43,8 @@ OPERATIONS = {
     "indexer_loss_dense": Operation(indexer.indexer_loss_dense, LOSS, dict(dq=4, dk=5, dw=6)),
     "indexer_loss_sparse": Operation(indexer.indexer_loss_sparse, LOSS, dict(dq=5, dk=6, dw=7)),
 }
-FILTER_ALWAYS = (1, 1, 0, 0, 2048)  # index.SELECT_FILTER: filters whatever the sizes
+FILTER_ALWAYS = index.FilterRegime(
+    queries=1, keys=1, keys_per_head=0, keys_per_topk=0, most_keys=2**20, most_topk=2048)
 
 
 # ---- the comparison ----

@@ -1,561 +1,1125 @@
-"""Chapter 1: the lightning indexer."""
+"""Chapter 1: the lightning indexer. Quantise its vectors, score every key for every query, select the best
+keys, exactly and in the same way in every run.
+"""
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from triton_kernels.common import fit, has_fp8, limits
+from triton_kernels.common import (
+    e4m3_to_fp16, fit, full_bounds, has_fp8, limits, load_bounds, operation, power_of_two, unit_stride,
+    visible_range)
 
-SELECT_CHUNK = 2**28  # scores that `select` holds at a time: 1 GB; less makes more chunks, each with a tail of idle processors
-SELECT_DIRECT = 2048  # keys up to which a row is its own candidate list
-SELECT_FILTER = 256, 32768, 8192, 64, 1024  # `select` filters from so many queries, keys, keys per indexer head and per topk on, up to so large a topk
-# quantise ---------------------------------------------------------------------------------------------------------------------------
-# y = H x (optional; H the orthonormal Walsh-Hadamard matrix), scale = max(amax |y|, 1e-4) / 448 [rounded up to 2^n], value = e4m3(y / scale)
-# A program takes ROWS vectors, all d elements of them; a butterfly splits and joins a length-2 dimension, in registers.
-# e4m3 is rounded with integers, not with a cast: the same bits on every GPU (below sm_89 there is no such cast) and in the interpreter.
-# Bytes: reads d elements, writes d bytes and 4 per block; operations ~25 d: bound by memory.
+# float32 as integers of the same order, see `ordered`
+INFINITY = tl.constexpr(0x7f800000)
+MINUS_INFINITY = tl.constexpr(-0x7f800001)
+LEAST = tl.constexpr(-0x7f800000)  # finite
+HIGHEST = tl.constexpr(0x7fffffff)  # every NaN
+LOWEST = tl.constexpr(-0x80000000)  # less than any float: not a score
+
+# quantise
+QUANTISE_ELEMENTS = 4096  # of a program
+
+# index_scores
+COLUMNS = 256  # queries x heads that a program keeps; fewer where they are wide
+PROGRAMS = 16  # per multiprocessor, between which the keys are split
+LEAST_SPAN = 256  # keys of a program
+LONGEST_SPAN = 8192
+FLOAT_TILE_BYTES = 140 * 1024  # of shared memory, that a float32 tile of 64 keys needs
+
+# topk
+DIRECT_ROW = 2048  # scores up to which all of a row are candidates
+SHORT_ROW = 16384  # up to which a row is sampled, and scanned, in smaller pieces
+MIDDLE_ROW = 65536
+LEAST_CAP = 1024  # candidates that a program has room for
+GUESS_SIGMAS = tl.constexpr(4.0)  # by which a row's sample may err without another guess
+GUESSES = tl.constexpr(3)  # by the sample
+
+# select
+SELECT_CHUNK = 2**28  # scores that are held at a time, 1 GB; processors idle at the end of each chunk
+SIGMAS = tl.constexpr(4.5)  # by which the filter's sample may err before the row is left over
+SAMPLED_HITS = 32  # of the K best that this sample should hold
+SAMPLED_STRIDE = 8  # keys of which at most one is sampled
+LARGEST_SAMPLE = 32768  # keys that a program compares at once, in registers
+WORDS_AT_ONCE = tl.constexpr(1024)  # of the filter's bits
+REGISTERS = 65536  # of a multiprocessor
+
+
+class FilterRegime(NamedTuple):
+    """Where `select` filters instead of keeping scores."""
+    queries: int  # at least; the host has to read whether rows are left over
+    keys: int  # at least
+    keys_per_head: int  # at least, of the indexer's: what is saved is memory traffic, not products
+    keys_per_topk: int  # at least
+    most_keys: int  # a larger sample does not fit a program
+    most_topk: int
+
+
+SELECT_FILTER = FilterRegime(
+    queries=256, keys=65536, keys_per_head=16384, keys_per_topk=64, most_keys=2**20, most_topk=1024)
+
+
+# ---- quantise ----
+# contract    kernels.quantise
+# in PyTorch  indexer.quantise
+# equation    y = Hadamard x (rotate);  scale = max(amax |y|, 1e-4) / 448, rounded up to 2^n (ue8m0);
+#             value = e4m3(y / scale)
+# tiling      a program takes BLOCK_ROWS vectors with all their dimensions. A butterfly splits and joins a
+#             dimension of length 2, in registers. Scales and values are rounded with integers, not by casts:
+#             the same bits on every GPU (below sm_89 there is no cast to e4m3) and in the interpreter
+# FLOPs       some 25 per element
+# bytes       per element its size read and 1 written, 4 per block: bound by memory
+
 
 @triton.jit
-def _quantise_kernel(X, V, SC, R, d, root, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr, LOG: tl.constexpr,
-                     ROTATE: tl.constexpr, UE8M0: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS); j = tl.arange(0, D)
-    mask = (r < R)[:, None] & (j < d)[None, :]
-    x = tl.load(X + r[:, None]*d + j[None, :], mask=mask, other=0.0)
+def power_of_two_above(x):
+    """float32 x > 0 -> the smallest power of two that is at least x.
+
+    A float is exponent and mantissa, and a power of two has mantissa 0. 0x7fffff, all ones in the mantissa,
+    carries into the exponent unless the mantissa is 0; then the mantissa is cleared. 3.0 = 0x40400000 becomes
+    0x40bfffff, then 0x40800000 = 4.0; 2.0 = 0x40000000 becomes 0x407fffff, then 0x40000000 = 2.0 again."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7fffff) & 0x7f800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e4m3_bits(x):
+    """float32 x, of at most 448 but for rounding -> e4m3 bits (int32), to nearest even; NaN stays NaN.
+
+    Normal numbers: s eeeeeeee mmm|mmmmmmmmmmmmmmmmmmmm keeps 3 of 23 bits of mantissa. To add 0x7ffff, and 1
+    if the last kept bit is odd, carries into it exactly if what is dropped is more than half, or is half and
+    the bit is odd: 17.0 = 0x41880000, halfway between 16 and 18, gives 0x418|fffff = 16; 19.0 = 0x41980000,
+    between 18 and 20, gives 0x41a|00000 = 20. The exponent's bias shrinks from 127 to 7.
+
+    Below 2^-6 = 0x3c800000 e4m3 counts in units of 2^-9, the last place of a float32 near 2^14 = 0x46800000:
+    adding 2^14 rounds, and what then stands in the mantissa is the count. 0.01 = 5.12 * 2^-9 gives 5.
+
+    As an integer NaN is more than 480 = 0x43f00000, and 480 would be what e4m3 calls NaN, 0x7f."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = tl.minimum(bits & 0x7fffffff, 0x43f00000)
+    normal = ((size + 0x7ffff + ((size >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    tiny = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    return tl.where(size < 0x3c800000, tiny, normal) | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def quantise_kernel(
+        x_ptr, values_ptr, scales_ptr,
+        rows, D, root,
+        BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+        LOG_D: tl.constexpr, ROTATE: tl.constexpr, UE8M0: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, BLOCK_D)
+    mask = (row < rows)[:, None] & (d < D)[None, :]
+    x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0)
+
     if ROTATE:
         y = x.to(tl.float32)
-        for i in tl.static_range(LOG):
-            a, b = tl.split(tl.permute(tl.reshape(y, [ROWS, D >> (i + 1), 2, 1 << i]), [0, 1, 3, 2]))
-            y = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2]), [ROWS, D])
-        x = (y*root).to(x.dtype)
-    y = tl.reshape(x.to(tl.float32), [ROWS, D // BLOCK, BLOCK])
-    scale = tl.maximum(tl.max(tl.abs(y), 2), 1e-4)*(1/448)                                  # [ROWS, D // BLOCK]
+        for i in tl.static_range(LOG_D):
+            pairs = tl.reshape(y, [BLOCK_ROWS, BLOCK_D >> (i + 1), 2, 1 << i])
+            a, b = tl.split(tl.permute(pairs, [0, 1, 3, 2]))
+            pairs = tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2])
+            y = tl.reshape(pairs, [BLOCK_ROWS, BLOCK_D])
+        x = (y * root).to(x.dtype)
+
+    # a scale per block; the largest is found among integers, of which a NaN is larger than infinity
+    y = tl.reshape(x.to(tl.float32), [BLOCK_ROWS, BLOCK_D // BLOCK, BLOCK])
+    amax = tl.max(y.to(tl.int32, bitcast=True) & 0x7fffffff, 2)
+    scale = tl.maximum(amax.to(tl.float32, bitcast=True), 1e-4) * (1 / 448)
     if UE8M0:
-        u = scale.to(tl.int32, bitcast=True)
-        scale = ((u + 0x7fffff) & 0x7f800000).to(tl.float32, bitcast=True)
-    nb = tl.arange(0, D // BLOCK)
-    tl.store(SC + r[:, None]*NB + nb[None, :], scale, mask=(r < R)[:, None] & (nb < NB)[None, :])
-    y = tl.reshape(tl.minimum(tl.maximum(tl.div_rn(y, tl.broadcast_to(scale[:, :, None], y.shape)), -448.0), 448.0), [ROWS, D])
-    u = y.to(tl.int32, bitcast=True); m = u & 0x7fffffff
-    normal = ((m + 0x7ffff + ((m >> 20) & 1)) >> 20) - (120 << 3)                            # exponent bias 127 -> 7, 3 bits of mantissa, to nearest even
-    tiny = (m.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # below 2^-6: units of 2^-9, the last place of 2^14
-    e4m3 = tl.where(m < 0x3c800000, tiny, normal) | ((u >> 24) & 0x80)
-    tl.store(V + r[:, None]*d + j[None, :], e4m3.to(tl.uint8), mask=mask)
+        scale = power_of_two_above(scale)
+    scale = tl.where(amax < INFINITY, scale, float("nan"))
+    block = tl.arange(0, BLOCK_D // BLOCK)
+    tl.store(scales_ptr + row[:, None] * BLOCKS + block[None, :], scale,
+             mask=(row < rows)[:, None] & (block < BLOCKS)[None, :])
+
+    y = tl.div_rn(y, tl.broadcast_to(scale[:, :, None], y.shape))
+    values = e4m3_bits(tl.reshape(y, [BLOCK_ROWS, BLOCK_D]))
+    tl.store(values_ptr + row[:, None] * D + d[None, :], values.to(tl.uint8), mask=mask)
 
 
-def quantise(x, block=128, rotate=False, ue8m0=True):
-    """x (..., d) float -> values (..., d) float8_e4m3fn, scales (..., ceil(d / block)) float32; x is close to values * scale of its block.
-
-    amax clamped at 1e-4, scale = amax * float32(1/448), ue8m0: rounded up to a power of two (act_quant of the V3.2-Exp inference code).
-    rotate: the orthonormal Walsh-Hadamard transform of the last dimension first, rounded to x's dtype. Bit-equal to indexer.quantise.
-    ValueError: rotate with a d that is no power of two; a smaller block that is none."""
-    d = x.shape[-1]
-    if rotate and d & (d - 1):
-        raise ValueError(f"index_head_dim={d} is no power of two, which the Hadamard rotation needs; choose 32, 64 or 128")
+@operation("quantise")
+def launch_quantise(x: Tensor, block: int, rotate: bool, ue8m0: bool) -> tuple[Tensor, Tensor]:
+    """Arguments and results of kernels.quantise, block at most d"""
     x = x.contiguous()
-    block = min(block, d); nb = triton.cdiv(d, block); R = x.numel() // d
-    pad = triton.next_power_of_2(block)
-    if pad != block and nb > 1:
-        raise ValueError(f"block={block} is no power of two and smaller than d={d}; choose 32, 64 or 128")
-    D = pad*triton.next_power_of_2(nb)
+    D = x.shape[-1]
+    rows = x.numel() // D
+    blocks = triton.cdiv(D, block)
+    padded_block = triton.next_power_of_2(block)
+    padded_d = padded_block * triton.next_power_of_2(blocks)
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((*x.shape[:-1], nb), dtype=torch.float32, device=x.device)
-    rows = max(1, min(4096 // D, triton.next_power_of_2(max(1, R // (4*limits(x.device)[1])))))
-    if R:
-        _quantise_kernel[(triton.cdiv(R, rows),)](x, values.view(torch.uint8), scales, R, d, d**-0.5, rows, D, pad, nb, D.bit_length() - 1,
-                                                  rotate, ue8m0, num_warps=4 if rows*D >= 2048 else 1)
+    scales = torch.empty((*x.shape[:-1], blocks), dtype=torch.float32, device=x.device)
+    if rows:
+        share = triton.next_power_of_2(max(1, rows // (4 * limits(x.device)[1])))
+        block_rows = max(1, min(QUANTISE_ELEMENTS // padded_d, share))
+        quantise_kernel[(triton.cdiv(rows, block_rows),)](
+            x_ptr=x, values_ptr=values.view(torch.uint8), scales_ptr=scales,
+            rows=rows, D=D, root=D**-0.5,
+            BLOCK_ROWS=block_rows, BLOCK_D=padded_d, BLOCK=padded_block, BLOCKS=blocks,
+            LOG_D=padded_d.bit_length() - 1, ROTATE=rotate, UE8M0=ue8m0,
+            num_warps=4 if block_rows * padded_d >= QUANTISE_ELEMENTS // 2 else 1)
     return values, scales
 
 
-# index scores -----------------------------------------------------------------------------------------------------------------------
-# I[t,s] = k_scale[s] * sum_j w[t,j] relu(q[t,j] . k[s])
-# A program keeps BQ queries x HP heads (up to 256 columns) and streams SPAN keys in tiles of BK: tl.dot(keys, queries^T) has the keys as rows,
-# and the columns are dealt so that relu, weight and the sum over heads stay inside a thread. Tiles that none of its queries sees are skipped
-# (-inf with FILL; without it, what a query does not see is left undefined). BITS: two bits per pair instead of a score, for `select`.
-# WHOLE: no tile reaches beyond k, and nothing is masked. On Hopper instructions are the limit, and the power they take: masks count.
-# Operations: 2 HI dI per pair on the tensor cores and 2 HI (max, fma) beside them; bytes: 4 (BITS: 1/4) per pair, keys once per BQ queries (L2).
+@launch_quantise.register_fake
+def _(x, block, rotate, ue8m0):
+    blocks = -(-x.shape[-1] // block)
+    values = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return values, x.new_empty((*x.shape[:-1], blocks), dtype=torch.float32)
+
+
+@torch.no_grad()
+def quantise(x, block=128, rotate=False, ue8m0=True):
+    D = x.shape[-1]
+    if rotate and D & (D - 1):
+        raise ValueError(f"index_head_dim={D} is not a power of two, which the Hadamard rotation needs; "
+                         "choose 32, 64 or 128")
+    block = min(block, D)
+    if block < D and block & (block - 1):
+        raise ValueError(f"block={block} is not a power of two and smaller than d={D}; choose 32, 64 or 128")
+    return launch_quantise(x, block, rotate, ue8m0)
+
+
+# ---- index_scores ----
+# contract    kernels.index_scores
+# in PyTorch  indexer.index_scores
+# equation    I[t,s] = k_scale[s] sum_j w[t,j] relu(q[t,j] . k[s])
+# tiling      a program keeps BLOCK_S queries x BLOCK_H heads, up to 256 columns, and streams `span` keys,
+#             BLOCK_T at a time, as the rows of tl.dot(keys, queries^T). Tiles that none of its queries sees
+#             are skipped: -inf with FILL; without it, what a query does not see is left undefined. With
+#             thresholds, two bits per pair are stored instead of a score, for `select`. WHOLE: no tile
+#             reaches beyond the keys, and no load is masked. On Hopper instructions are the limit, and the
+#             power they take: every mask counts
+# FLOPs       2 HI DI per pair on the tensor cores, 2 HI (maximum, multiply-add) beside them
+# bytes       4 per pair, as bits 1/4; keys once per BLOCK_S queries, mostly from L2
+#
+# Which thread holds what. Of every 8 columns of tl.dot's result a tensor core hands two neighbours to each
+# of four threads. The columns are dealt to the queries such that those of a thread belong to one query;
+# four queries a, b, c, d of four heads:
+#
+#     column   0  1   2  3   4  5   6  7   8  9  10 11  12 13  14 15
+#     thread   0  0   1  1   2  2   3  3   0  0   1  1   2  2   3  3
+#     query    a  a   b  b   c  c   d  d   a  a   b  b   c  c   d  d
+#     head     0  1   0  1   0  1   0  1   2  3   2  3   2  3   2  3
+#
+# So relu, weight and the sum over heads stay inside a thread. Four warps compute 128 of the columns, which
+# must hold all heads of their queries: with 64 heads, two queries take turns, and two threads share one.
+
 
 @triton.jit
-def _e4m3_to_fp16(x):
-    """e4m3 bits (uint8) -> the same value in fp16 (exact): for GPUs without FP8"""
-    b = x.to(tl.int16)
-    return (((b & 0x80) << 8) | ((b & 0x7f) << 7)).to(tl.float16, bitcast=True)*256.0
+def query_and_head(BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, TURN: tl.constexpr):
+    """-> query, head of each column as in the picture, where TURN (here 4) queries take turns"""
+    column = tl.arange(0, BLOCK_S * BLOCK_H)
+    query = column // (TURN * BLOCK_H) * TURN + column // 2 % TURN
+    head = column // (2 * TURN) % (BLOCK_H // 2) * 2 + column % 2
+    return query, head
 
 
 @triton.jit
-def _select_bounds(FIRST, LAST, at, i, S, T, ok, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr):
-    """first and last visible position of query i (at: its place in FIRST and LAST), clamped to 0..T-1"""
-    first = tl.minimum(i, 0); last = T - S + i
-    if HAS_FIRST: first = tl.maximum(tl.load(FIRST + at, mask=ok, other=0), 0)
-    if HAS_LAST: last = tl.minimum(tl.load(LAST + at, mask=ok, other=-1), T - 1)
-    return first, last
-
-
-@triton.jit
-def _columns(BQ: tl.constexpr, HP: tl.constexpr):
-    """query, head of each column. Of every 8 columns of a tensor core's result a thread holds two, 2l and 2l+1: l is the query, the rest its heads"""
-    L: tl.constexpr = max(1, min(4, BQ, 128 // HP))
-    c = tl.arange(0, BQ*HP)
-    return c // (L*HP)*L + c // 2 % L, c // (2*L) % (HP // 2)*2 + c % 2
-
-
-@triton.jit
-def _score(k, q, w, BQ: tl.constexpr, HP: tl.constexpr, DECODE_E4M3: tl.constexpr):
-    """sum_j w_j relu(k . q_j) of keys k (n, DP) and columns q (BQ*HP, DP), w -> (n, BQ)"""
-    L: tl.constexpr = max(1, min(4, BQ, 128 // HP))
-    if DECODE_E4M3: k = _e4m3_to_fp16(k)
+def score_keys(
+        k, q, w, h,
+        HI: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, TURN: tl.constexpr,
+        DECODE_E4M3: tl.constexpr):
+    """sum_j w_j relu(k . q_j) of keys k (n, BLOCK_D) and columns q (BLOCK_S * BLOCK_H, BLOCK_D), of heads h
+    and weights w -> (n, BLOCK_S)"""
+    if DECODE_E4M3:
+        k = e4m3_to_fp16(k)
     x = tl.dot(k, tl.trans(q), input_precision="tf32x3")
-    x = tl.maximum(x, 0.0)*w[None, :]
-    x = tl.permute(tl.reshape(x, [k.shape[0], BQ // L, HP // 2, L, 2]), [0, 1, 3, 2, 4])
-    return tl.sum(tl.reshape(x, [k.shape[0], BQ, HP]), 2)
+    x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if HI != BLOCK_H:
+        x = tl.where((h < HI)[None, :], x, 0.0)  # no head: 0 times an infinite key would be NaN
+    x = x * w[None, :]
+    x = tl.permute(tl.reshape(x, [k.shape[0], BLOCK_S // TURN, BLOCK_H // 2, TURN, 2]), [0, 1, 3, 2, 4])
+    return tl.sum(tl.reshape(x, [k.shape[0], BLOCK_S, BLOCK_H]), 2)
 
 
 @triton.jit
-def _scores_kernel(Q, K, W, KS, TH, FIRST, LAST, OUT, S, T, LD, row0, ROWS, SPAN, HI, dI, skb, skt, ssb, sst, BQ: tl.constexpr, HP: tl.constexpr,
-                   DP: tl.constexpr, BK: tl.constexpr, HAS_KS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-                   DECODE_E4M3: tl.constexpr, FILL: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr):
-    b = tl.program_id(2).to(tl.int64); tile = tl.program_id(0)*BQ; end = tl.minimum(row0 + ROWS, S)
-    i, h = _columns(BQ, HP); i += row0 + tile; d = tl.arange(0, DP)
-    okc = (i < end) & (h < HI); at = (b*S + i)*HI + h
-    q = tl.load(Q + at[:, None]*dI + d[None, :], mask=okc[:, None] & (d < dI)[None, :], other=0.0)     # [BQ*HP, DP]
-    w = tl.load(W + at, mask=okc, other=0.0)
-    if DECODE_E4M3: q = _e4m3_to_fp16(q)
-    r = tl.arange(0, BQ); i = row0 + tile + r; ok = i < end
-    first, last = _select_bounds(FIRST, LAST, b*S + i, i, S, T, ok, HAS_FIRST, HAS_LAST)
-    sees = ok & (first <= last)
-    begin = tl.program_id(1)*SPAN; stop = tl.minimum(begin + SPAN, T)
-    lo = tl.maximum(tl.min(tl.where(sees, first, T), 0) // BK*BK, begin); hi = tl.minimum(tl.max(tl.where(sees, last + 1, 0), 0), stop)
-    out = OUT + (b*ROWS + tile + r)*LD                                                                  # [BQ]
-    s_ = tl.arange(0, BK)
-    if BITS:
-        limit = tl.load(TH + b*ROWS + tile + r, mask=ok, other=0.0)
-        words = OUT + (b*tl.num_programs(0) + tl.program_id(0))*LD*BQ + r[None, :]*(BK // 16) + tl.arange(0, BK // 16)[:, None]
+def fill_tiles(out, begin, end, stop, ok, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """-inf to the tiles of keys that start in [begin, end), up to `stop`"""
+    unseen = tl.full([BLOCK_T, BLOCK_S], float("-inf"), tl.float32)
+    for t0 in range(begin, end, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        tl.store(out[None, :] + t[:, None], unseen, mask=ok[None, :] & (t < stop)[:, None])
+
+
+@triton.jit
+def scores_kernel(
+        q_ptr, k_ptr, w_ptr, k_scale_ptr, threshold_ptr, first_ptr, last_ptr, out_ptr,
+        S, T, row0, rows, width, span,
+        stride_kb, stride_kt, stride_sb, stride_st,
+        HI: tl.constexpr, DI: tl.constexpr,
+        BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+        TURN: tl.constexpr, DECODE_E4M3: tl.constexpr, FILL: tl.constexpr, WHOLE: tl.constexpr):
+    b = tl.program_id(2).to(tl.int64)
+    tile = tl.program_id(0) * BLOCK_S
+    end = tl.minimum(row0 + rows, S)
+
+    # what is kept: a column per query and head
+    s, h = query_and_head(BLOCK_S, BLOCK_H, TURN)
+    s += row0 + tile
+    d = tl.arange(0, BLOCK_D)
+    ok = (s < end) & (h < HI)
+    at = (b * S + s) * HI + h
+    q = tl.load(q_ptr + at[:, None] * DI + d[None, :], mask=ok[:, None] & (d < DI)[None, :], other=0.0)
+    w = tl.load(w_ptr + at, mask=ok, other=0.0)
+    if DECODE_E4M3:
+        q = e4m3_to_fp16(q)
+
+    # what the queries see, within this program's span
+    r = tl.arange(0, BLOCK_S)
+    s = row0 + tile + r
+    ok = s < end
+    first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+    lo, hi = visible_range(first, tl.where(ok, last, -1), T)
+    begin = tl.program_id(1) * span
+    stop = tl.minimum(begin + span, T)
+    lo = tl.maximum(lo // BLOCK_T * BLOCK_T, begin)
+    hi = tl.minimum(hi, stop)
+
+    out = out_ptr + (b * rows + tile + r) * width
+    if threshold_ptr is not None:
+        limit = tl.load(threshold_ptr + b * rows + tile + r, mask=ok, other=0.0)
+        word = tl.arange(0, BLOCK_T // 16)
+        tile_words = out_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * width * BLOCK_S
+        words = tile_words + r[None, :] * (BLOCK_T // 16) + word[:, None]
     if FILL:
-        none = tl.full([BK, BQ], float("-inf"), tl.float32)
-        for s0 in range(begin, tl.minimum(lo, stop), BK):
-            tl.store(out[None, :] + (s0 + s_)[:, None], none, mask=ok[None, :] & (s0 + s_ < stop)[:, None])
-        for s0 in range(tl.maximum(begin, lo + tl.cdiv(tl.maximum(hi - lo, 0), BK)*BK), stop, BK):
-            tl.store(out[None, :] + (s0 + s_)[:, None], none, mask=ok[None, :] & (s0 + s_ < stop)[:, None])
-    if HAS_KS: scale = tl.load(KS + b*ssb + (lo + s_).to(tl.int64)*sst, mask=lo + s_ < T, other=0.0)
-    for s0 in tl.range(lo, hi, BK):
-        s = s0 + s_; oks = s < T; p = K + b*skb + s.to(tl.int64)[:, None]*skt + d[None, :]
-        if WHOLE: k = tl.load(p)
-        else: k = tl.load(p, mask=oks[:, None] & (d < dI)[None, :], other=0.0)
-        score = _score(k, q, w, BQ, HP, DECODE_E4M3)                                                      # [BK, BQ]
-        if HAS_KS:
-            score = score*scale[:, None]
-            scale = tl.load(KS + b*ssb + (s + BK).to(tl.int64)*sst, mask=s + BK < T, other=0.0)           # of the next tile: no one waits for it
-        if BITS:
-            bit = (1 << (s_ % 16))[:, None]
-            bits = tl.where(score > limit[None, :], bit | (bit << 16), tl.where(score >= limit[None, :], bit, 0))
-            tl.store(words + s0 // 16*BQ, tl.sum(tl.reshape(bits, [BK // 16, 16, BQ]), 1))
+        behind = lo + tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_T) * BLOCK_T
+        fill_tiles(out, begin, tl.minimum(lo, stop), stop, ok, BLOCK_T, BLOCK_S)
+        fill_tiles(out, tl.maximum(begin, behind), stop, stop, ok, BLOCK_T, BLOCK_S)
+
+    # a tile of keys at a time; the scales of the next one are loaded behind this one's products, so that
+    # nothing waits for them
+    t_tile = tl.arange(0, BLOCK_T)
+    if k_scale_ptr is not None:
+        k_scale_ptr += b * stride_sb
+        scale = tl.load(k_scale_ptr + (lo + t_tile).to(tl.int64) * stride_st, mask=lo + t_tile < T, other=0.0)
+    for t0 in tl.range(lo, hi, BLOCK_T):
+        t = t0 + t_tile
+        k_tile = k_ptr + b * stride_kb + t.to(tl.int64)[:, None] * stride_kt + d[None, :]
+        if WHOLE:
+            k = tl.load(k_tile)
         else:
-            if FILL: score = tl.where((s[:, None] >= first[None, :]) & (s[:, None] <= last[None, :]), score, float("-inf"))
-            tl.store(out[None, :] + s[:, None], score, mask=ok[None, :] & oks[:, None])
+            k = tl.load(k_tile, mask=(t < T)[:, None] & (d < DI)[None, :], other=0.0)
+        score = score_keys(k, q, w, h, HI, BLOCK_S, BLOCK_H, TURN, DECODE_E4M3)  # (BLOCK_T, BLOCK_S)
+        if k_scale_ptr is not None:
+            score = score * scale[:, None]
+            ahead = t + BLOCK_T
+            scale = tl.load(k_scale_ptr + ahead.to(tl.int64) * stride_st, mask=ahead < T, other=0.0)
+        if threshold_ptr is not None:
+            # 16 keys a word: bit 16 + i says that key i is above the limit, bit i that it reaches it; NaN
+            # does both. t0 is a multiple of 16: t_tile stands for t
+            reaches = (1 << (t_tile % 16))[:, None]
+            bits = tl.where(
+                score <= limit[None, :],
+                tl.where(score < limit[None, :], 0, reaches),
+                reaches | (reaches << 16))
+            tl.store(words + t0 // 16 * BLOCK_S, tl.sum(tl.reshape(bits, [BLOCK_T // 16, 16, BLOCK_S]), 1))
+        else:
+            if FILL:
+                seen = (t[:, None] >= first[None, :]) & (t[:, None] <= last[None, :])
+                score = tl.where(seen, score, float("-inf"))
+            tl.store(out[None, :] + t[:, None], score, mask=ok[None, :] & (t < T)[:, None])
 
 
-def _scores_tiles(q, rows):
-    """-> BQ, HP, DP, BK, emulate e4m3, warps, stages"""
-    HI, dI = q.shape[2:]
-    fp8 = q.dtype == torch.float8_e4m3fn
-    emulate = fp8 and q.is_cuda and not has_fp8(q.device)
-    size = 2 if emulate else q.element_size()
-    HP = max(2, triton.next_power_of_2(HI)); DP = max(32 if size == 1 else 16, triton.next_power_of_2(dI))
-    columns = max(HP, 256 if size*DP <= 128 else 256 // size)
-    BQ = max(16 // HP, 1, min(columns // HP, triton.next_power_of_2(rows)))
-    BK = 32 if size == 4 and limits(q.device)[0] < 140*1024 else 64                                            # float32 tiles of 64 keys need 135 KB
-    return BQ, HP, DP, BK, emulate, 8 if BQ*HP == 256 else 4, 4 if size == 1 else 3
+class ScoreTiles(NamedTuple):
+    block_s: int  # queries
+    block_h: int  # heads of each
+    block_d: int
+    block_t: int  # keys of a step
+    turn: int  # queries that take turns, see the picture
+    num_warps: int
+    num_stages: int
 
 
-def _scores_into(out, q, k, w, k_scale, first, last, row0, rows, LD, fill=False, threshold=None):
-    """out (B,rows,LD >= T): scores of the queries row0..row0+rows; without fill, what a query does not see is undefined. With threshold (B,rows):
-    bits of the comparison, a word per 16 keys, LD words per query -> BQ, BK: stored as (B, tile of BQ queries, tile of BK keys, query, word)"""
-    (B, S, HI, dI), T = q.shape, k.shape[1]
-    BQ, HP, DP, BK, emulate, warps, stages = _scores_tiles(q, rows)
-    if emulate: q, k = q.view(torch.uint8), k.view(torch.uint8)
-    tiles = triton.cdiv(rows, BQ)
-    span = triton.cdiv(B*tiles*T, 16*limits(q.device)[1])
-    span = min(max(triton.cdiv(span, BK)*BK, 256), 8192)
-    _scores_kernel[(tiles, triton.cdiv(T, span), B)](
-        q, k, w, *(w if x is None else x for x in (k_scale, threshold, first, last)), out, S, T, LD, row0, rows, span, HI, dI, *k.stride()[:2],
-        *((0, 0) if k_scale is None else k_scale.stride()), BQ, HP, DP, BK, k_scale is not None, first is not None, last is not None, emulate, fill,
-        threshold is not None, T % BK == 0 and dI == DP, num_warps=warps, num_stages=stages)
-    return BQ, BK
+def score_tiles(q, rows):
+    """Tiles for q (B,S,HI,DI), `rows` of its S queries at a time; e4m3 that is decoded comes as uint8."""
+    HI, DI = q.shape[2:]
+    size = 2 if q.dtype == torch.uint8 else q.element_size()  # of an operand, in bytes
+    block_h = power_of_two(HI, 2)
+    block_d = power_of_two(DI, 32 if size == 1 else 16)
+    columns = max(block_h, COLUMNS if size * block_d <= 128 else COLUMNS // size)
+    block_s = max(16 // block_h, 1, min(columns // block_h, triton.next_power_of_2(rows)))
+    small = size == 4 and limits(q.device)[0] < FLOAT_TILE_BYTES
+    return ScoreTiles(
+        block_s, block_h, block_d,
+        block_t=32 if small else 64,
+        turn=max(1, min(4, block_s, 128 // block_h)),
+        num_warps=8 if block_s * block_h == COLUMNS else 4,
+        num_stages=4 if size == 1 else 3)
 
 
-def _select_inputs(q, k, w, k_scale, first, last):
-    """check, and make contiguous what the kernels address without strides"""
+def launch_scores(out, q, k, w, k_scale, first, last, row0, rows, fill=False, threshold=None):
+    """Scores of the queries row0..row0+rows into out (B,rows,width >= T); without fill, what a query does not
+    see is undefined. With threshold (B,rows), bits instead: a word of out (B,queries,width) per 16 keys, in
+    the order sequence, tile of block_s queries, tile of block_t keys, query, word."""
+    B, S, HI, DI = q.shape
+    T = k.shape[1]
+    tiles = score_tiles(q, rows)
+    blocks = triton.cdiv(rows, tiles.block_s)
+    span = triton.cdiv(B * blocks * T, PROGRAMS * limits(q.device)[1])
+    span = min(max(triton.cdiv(span, tiles.block_t) * tiles.block_t, LEAST_SPAN), LONGEST_SPAN)
+    stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
+    scores_kernel[(blocks, triton.cdiv(T, span), B)](
+        q_ptr=q, k_ptr=k, w_ptr=w, k_scale_ptr=k_scale, threshold_ptr=threshold,
+        first_ptr=first, last_ptr=last, out_ptr=out,
+        S=S, T=T, row0=row0, rows=rows, width=out.shape[2], span=span,
+        stride_kb=k.stride(0), stride_kt=k.stride(1), stride_sb=stride_sb, stride_st=stride_st,
+        HI=HI, DI=DI, BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_h, BLOCK_D=tiles.block_d,
+        BLOCK_T=tiles.block_t, TURN=tiles.turn, DECODE_E4M3=q.dtype == torch.uint8, FILL=fill,
+        WHOLE=T % tiles.block_t == 0 and DI == tiles.block_d,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+
+
+def check_inputs(q, k, w, k_scale):
+    """ValueError unless the types and shapes of `index_scores` fit."""
     if q.dtype != k.dtype:
         raise ValueError(f"q is {q.dtype} but k is {k.dtype}: quantise both or neither")
+    if not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}: the indexer's vectors are floating point, e4m3 included")
     if (q.dtype == torch.float8_e4m3fn) != (k_scale is not None):
-        raise ValueError(f"k is {k.dtype} and k_scale is {'given' if k_scale is not None else 'None'}: e4m3 keys need their scales, float keys have none")
-    (B, S, HI, dI), T = q.shape, k.shape[1]
-    fit(k=(k, (B, T, dI)), w=(w, (B, S, HI)), k_scale=(k_scale, (B, T)))
-    bounds = [None if x is None else x.expand(B, S).int().contiguous() for x in (first, last)]
-    return q.contiguous(), k if k.stride(2) == 1 else k.contiguous(), w.float().contiguous(), k_scale, *bounds
+        raise ValueError(f"k is {k.dtype} and k_scale is {'None' if k_scale is None else 'given'}: "
+                         "e4m3 keys need their scales, float keys have none")
+    B, S, HI, DI = q.shape
+    T = k.shape[1]
+    fit(k=(k, (B, T, DI)), w=(w, (B, S, HI)), k_scale=(k_scale, (B, T)))
 
 
+def operands(q, k, w):
+    """q, k, w as the kernels address them; e4m3 as bytes where the GPU cannot multiply it."""
+    if q.dtype == torch.float8_e4m3fn and q.is_cuda and not has_fp8(q.device):
+        q = q.view(torch.uint8)
+        k = k.view(torch.uint8)
+    return q.contiguous(), unit_stride(k), w.float().contiguous()
+
+
+@operation("index_scores")
+def launch_index_scores(q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None, first: Tensor | None,
+                        last: Tensor | None) -> Tensor:
+    """Arguments as kernels.index_scores, first and last (B,S) contiguous int32 -> (B,S,T) float32"""
+    q, k, w = operands(q, k, w)
+    B, S = q.shape[:2]
+    T = k.shape[1]
+    scores = torch.empty(B, S, T, dtype=torch.float32, device=q.device)
+    if scores.numel():
+        launch_scores(scores, q, k, w, k_scale, first, last, 0, S, fill=True)
+    return scores
+
+
+@launch_index_scores.register_fake
+def _(q, k, w, k_scale, first, last):
+    return q.new_empty(q.shape[0], q.shape[1], k.shape[1], dtype=torch.float32)
+
+
+@torch.no_grad()
 def index_scores(q, k, w, k_scale=None, first=None, last=None):
-    """I[t,s] = k_scale[s] sum_j w[t,j] relu(q[t,j] . k[s])   (DeepSeek-V3.2-Exp, eq. 1)
-
-    q (B,S,HI,dI), k (B,T,dI) both bf16/fp16/fp32, or both e4m3 with k_scale (B,T) float32; w (B,S,HI) float32 with HI^-1/2 dI^-1/2 (and q's scale) in it.
-    first, last (B,S) int32: the visible range, None: 0 and T - S + i. -> (B,S,T) float32, -inf where not visible. ValueError: types or shapes that don't fit."""
-    q, k, w, k_scale, first, last = _select_inputs(q, k, w, k_scale, first, last)
-    out = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=torch.float32, device=q.device)
-    _scores_into(out, q, k, w, k_scale, first, last, 0, q.shape[1], k.shape[1], fill=True)
-    return out
+    check_inputs(q, k, w, k_scale)
+    B, S = q.shape[:2]
+    return launch_index_scores(q, k, w, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))
 
 
-# select -----------------------------------------------------------------------------------------------------------------------------
-# S_t = the K highest of I[t, first..last]; ties to the lower position; ascending.
-# Rows of queries go in chunks: scores of a chunk (above), then one program per row finds its K best, exactly, in one reading of the row:
-#   guess   a threshold t from a sample spread over the row, such that K..CAP scores reach it mostly (else: another guess)
-#   gather  a bit per score: reaches t? Then a scan over the popcounts of the words, and each word writes its positions to its place, in order
-#   finish  the exact K-th value among these candidates by counting, then ranks by one scan: the higher ones and the first ties.
-# A row of at most CAP visible scores is its own candidate list. Many ties of t: t is the K-th value, and the row is walked once more.
-# Bytes: 4 per score written and read once; operations ~6 per score, ~15 counts of sample and candidates: these bound it, not the bytes.
-
-@triton.jit
-def _ordered(x):
-    """float32 -> int32 of the same order; -0.0 counts as 0.0"""
-    i = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(i < 0, i ^ 0x7fffffff, i)
+# ---- topk ----
+# contract    kernels.topk
+# in PyTorch  scores.sort(-1, descending=True, stable=True).indices[..., :K].sort(-1), but -1 for -inf
+# tiling      a program per row, several rows one after the other, finds the K best in one reading:
+#             guess   a threshold from a sample spread over the row, such that K..CAP scores reach it, mostly
+#             gather  the positions of these candidates: two steps per piece of the row, a bit per score, then
+#                     a scan over the words' popcounts, after which each word writes its positions in order
+#             finish  the exact K-th value among the candidates by counting, then a rank for each by one scan:
+#                     the higher ones and the first ties
+#             A row of at most CAP visible scores is its own list of candidates. Where relu makes many exact
+#             zeros the sample shows that the K-th value is tied. Then two bits per score are kept, and of the
+#             ties only the first K become candidates. A guess that misses narrows the range of the next one
+# FLOPs       some 6 per score, 15 counts of sample and candidates; these bound it, not the bytes
+# bytes       4 per score, read once
 
 
 @triton.jit
-def _popcount(x):
+def ordered(x):
+    """float32 -> int32 in the same order; -0.0 counts as 0.0, and NaN, of either sign, is HIGHEST.
+
+    As integers, positive floats have their order: 1.0 = 0x3f800000 < 2.0 = 0x40000000. Negative ones have the
+    reverse, -1.0 = 0xbf800000 > -2.0 = 0xc0000000 as bits, so all of their bits but the sign are flipped."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7fffffff, bits)
+    return tl.where(x == x, bits, HIGHEST)
+
+
+@triton.jit
+def unordered(t):
+    """The float32 that `ordered` makes t, at most INFINITY"""
+    return tl.where(t < 0, t ^ 0x7fffffff, t).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def popcount(x):
+    """Set bits of an int32. Sums of neighbouring bits, of pairs, of fours, in place; then the four bytes are
+    summed into the highest by a product. 0b1011: pairs 10 and 11 become 01 and 10, their sum 0011 is 3."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0f0f0f0f
-    return ((x*0x01010101) >> 24) & 0xff
+    return ((x * 0x01010101) >> 24) & 0xff
 
 
 @triton.jit
-def _kth(v, k, lo, hi, clo, slack):
-    """A t in [lo, hi] with k <= count(v >= t) <= k + slack if there is one, else (ties) the largest t with count(v >= t) >= k;
-    given count(v >= lo) = clo >= k and no v above hi. First t = 0, where relu makes ties, then regula falsi and bisection in turn."""
-    chi = clo*0; turn = clo*0
-    if (lo < 1) & (hi >= 1):                                                                            # afterwards hi - lo fits int32
-        c = tl.sum((v >= 1).to(tl.int32), 0)
-        if c >= k:
-            lo = lo*0 + 1; clo = c
+def kth_value(v, k, lo, hi, at_lo, slack):
+    """A t in [lo, hi] with k <= count(v >= t) <= k + slack if there is one, else, v being tied, the largest t
+    with count(v >= t) >= k -> t, count(v >= t).
+
+    Given at_lo = count(v >= lo) >= k, and no v above hi. If at_lo < k: lo."""
+    above_hi = at_lo * 0
+    turn = at_lo * 0
+
+    # zero first, where relu makes ties; besides, hi - lo fits an int32 afterwards
+    if (lo < 1) & (hi >= 1):
+        count = tl.sum((v >= 1).to(tl.int32), 0)
+        if count >= k:
+            lo = lo * 0 + 1
+            at_lo = count
         else:
-            hi = hi*0; chi = c
-            c = tl.sum((v >= 0).to(tl.int32), 0)
-            if c >= k:
-                lo = lo*0; clo = c
+            hi = hi * 0
+            above_hi = count
+            count = tl.sum((v >= 0).to(tl.int32), 0)
+            if count >= k:
+                lo = lo * 0
+                at_lo = count
             else:
-                hi = hi*0 - 1; chi = c
-    if clo <= k + slack: hi = lo
+                hi = hi * 0 - 1
+                above_hi = count
+
+    # narrow [lo, hi], count(v >= lo) >= k > count(v > hi), by regula falsi and by bisection in turn
+    if at_lo <= k + slack:
+        hi = lo
     while lo < hi:
         step = (hi - lo) >> 1
-        if turn == 0: step = ((hi - lo).to(tl.float32)*((clo - k).to(tl.float32)/(clo - chi).to(tl.float32))).to(tl.int32)
+        if turn == 0:
+            share = (at_lo - k).to(tl.float32) / (at_lo - above_hi).to(tl.float32)
+            step = ((hi - lo).to(tl.float32) * share).to(tl.int32)
         mid = lo + 1 + tl.minimum(step, hi - lo - 1)
-        c = tl.sum((v >= mid).to(tl.int32), 0)
-        if c >= k:
-            lo = mid; clo = c
-            if c <= k + slack: hi = mid
+        count = tl.sum((v >= mid).to(tl.int32), 0)
+        if count >= k:
+            lo = mid
+            at_lo = count
+            if count <= k + slack:
+                hi = mid
         else:
-            hi = mid - 1; chi = c
+            hi = mid - 1
+            above_hi = count
         turn = 1 - turn
-    return lo
+    return lo, at_lo
 
 
 @triton.jit
-def _gather(x, bitmap, scratch, first, last, LD, tf, CAP, WORDS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
-    """Positions of x[first..last] >= tf, ascending, to scratch (the first CAP of them) -> how many there are. 32 WORDS positions at a time."""
-    bit = tl.arange(0, 32)[None, :]; group = tl.arange(0, TILE//32); total = first*0
-    for start in range(first // TILE*TILE, last + 1, 32*WORDS):
-        for s in range(start, tl.minimum(start + 32*WORDS, last + 1), TILE):
-            p = tl.multiple_of(s, TILE) + group[:, None]*32 + bit                                       # [TILE/32, 32]
-            if MASKED: v = tl.load(x + p, mask=p < LD, other=float("-inf"))
-            else: v = tl.load(x + p)
-            tl.store(bitmap + (s - start)//32 + group, tl.sum(tl.where(v >= tf, 1, 0) << bit, 1))
-        tl.debug_barrier()
-        p = start + tl.arange(0, WORDS)*32; ok = p <= last
-        word = tl.load(bitmap + tl.arange(0, WORDS), mask=ok, other=0, cache_modifier=".cg")
-        word &= tl.where(p < first, -2 << tl.minimum(tl.maximum(first - p - 1, 0), 31), -1)
-        word &= (2 << tl.minimum(tl.maximum(last - p, 0), 31)) - 1
-        count = _popcount(word); place = total + tl.cumsum(count, 0) - count; total += tl.sum(count, 0)
-        for i in range(tl.max(count, 0)):
-            low = word & -word
-            j = ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127                     # which bit: the exponent
-            tl.store(scratch + place, p + j, mask=(word != 0) & (place < CAP))
-            word &= word - 1; place += 1
-        tl.debug_barrier()
-    return total
+def positions_of_bits(dst, p, above, ties, higher, equal, need, most):
+    """Bit i of the words above[j] and ties[j] stands for position p[j] + i; positions ascend with j, and no
+    bit is set in both. Write to dst, ascending, the positions of all bits of `above` and of the first `need`
+    bits of `ties` (None: of none), the first `most` of them; higher and equal bits of either kind came before
+    -> higher, equal, these included."""
+    # where each word begins to write: behind the bits of all words before it
+    if ties is None:
+        word = above
+        count = popcount(word)
+        at = higher + tl.cumsum(count, 0) - count
+        higher += tl.sum(count, 0)
+    else:
+        count = (popcount(above) << 16) + popcount(ties)  # two counts in one scan: below 2^15 each
+        before = tl.cumsum(count, 0) - count
+        count = tl.sum(count, 0)
+        ties_before = equal + (before & 0xffff)
+        at = higher + (before >> 16) + tl.minimum(ties_before, need)
+        word = above | tl.where(ties_before < need, ties, 0)
+        higher += count >> 16
+        equal += count & 0xffff
 
-
-@triton.jit
-def _emit(out, p, c, ok, v, K, gt0, tie0, need, WIDE: tl.constexpr):
-    """Write the positions p (ascending) with c > v and the first `need` with c == v, after gt0 and tie0 of them before these -> gt, ties"""
-    gt = ((c > v) & ok).to(tl.int32); tie = ((c == v) & ok).to(tl.int32)
-    if WIDE: both = tl.cumsum((gt.to(tl.int64) << 32) + tie, 0)
-    else: both = tl.cumsum((gt << 16) + tie, 0)
-    higher = gt0 + (both >> (32 if WIDE else 16)).to(tl.int32) - gt                                     # exclusive ranks
-    equal = tie0 + (both & (0xffffffff if WIDE else 0xffff)).to(tl.int32) - tie
-    at = higher + tl.minimum(equal, need)
-    tl.store(out + at, p, mask=((gt != 0) | ((tie != 0) & (equal < need))) & (at < K))
-    return gt0 + tl.sum(gt, 0), tie0 + tl.sum(tie, 0)
-
-
-@triton.jit
-def _finish(out, p, c, ok, tot, K, WIDE: tl.constexpr):
-    """Write those of the positions p that have the K highest of the `tot` values c (where ok; elsewhere they are -2^31)"""
-    t = _kth(c, K, tl.min(tl.where(ok, c, 2147483647), 0), tl.max(c, 0), tot, tot*0)
-    _emit(out, p, c, ok, t, K, tot*0, tot*0, K - tl.sum((c > t).to(tl.int32), 0), WIDE)
-
-
-@triton.jit
-def _topk_kernel(X, FIRST, LAST, OUT, SCRATCH, NROW, S, T, LD, row0, ROWS, K, KP: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr,
-                 WORDS: tl.constexpr, TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-                 WIDE: tl.constexpr):
-    kp = tl.arange(0, KP); jc = tl.arange(0, CAP); js = tl.arange(0, SAMPLE)
-    scratch = SCRATCH + tl.program_id(0)*(CAP + WORDS + 1); bitmap = scratch + CAP  # odd: one element a thread in every layout, nothing to convert
-    for turn in range(tl.cdiv(NROW - tl.program_id(0), tl.num_programs(0))):
-        row = tl.program_id(0) + turn*tl.num_programs(0)
-        i = row0 + row % ROWS; at = (row // ROWS).to(tl.int64)*S + i
-        first, last = _select_bounds(FIRST, LAST, at, i, S, T, i < S, HAS_FIRST, HAS_LAST)
-        n = tl.maximum(last - first + 1, 0); x = X + row.to(tl.int64)*LD; out = OUT + at*K
-        if n <= K:
-            tl.store(out + kp, tl.where(kp < n, first + kp, -1), mask=kp < K)
+    # all words write their lowest bit, and clear it, until none is left. A word's lowest bit, word & -word,
+    # is a power of two, and which one says its exponent as a float: 0b1010100 & -0b1010100 = 4, and 4.0 has
+    # exponent 127 + 2: bit 2. (Bit 31 is -2^31, whose sign is cut off.)
+    for _ in range(tl.max(popcount(word), 0)):
+        low = word & -word
+        i = ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+        if ties is None:
+            tl.store(dst + at, p + i, mask=(word != 0) & (at < most))
+            at += 1
         else:
-            tot = n; v = n*0; walk = n*0
-            if not DIRECT:
-                if n > CAP:
-                    lo = n*0 - 2139095041; hi = n*0 + 2139095040; tries = n*0; done = n*0               # lo, hi: -inf, inf
-                    mean = SAMPLE*(K/n); rank = tl.minimum(mean + 4*tl.sqrt(mean) + 3, SAMPLE*0.9)
-                    while done == 0:
-                        if tries < 3:
-                            sp = first + ((js // 8).to(tl.int64)*(n - 8) // (SAMPLE // 8)).to(tl.int32) + js % 8  # runs of 8: memory reads no less
-                            s = _ordered(tl.load(x + sp)); r = rank.to(tl.int32)
-                            v = _kth(s, r, tl.min(s, 0), tl.max(s, 0), n*0 + SAMPLE, r // 16)
+            tied = ((low & ties) != 0).to(tl.int32)
+            ok = (word != 0) & ((tied == 0) | (ties_before < need))
+            tl.store(dst + at, p + i, mask=ok & (at < most))
+            at += ok.to(tl.int32)
+            ties_before += tied
+        word &= word - 1
+    return higher, equal
+
+
+@triton.jit
+def bits_between(first, last, p, BITS: tl.constexpr):
+    """Bit i of a word of BITS bits, 16 or 32, stands for position p + i: which lie in first..last? For p = 0,
+    first = 2, last = 12, of 16: 0xfffc & 0x1fff."""
+    if BITS == 16:
+        from_first = 0xffff << tl.minimum(tl.maximum(first - p, 0), 16)
+        to_last = 0xffff >> tl.minimum(tl.maximum(p + 15 - last, 0), 16)
+    else:  # no shift by 32, which is undefined: -2 and 2 are shifted once already
+        from_first = tl.where(p < first, -2 << tl.minimum(tl.maximum(first - p - 1, 0), 31), -1)
+        to_last = (2 << tl.minimum(tl.maximum(last - p, 0), 31)) - 1
+    return from_first & to_last
+
+
+@triton.jit
+def gather(
+        x, bitmap, dst,
+        first, last, width, t, need,
+        CAP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, TIES: tl.constexpr):
+    """Write the positions of x[first..last] >= t to dst, ascending, the first CAP of them -> their number, 0.
+    TIES: all positions of x > t, and of x = t the first `need` -> the numbers of both. t is an ordered
+    integer, up to INFINITY without TIES."""
+    BITS: tl.constexpr = 16 if TIES else 32  # positions of a word
+    bit = tl.arange(0, BITS)[None, :]
+    group = tl.arange(0, TILE // BITS)
+    limit = unordered(t)
+    higher = first * 0
+    equal = first * 0
+    for start in range(first // TILE * TILE, last + 1, BITS * WORDS):
+        # compare: a word per BITS positions
+        for piece in range(start, tl.minimum(start + BITS * WORDS, last + 1), TILE):
+            p = tl.multiple_of(piece, TILE) + group[:, None] * BITS + bit  # (TILE / BITS, BITS)
+            if MASKED:
+                v = tl.load(x + p, mask=p < width, other=float("-inf"))
+            else:
+                v = tl.load(x + p)
+            if TIES:
+                v = ordered(v)
+                flags = tl.where(v > t, 0x10000, tl.where(v == t, 1, 0))
+            else:
+                flags = tl.where(v < limit, 0, 1)  # NaN is above any limit
+            tl.store(bitmap + (piece - start) // BITS + group, tl.sum(flags << bit, 1))
+        tl.debug_barrier()
+
+        # write the positions, but none outside first..last
+        p = start + tl.arange(0, WORDS) * BITS
+        word = tl.load(bitmap + tl.arange(0, WORDS), mask=p <= last, other=0, cache_modifier=".cg")
+        seen = bits_between(first, last, p, BITS)
+        if TIES:
+            higher, equal = positions_of_bits(
+                dst, p, (word >> 16) & seen, word & seen, higher, equal, need, CAP)
+        else:
+            higher, equal = positions_of_bits(dst, p, word & seen, None, higher, equal, 0, CAP)
+        tl.debug_barrier()
+    return higher, equal
+
+
+@triton.jit
+def empty_slots(out, n, K, BLOCK_K: tl.constexpr):
+    """-1 to the slots n..K-1 of out"""
+    slot = tl.arange(0, BLOCK_K)
+    tl.store(out + slot, slot * 0 - 1, mask=(slot >= n) & (slot < K))
+
+
+@triton.jit
+def write_best(out, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+    """Write to out, of K slots, those of the positions p (ascending) that have the K highest values v
+    (ordered), equal ones by position; then -1. A value of -inf or LOWEST is not selected. WIDE: more than
+    2^15 values."""
+    ok = v > MINUS_INFINITY
+    n = tl.sum(ok.to(tl.int32), 0)
+    t, _ = kth_value(v, K, tl.min(tl.where(ok, v, HIGHEST), 0), tl.max(v, 0), n, n * 0)
+    need = K - tl.sum((v > t).to(tl.int32), 0)
+
+    # ranks among either kind, by one scan of both
+    above = ((v > t) & ok).to(tl.int32)
+    tie = ((v == t) & ok).to(tl.int32)
+    if WIDE:
+        both = tl.cumsum((above.to(tl.int64) << 32) + tie, 0)
+        higher = (both >> 32).to(tl.int32) - above
+        equal = (both & 0xffffffff).to(tl.int32) - tie
+    else:
+        both = tl.cumsum((above << 16) + tie, 0)
+        higher = (both >> 16) - above
+        equal = (both & 0xffff) - tie
+    chosen = (above != 0) | ((tie != 0) & (equal < need))
+    tl.store(out + higher + tl.minimum(equal, need), p, mask=chosen)
+    if n < K:
+        empty_slots(out, n, K, BLOCK_K)
+
+
+@triton.jit
+def topk_kernel(
+        scores_ptr, first_ptr, last_ptr, out_ptr, scratch_ptr,
+        total, S, T, row0, rows, width, K,
+        BLOCK_K: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr,
+        TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
+    slot = tl.arange(0, CAP)
+    j = tl.arange(0, SAMPLE)
+    # an odd distance: every layout then holds single elements, and nothing is converted between layouts
+    scratch = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
+    bitmap = scratch + CAP
+    for turn in range(tl.cdiv(total - tl.program_id(0), tl.num_programs(0))):
+        row = tl.program_id(0) + turn * tl.num_programs(0)
+        b = (row // rows).to(tl.int64)
+        s = row0 + row % rows
+        first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+        n = tl.maximum(last - first + 1, 0)
+        x = scores_ptr + row.to(tl.int64) * width
+        count = n
+
+        # too many to compare all at once: gather candidates; lo <= the K-th value <= hi throughout
+        if not DIRECT:
+            if n > CAP:
+                lo = n * 0 + MINUS_INFINITY
+                hi = n * 0 + HIGHEST
+                need = n * 0 + K
+                tries = n * 0
+                done = n * 0
+                mean = SAMPLE * (K / n)  # hits of the K best in the sample
+                rank = tl.minimum(mean + GUESS_SIGMAS * tl.sqrt(mean) + 3, SAMPLE * 0.9)
+                while done == 0:
+                    # guess: by the sample, where it is not tied first without regard to ties; then 0, relu's
+                    # own value; then the middle of the range
+                    tied = tries * 0 + 1
+                    if tries < GUESSES:
+                        # runs of 8, as many as memory reads at once
+                        run = (j // 8).to(tl.int64) * (n - 8) // (SAMPLE // 8)
+                        sample = ordered(tl.load(x + first + run.to(tl.int32) + j % 8))
+                        r = rank.to(tl.int32)
+                        t, at_t = kth_value(
+                            sample, r, tl.min(sample, 0), tl.max(sample, 0), n * 0 + SAMPLE, r // 16)
+                        tied = ((at_t > r + r // 16) | (t > INFINITY) | (tries == GUESSES - 1)).to(tl.int32)
+                    else:
+                        t = tl.where(tries == GUESSES, 0, (lo & hi) + ((lo ^ hi) >> 1))
+                    t = tl.minimum(tl.maximum(t, lo), hi)
+
+                    # gather, and judge: what is gathered must hold the K best and fit
+                    if tied == 0:
+                        count, _ = gather(
+                            x, bitmap, scratch, first, last, width, t, 0, CAP, WORDS, TILE, MASKED, False)
+                        reach = count
+                        if count > CAP:
+                            lo = t
+                        elif count < K:
+                            hi = t - 1
                         else:
-                            v = (lo & hi) + ((lo ^ hi) >> 1)
-                        v = tl.minimum(tl.maximum(v, lo), hi)
-                        tf = tl.where(v < 0, v ^ 0x7fffffff, v).to(tl.float32, bitcast=True)
-                        tot = _gather(x, bitmap, scratch, first, last, LD, tf, CAP, WORDS, TILE, MASKED)
-                        above = tot
-                        if tot > CAP:
-                            above = n*0
-                            for j in range(0, n, SAMPLE):
-                                above += tl.sum((tl.load(x + first + j + js, mask=j + js < n, other=float("-inf")) > tf).to(tl.int32), 0)
-                        if (tot >= K) & (tot <= CAP):
                             done += 1
+                    else:
+                        higher, equal = gather(
+                            x, bitmap, scratch, first, last, width, t, need, CAP, WORDS, TILE, MASKED, True)
+                        reach = higher + equal
+                        count = higher + tl.minimum(equal, need)
+                        if higher > CAP:
+                            lo = t + 1
+                        elif reach < K:
+                            hi = t - 1
+                        elif (count > CAP) | (higher + need < K):
+                            # the right threshold, but too many or too few of its ties: once more
+                            need = tl.maximum(K - higher, 0)
+                            lo = t
+                            hi = t
+                            tries += GUESSES
                         else:
-                            if tot < K: hi = v - 1
-                            else: lo = v + 1
-                            if ((tot > CAP) & (above < K)) | (lo > hi):
-                                done += 1; walk += 1
-                            rank = tl.minimum(tl.maximum(rank*((K + CAP)*0.5/(tot + 1)), 1.0), SAMPLE*0.9); tries += 1
-                    tl.debug_barrier()
-            if walk == 0:
-                ok = jc < tot; p = first + jc
-                if not DIRECT:
-                    if n > CAP: p = tl.load(scratch + jc, mask=ok, other=0, cache_modifier=".cg")
-                c = tl.where(ok, _ordered(tl.load(x + p, mask=ok, other=0.0)), -2147483648)
-                _finish(out, p, c, ok, tot, K, WIDE)
-            if not DIRECT:
-                if walk != 0:
-                    if v == -1: v = n*0                                                                 # -0.0 as a float, by which it was gathered: 0
-                    higher = n*0; equal = n*0; gt = n*0
-                    for j in range(0, n, CAP):
-                        c = _ordered(tl.load(x + first + j + jc, mask=j + jc < n, other=0.0))
-                        gt += tl.sum(((c > v) & (j + jc < n)).to(tl.int32), 0)
-                    for j in range(0, n, CAP):
-                        c = _ordered(tl.load(x + first + j + jc, mask=j + jc < n, other=0.0))
-                        higher, equal = _emit(out, first + j + jc, c, j + jc < n, v, K, higher, equal, tl.maximum(K - gt, 0), WIDE)
-                    filled = higher + tl.minimum(equal, tl.maximum(K - gt, 0))                          # less than K only if there are NaNs
-                    tl.store(out + kp, kp*0 - 1, mask=(kp >= filled) & (kp < K))
-                tl.debug_barrier()                                                                      # scratch is used again
+                            done += 1
+                    rank = tl.minimum(tl.maximum(rank * ((K + CAP) * 0.5 / (reach + 1)), 1.0), SAMPLE * 0.9)
+                    tries += 1
+                tl.debug_barrier()
+
+        # the best among the candidates
+        p = first + slot
+        if not DIRECT:
+            if n > CAP:
+                p = tl.load(scratch + slot, mask=slot < count, other=0, cache_modifier=".cg")
+        v = ordered(tl.load(x + p, mask=slot < count, other=float("-inf")))
+        write_best(out_ptr + (b * S + s) * K, p, v, K, BLOCK_K, WIDE)
+        if not DIRECT:
+            tl.debug_barrier()  # scratch is used again
 
 
-def _topk_into(out, scores, T, first, last, row0, rows, LD):
-    """out (B,S,K)[:, row0:row0+rows] = top-k of scores (B,rows,LD >= T)"""
+class TopkTiles(NamedTuple):
+    direct: bool  # all of a row are candidates
+    cap: int  # candidates
+    sample: int  # scores that a threshold is guessed from
+    words: int  # of the bitmap
+    tile: int  # scores that are compared at once
+    num_warps: int
+    programs: int
+
+
+def topk_tiles(T, K, rows, device):
+    """Tiles for `rows` rows of T scores."""
+    processors = limits(device)[1]
+    if T <= DIRECT_ROW:
+        cap = triton.next_power_of_2(T)
+        num_warps = max(1, cap // 1024)
+        programs = min(rows, processors * (32 // num_warps))
+        return TopkTiles(True, cap, 1024, 512, 4096, num_warps, programs)
+    if T <= SHORT_ROW:
+        sample = 1024
+        words = 512
+    else:
+        sample = 2048 if T <= MIDDLE_ROW else 8192
+        words = 1024
+    # as in the kernel, for the longest row: the expected candidates and 2.5 standard deviations fit
+    mean = sample * min(K, T) / T
+    rank = mean + GUESS_SIGMAS.value * mean**0.5 + 3
+    cap = triton.next_power_of_2(max(LEAST_CAP, int((rank + 2.5 * rank**0.5) * T / sample)))
+    small = cap <= 2 * LEAST_CAP and rows > 2 * processors  # few rows: none of them should take long
+    num_warps = 4 if small else max(8, min(32, cap // 512))
+    programs = min(rows, processors * (32 // num_warps))
+    return TopkTiles(False, cap, sample, words, 2048 if small else 4096, num_warps, programs)
+
+
+def launch_topk(out, scores, T, first, last, row0, rows):
+    """Top-k of scores (B,rows,width >= T) into out (B,S,K)[:, row0:row0+rows]"""
     B, S, K = out.shape
-    direct, sample = T <= SELECT_DIRECT, 1024 if T <= 16384 else 2048 if T <= 65536 else 8192
-    mean = sample*min(K, T)/T; rank = mean + 4*mean**0.5 + 3                                            # as in the kernel, for its longest rows
-    cap = triton.next_power_of_2(T if direct else max(1024, int((rank + 2.5*rank**0.5)*T/sample)))
-    sms = limits(out.device)[1]; small = cap <= 2048 and B*rows > 2*sms                                 # few rows: none of them should take long
-    warps, tile = (max(1, cap // 1024), 4096) if direct else (4, 2048) if small else (max(8, min(32, cap // 512)), 4096)
-    programs, words = min(B*rows, sms*(32 // warps)), 512 if T <= 16384 else 1024
-    scratch = torch.empty(1 if direct else programs*(cap + words + 1), dtype=torch.int32, device=out.device)
-    _topk_kernel[(programs,)](scores, out if first is None else first, out if last is None else last, out, scratch, B*rows, S, T, LD, row0, rows, K,
-                              triton.next_power_of_2(K), cap, sample, words, tile, direct, LD % tile != 0, first is not None, last is not None, cap > 32768,
-                              num_warps=warps, maxnreg=64)
+    width = scores.shape[2]
+    tiles = topk_tiles(T, K, B * rows, out.device)
+    slots = 1 if tiles.direct else tiles.programs * (tiles.cap + tiles.words + 1)
+    scratch = torch.empty(slots, dtype=torch.int32, device=out.device)
+    topk_kernel[(tiles.programs,)](
+        scores_ptr=scores, first_ptr=first, last_ptr=last, out_ptr=out, scratch_ptr=scratch,
+        total=B * rows, S=S, T=T, row0=row0, rows=rows, width=width, K=K,
+        BLOCK_K=triton.next_power_of_2(K), CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words,
+        TILE=tiles.tile, DIRECT=tiles.direct, MASKED=width % tiles.tile != 0, WIDE=tiles.cap > 32768,
+        num_warps=tiles.num_warps, maxnreg=64)
 
 
+@operation("topk")
+def launch_topk_of_scores(scores: Tensor, topk: int, first: Tensor | None, last: Tensor | None) -> Tensor:
+    """Arguments as kernels.topk, first and last (B,S) contiguous int32 -> (B,S,topk) int32"""
+    B, S, T = scores.shape
+    out = torch.empty(B, S, topk, dtype=torch.int32, device=scores.device)
+    if scores.numel() == 0:
+        return out.fill_(-1)
+    launch_topk(out, scores.contiguous(), T, first, last, 0, S)
+    return out
+
+
+@launch_topk_of_scores.register_fake
+def _(scores, topk, first, last):
+    return scores.new_empty(scores.shape[0], scores.shape[1], topk, dtype=torch.int32)
+
+
+@torch.no_grad()
 def topk(scores, topk, first=None, last=None):
-    """Selection from scores that exist: scores (B,S,T) float32 -> (B,S,topk) int32, as `select`. ValueError: topk < 1."""
     if topk < 1:
         raise ValueError(f"topk={topk}: select at least one token")
-    B, S, T = scores.shape
-    first, last = [None if x is None else x.expand(B, S).int().contiguous() for x in (first, last)]
-    out = torch.empty(B, S, topk, dtype=torch.int32, device=scores.device)
-    _topk_into(out, scores.contiguous(), T, first, last, 0, S, T)
-    return out
+    B, S, _ = scores.shape
+    return launch_topk_of_scores(scores, topk, full_bounds(first, B, S), full_bounds(last, B, S))
 
 
-# select, filtered -------------------------------------------------------------------------------------------------------------------
-# The same set for many queries of few heads over long contexts, where above all the scores' way through memory costs. Scores are computed, not kept:
-#   threshold  a row's threshold t from its scores of every STRIDE-th key, so that K..CAP scores exceed it nearly always (about 1.5 K do)
-#   filter     all scores once more, of which two bits remain: > t, >= t
-#   collect    a program per row: positions of the bits > t; if these are K..CAP, their scores again from gathered keys, and the exact K best.
-#              Fewer than K, but K with the ties of t: then t is the K-th value, and the bits are the answer. Neither: BAD, for the path above.
-# How the scores of the last step are rounded does not matter: the filter alone decides the candidates, the last step alone their order.
-# Bytes: 1/4 per pair, 4/STRIDE for the sample, ~2 K gathered keys per row; operations: those of the scores, once.
+# ---- select ----
+# contract    kernels.select
+# in PyTorch  indexer.select
+# equation    S_t = the K highest of I[t, first..last], ties to the lower position
+# tiling      rows of queries in chunks: the scores of a chunk, then its top-k, both as above. Many queries of
+#             few heads over long contexts are filtered instead, since there it costs more to store scores and
+#             load them than to compute them:
+#             threshold  a row's t, from its scores of every `stride`-th key, so that K..CAP scores exceed it
+#             filter     all scores once more, of which two bits remain: above t, equal to t
+#             collect    a program per row: the positions of the bits above t. If these are K..CAP, their
+#                        scores from gathered keys once again, and the exact K best. If they are fewer than K,
+#                        but K with the ties, t is the K-th value, and the bits are the answer. Neither: the
+#                        row is left over, for scores that are kept
+#             How the last step rounds its scores does not matter: the filter alone decides who is a
+#             candidate, the last step alone their order
+# FLOPs       those of index_scores; filtered, 1 / stride more
+# bytes       those of both; filtered, 1/4 per pair, 4 / stride for the sample, some 2 K gathered keys per row
+
 
 @triton.jit
-def _threshold_kernel(X, FIRST, LAST, TH, S, T, LD, row0, ROWS, K, STRIDE, SAMPLE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr):
-    row = tl.program_id(0); i = row0 + row % ROWS
-    first, last = _select_bounds(FIRST, LAST, (row // ROWS).to(tl.int64)*S + i, i, S, T, i < S, HAS_FIRST, HAS_LAST)
-    t = first*0 - 2139095041                                                                            # -inf: all are candidates
+def threshold_kernel(
+        sample_ptr, first_ptr, last_ptr, threshold_ptr,
+        S, T, row0, rows, width, K, stride,
+        SAMPLE: tl.constexpr):
+    row = tl.program_id(0)
+    first, last = load_bounds(first_ptr, last_ptr, row // rows, row0 + row % rows, S, T)
+    t = first * 0 + LEAST  # all are candidates
     if last - first >= K:
-        lo = tl.cdiv(first, STRIDE); n = last // STRIDE - lo + 1
-        mean = n*(K/(last - first + 1)); rank = (mean + 3.5*tl.sqrt(mean) + 3).to(tl.int32)
+        # the sampled keys that the row sees; `rank` as in filter_tiles
+        begin = tl.cdiv(first, stride)
+        n = last // stride - begin + 1
+        mean = n * (K / (last - first + 1))
+        rank = (mean + SIGMAS * tl.sqrt(mean) + 3).to(tl.int32)
         if rank < n:
             j = tl.arange(0, SAMPLE)
-            v = _ordered(tl.load(X + row.to(tl.int64)*LD + lo + j, mask=j < n, other=float("-inf")))
-            t = _kth(v, rank, tl.min(tl.where(j < n, v, 2147483647), 0), tl.max(v, 0), n, rank // 16)
-    tl.store(TH + row, tl.where(t < 0, t ^ 0x7fffffff, t).to(tl.float32, bitcast=True))
+            sample_row = sample_ptr + row.to(tl.int64) * width + begin
+            v = ordered(tl.load(sample_row + j, mask=j < n, other=float("-inf")))
+            t, _ = kth_value(v, rank, tl.min(tl.where(j < n, v, HIGHEST), 0), tl.max(v, 0), n, rank // 16)
+    tl.store(threshold_ptr + row, unordered(tl.minimum(tl.maximum(t, LEAST), INFINITY)))
 
 
 @triton.jit
-def _places(dst, words, first, last, need, LIMIT, BQ, W: tl.constexpr):
-    """Positions first..last whose score is > t, with the first `need` ties, ascending, to dst (the first LIMIT) -> how many are > t, = t"""
-    gt0 = first*0; tie0 = first*0
-    for j0 in range(first // 16, last // 16 + 1, 1024):
-        j = j0 + tl.arange(0, 1024); p = j*16
-        word = tl.load(words + j // W*(W*BQ) + j % W, mask=p <= last, other=0)
-        seen = (0xffff << tl.minimum(tl.maximum(first - p, 0), 16)) & (0xffff >> tl.minimum(tl.maximum(p + 15 - last, 0), 16))
-        gt = (word >> 16) & seen; tie = word & seen & ~gt
-        count = (_popcount(gt) << 16) + _popcount(tie)                                                  # at most 16384 of each
-        before = tl.cumsum(count, 0) - count; count = tl.sum(count, 0)
-        equal = tie0 + (before & 0xffff); at = gt0 + (before >> 16) + tl.minimum(equal, need)
-        word = gt | tl.where(equal < need, tie, 0)
-        for i in range(tl.max(_popcount(word), 0)):
-            low = word & -word; tied = ((low & tie) != 0).to(tl.int32)
-            ok = (word != 0) & ((tied == 0) | (equal < need))
-            tl.store(dst + at, p + (low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, mask=ok & (at < LIMIT))
-            at += ok.to(tl.int32); equal += tied; word &= word - 1
-        gt0 += count >> 16; tie0 += count & 0xffff
-    return gt0, tie0
+def read_bits(dst, words, first, last, need, most, BLOCK_S, TILE_WORDS: tl.constexpr):
+    """`positions_of_bits` of a row's words, as scores_kernel stored them -> how many scores are above, and
+    equal to, the threshold"""
+    higher = first * 0
+    equal = first * 0
+    for start in range(first // 16, last // 16 + 1, WORDS_AT_ONCE):
+        i = start + tl.arange(0, WORDS_AT_ONCE)
+        p = i * 16
+        tile = words + i // TILE_WORDS * (TILE_WORDS * BLOCK_S)
+        word = tl.load(tile + i % TILE_WORDS, mask=p <= last, other=0)
+        seen = bits_between(first, last, p, 16)
+        above = (word >> 16) & seen
+        higher, equal = positions_of_bits(dst, p, above, word & seen & ~above, higher, equal, need, most)
+    return higher, equal
 
 
 @triton.jit
-def _collect_kernel(Q, K, W, KS, FIRST, LAST, BITS, OUT, BAD, SCRATCH, NROW, S, T, LD, row0, ROWS, HI, dI, skb, skt, ssb, sst, TOPK, KP: tl.constexpr,
-                    CAP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BC: tl.constexpr, HAS_KS: tl.constexpr,
-                    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, DECODE_E4M3: tl.constexpr):
-    kp = tl.arange(0, KP); jc = tl.arange(0, CAP); d = tl.arange(0, DP); h = tl.arange(0, HP); oks = (h < HI)[:, None] & (d < dI)[None, :]
-    scratch = SCRATCH + tl.program_id(0).to(tl.int64)*(2*CAP + 1)  # odd, as above: positions, scores
-    for turn in range(tl.cdiv(NROW - tl.program_id(0), tl.num_programs(0))):
-        row = tl.program_id(0) + turn*tl.num_programs(0)
-        b = (row // ROWS).to(tl.int64); r = row % ROWS; i = row0 + r; at = b*S + i; out = OUT + at*TOPK
-        first, last = _select_bounds(FIRST, LAST, at, i, S, T, i < S, HAS_FIRST, HAS_LAST)
-        n = tl.maximum(last - first + 1, 0); bad = n*0
-        if n <= TOPK:
-            tl.store(out + kp, tl.where(kp < n, first + kp, -1), mask=kp < TOPK)
-        else:
-            words = BITS + (b*tl.cdiv(ROWS, BQ) + r // BQ)*LD*BQ + r % BQ*(BK // 16)
-            tot, ties = _places(scratch, words, first, last, 0, CAP, BQ, BK // 16)
-            bad += ((tot > CAP) | (tot + ties < TOPK)).to(tl.int32)
-            if tot < TOPK:
-                if bad == 0: _places(out, words, first, last, TOPK - tot, TOPK, BQ, BK // 16)
-            elif bad == 0:
-                q = tl.load(Q + (at*HI + h)[:, None]*dI + d[None, :], mask=oks, other=0.0)
-                w = tl.load(W + at*HI + h, mask=h < HI, other=0.0)
-                if DECODE_E4M3: q = _e4m3_to_fp16(q)
+def collect_kernel(
+        q_ptr, k_ptr, w_ptr, k_scale_ptr, first_ptr, last_ptr, bits_ptr, out_ptr, left_over_ptr, scratch_ptr,
+        total, S, T, row0, rows, width, K,
+        stride_kb, stride_kt, stride_sb, stride_st,
+        HI: tl.constexpr, DI: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_K: tl.constexpr, CAP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+        BLOCK_T: tl.constexpr, DECODE_E4M3: tl.constexpr):
+    slot = tl.arange(0, CAP)
+    d = tl.arange(0, BLOCK_D)
+    h = tl.arange(0, BLOCK_H)
+    # positions, then scores; an odd distance, as in topk_kernel
+    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * CAP + 1)
+    for turn in range(tl.cdiv(total - tl.program_id(0), tl.num_programs(0))):
+        row = tl.program_id(0) + turn * tl.num_programs(0)
+        b = (row // rows).to(tl.int64)
+        r = row % rows
+        s = row0 + r
+        at = b * S + s
+        out = out_ptr + at * K
+        first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+        n = tl.minimum(tl.maximum(last - first + 1, 0), K)  # to be selected
+
+        # the candidates
+        words = bits_ptr + (b * tl.cdiv(rows, BLOCK_S) + r // BLOCK_S) * width * BLOCK_S
+        words += r % BLOCK_S * (BLOCK_T // 16)
+        higher, equal = read_bits(scratch, words, first, last, 0, CAP, BLOCK_S, BLOCK_T // 16)
+        left_over = ((higher > CAP) | (higher + equal < n)).to(tl.int32)
+        if left_over == 0:
+            if higher < K:
+                # all that are above the threshold, and the first ties
+                read_bits(out, words, first, last, K - higher, K, BLOCK_S, BLOCK_T // 16)
+                empty_slots(out, n, K, BLOCK_K)
+            else:
+                # their scores again, BLOCK_C gathered keys at a time
+                q = tl.load(q_ptr + (at * HI + h)[:, None] * DI + d[None, :],
+                            mask=(h < HI)[:, None] & (d < DI)[None, :], other=0.0)
+                w = tl.load(w_ptr + at * HI + h, mask=h < HI, other=0.0)
+                if DECODE_E4M3:
+                    q = e4m3_to_fp16(q)
                 tl.debug_barrier()
-                for c0 in tl.range(0, tot, BC):
-                    c = c0 + tl.arange(0, BC); ok = c < tot
-                    p = tl.load(scratch + c, mask=ok, other=0, cache_modifier=".cg").to(tl.int64)
-                    k = tl.load(K + b*skb + p[:, None]*skt + d[None, :], mask=ok[:, None] & (d < dI)[None, :], other=0.0)
-                    score = _score(k, q, w, 1, HP, DECODE_E4M3)                                         # [BC, 1]
-                    if HAS_KS: score = score*tl.load(KS + b*ssb + p*sst, mask=ok, other=0.0)[:, None]
-                    tl.store(scratch + CAP + c[:, None], _ordered(score), mask=ok[:, None])
+                for c0 in tl.range(0, higher, BLOCK_C):
+                    c = c0 + tl.arange(0, BLOCK_C)
+                    passed = c < higher
+                    t = tl.load(scratch + c, mask=passed, other=0, cache_modifier=".cg").to(tl.int64)
+                    k = tl.load(k_ptr + b * stride_kb + t[:, None] * stride_kt + d[None, :],
+                                mask=passed[:, None] & (d < DI)[None, :], other=0.0)
+                    score = score_keys(k, q, w, h, HI, 1, BLOCK_H, 1, DECODE_E4M3)  # (BLOCK_C, 1)
+                    if k_scale_ptr is not None:
+                        scale = tl.load(k_scale_ptr + b * stride_sb + t * stride_st, mask=passed, other=0.0)
+                        score = score * scale[:, None]
+                    tl.store(scratch + CAP + c[:, None], ordered(score), mask=passed[:, None])
                 tl.debug_barrier()
-                _finish(out, tl.load(scratch + jc, mask=jc < tot, other=0, cache_modifier=".cg"),
-                        tl.load(scratch + CAP + jc, mask=jc < tot, other=-2147483648, cache_modifier=".cg"), jc < tot, tot, TOPK, False)
-            tl.debug_barrier()                                                                          # scratch is used again
-        tl.store(BAD + at, bad.to(tl.int8))
+
+                # the best of them
+                ok = slot < higher
+                p = tl.load(scratch + slot, mask=ok, other=0, cache_modifier=".cg")
+                v = tl.load(scratch + CAP + slot, mask=ok, other=LOWEST, cache_modifier=".cg")
+                write_best(out, p, v, K, BLOCK_K, False)
+        tl.debug_barrier()  # scratch is used again
+        tl.store(left_over_ptr + at, left_over.to(tl.int8))
 
 
-def _collect_tiles(q, K):
-    """-> CAP, HP, BC, warps, stages, registers"""
-    cap = max(1024, 2*triton.next_power_of_2(K))
-    return cap, max(16, triton.next_power_of_2(q.shape[2])), 128 if q.shape[3]*q.element_size() <= 128 else 64, max(4, cap // 512), 3, 128
+class FilterTiles(NamedTuple):
+    stride: int  # every so many-th key is sampled
+    sample: int  # a power of two that holds them
+    sample_warps: int
+    cap: int  # candidates
+    block_h: int
+    block_c: int  # candidates that are scored at once
+    num_warps: int
+    num_stages: int
+    registers: int  # of a thread, at most
 
 
-def _select_filtered(out, q, k, w, k_scale, first, last):
-    """`select` into out -> (B,S) bool: rows still to do, as their threshold was no good"""
-    (B, S, HI, dI), T, K = q.shape, k.shape[1], out.shape[2]
-    stride = max(K // 64, 8, T // 16384) | 1                                                            # odd: no resonance with what is aligned
-    words, samples, has, sms = triton.cdiv(T, 128)*8, triton.cdiv(T, stride*16)*16, (first is not None, last is not None), limits(q.device)[1]
-    end = torch.arange(T - S, T, dtype=torch.int32, device=q.device).expand(B, S) if last is None else last.clamp(max=T - 1)
-    every = lambda x: None if x is None else x[:, ::stride]
-    some = None if first is None else (first.clamp(min=0) + stride - 1) // stride, (end // stride).contiguous()  # the bounds among the sampled keys
-    bad = torch.empty(B, S, dtype=torch.int8, device=q.device)
-    pad = triton.next_power_of_2(samples); cap, HC, BC, warps, stages, registers = _collect_tiles(q, K)
-    for n, row0, rows, part in _chunks(B, S, words + samples):
-        q_, k_, w_, ks, lo, hi, out_, bad_ = (part(x) for x in (q, k, w, k_scale, first, last, out, bad))
-        scores = torch.empty(n, rows, samples, dtype=torch.float32, device=q.device)
-        _scores_into(scores, q_, every(k_), w_, every(ks), *(part(x) for x in some), row0, rows, samples)
-        threshold = torch.empty(n, rows, dtype=torch.float32, device=q.device)
-        lo_, hi_ = (out_ if x is None else x for x in (lo, hi))
-        _threshold_kernel[(n*rows,)](scores, lo_, hi_, threshold, S, T, samples, row0, rows, K, stride, pad, *has, num_warps=max(1, min(16, pad // 512)))
-        BQ, _, DP, _, emulate, _, _ = _scores_tiles(q, rows)
-        bits = torch.empty(n, triton.cdiv(rows, BQ)*BQ, words, dtype=torch.int32, device=q.device)
-        BQ, BK = _scores_into(bits, q_, k_, w_, ks, lo, hi, row0, rows, words, threshold=threshold)
-        if emulate: q_, k_ = q_.view(torch.uint8), k_.view(torch.uint8)
-        programs = min(n*rows, sms*max(1, 65536 // (32*warps*registers)))
-        scratch = torch.empty(programs*(2*cap + 1), dtype=torch.int32, device=q.device)
-        _collect_kernel[(programs,)](q_, k_, w_, w_ if ks is None else ks, lo_, hi_, bits, out_, bad_, scratch, n*rows, S, T, words, row0, rows, HI, dI,
-                                     *k.stride()[:2], *((0, 0) if ks is None else ks.stride()), K, triton.next_power_of_2(K), cap, BQ, BK, HC, DP, BC,
-                                     ks is not None, *has, emulate, num_warps=warps, num_stages=stages, maxnreg=registers)
-    return bad.bool()
+def filter_tiles(q, T, K):
+    """Sample and candidates of `select_filtered`.
+
+    A row's threshold is the rank-th highest of its sampled scores, every stride-th. If the best keys lie
+    anywhere, the sample holds about Poisson(K / stride) of the K best and Poisson(CAP / stride) of the CAP
+    best: means m and M, standard deviations their roots. The threshold lets at least K through unless `rank`
+    or more of the K best are sampled, and at most CAP unless fewer than rank of the CAP best are. So
+        m + SIGMAS sqrt(m) + 3 = rank,    17/16 rank <= M - SIGMAS sqrt(M)
+    (3 for the skewness of a small m, 17/16 as the threshold is taken only so exactly); the expected
+    candidates are rank * stride. The second is met by a large enough CAP, the first by definition: some 8 of
+    10^6 rows fail. A longer stride saves scores, but lets more candidates through, 2 K with m near 32
+    (SAMPLED_HITS). At K 512 and 64K keys: stride 17, m 30, rank 57, 970 candidates, CAP 2048; at 2^20 keys,
+    where the sample must not exceed LARGEST_SAMPLE: stride 33, m 15.5, rank 36, 1190 candidates, CAP 4096,
+    the largest of any T and K that are filtered."""
+    # odd: what is aligned in the keys must not be sampled alone
+    stride = max(K // SAMPLED_HITS, SAMPLED_STRIDE, triton.cdiv(T, LARGEST_SAMPLE)) | 1
+    mean = K / stride
+    rank = mean + SIGMAS.value * mean**0.5 + 3
+    cap = LEAST_CAP
+    while cap / stride - SIGMAS.value * (cap / stride)**0.5 < rank * 17 / 16:
+        cap *= 2
+    narrow = q.shape[3] * q.element_size() <= 128
+    sample = triton.next_power_of_2(triton.cdiv(T, stride))
+    return FilterTiles(
+        stride=stride, sample=sample, sample_warps=max(1, min(16, sample // 512), sample // 1024), cap=cap,
+        block_h=power_of_two(q.shape[2]), block_c=128 if narrow else 64,
+        num_warps=max(4, cap // 512), num_stages=3, registers=128)
 
 
-def _select_exact(out, q, k, w, k_scale, first, last):
-    """`select` into out by scores that exist, a chunk at a time"""
-    (B, S), T = out.shape[:2], k.shape[1]
-    LD = triton.cdiv(T, 16)*16 if T <= SELECT_DIRECT else triton.cdiv(T, 4096)*4096
-    for n, row0, rows, part in _chunks(B, S, LD):
-        scores = torch.empty(n, rows, LD, dtype=torch.float32, device=q.device)
-        _scores_into(scores, *(part(x) for x in (q, k, w, k_scale, first, last)), row0, rows, LD)
-        _topk_into(part(out), scores, T, part(first), part(last), row0, rows, LD)
+def take(x, index):
+    """x[index], None of None."""
+    return None if x is None else x[index]
 
 
-def _chunks(B, S, LD):
-    """Cut B x S rows such that SELECT_CHUNK holds LD elements for each -> batch rows, first query, queries, function that takes a tensor's batch rows"""
-    batch = max(1, min(B, SELECT_CHUNK // (LD*min(S, 256)))); rows = max(1, min(S, SELECT_CHUNK // (LD*batch)))
+def chunks(B, S, elements):
+    """Cut B x S rows so that SELECT_CHUNK holds `elements` elements for each -> sequences (a slice), first
+    query, queries."""
+    batch = max(1, min(B, SELECT_CHUNK // (elements * min(S, 256))))
+    rows = max(1, min(S, SELECT_CHUNK // (elements * batch)))
     for b in range(0, B, batch):
-        for r in range(0, S, rows):
-            yield min(batch, B - b), r, min(rows, S - r), lambda x, b=b: None if x is None else x[b:b + batch]
+        for row0 in range(0, S, rows):
+            yield slice(b, min(b + batch, B)), row0, min(rows, S - row0)
 
 
+def select_exact(out, q, k, w, k_scale, first, last):
+    """`select` into out (B,S,K) by scores that are kept, a chunk at a time."""
+    B, S, _ = out.shape
+    T = k.shape[1]
+    multiple = 16 if T <= DIRECT_ROW else 4096
+    width = triton.cdiv(T, multiple) * multiple
+    for batch, row0, rows in chunks(B, S, width):
+        n = batch.stop - batch.start
+        scores = torch.empty(n, rows, width, dtype=torch.float32, device=q.device)
+        bounds = take(first, batch), take(last, batch)
+        launch_scores(scores, q[batch], k[batch], w[batch], take(k_scale, batch), *bounds, row0, rows)
+        launch_topk(out[batch], scores, T, *bounds, row0, rows)
+
+
+def sampled_bounds(first, last, stride, S, T, device):
+    """What queries see among every stride-th of T keys -> first (B,S) or None, last (B,S) or (1,S)"""
+    if first is not None:
+        first = (first.clamp(min=0) + stride - 1) // stride
+    if last is None:
+        last = torch.arange(T - S, T, dtype=torch.int32, device=device)[None]  # (1, S)
+    return first, last.clamp(max=T - 1) // stride
+
+
+def select_filtered(out, q, k, w, k_scale, first, last):
+    """`select` into out (B,S,K) by the filter -> (B,S) bool, the rows left over, whose threshold let too few
+    or too many scores through."""
+    B, S, HI, DI = q.shape
+    T = k.shape[1]
+    K = out.shape[2]
+    tiles = filter_tiles(q, T, K)
+    sampled = triton.cdiv(T, tiles.stride * 16) * 16  # keys
+    width = triton.cdiv(T, 128) * 8  # words
+    every = (slice(None), slice(None, None, tiles.stride))
+    sampled_first, sampled_last = sampled_bounds(first, last, tiles.stride, S, T, q.device)
+    sampled_last = sampled_last.expand(B, S).contiguous()
+    left_over = torch.empty(B, S, dtype=torch.int8, device=q.device)
+    for batch, row0, rows in chunks(B, S, width + sampled):
+        n = batch.stop - batch.start
+        q_part = q[batch]
+        k_part = k[batch]
+        w_part = w[batch]
+        scale_part = take(k_scale, batch)
+        first_part = take(first, batch)
+        last_part = take(last, batch)
+
+        # a threshold per row
+        scores = torch.empty(n, rows, sampled, dtype=torch.float32, device=q.device)
+        launch_scores(
+            scores, q_part, k_part[every], w_part, take(scale_part, every),
+            take(sampled_first, batch), sampled_last[batch], row0, rows)
+        threshold = torch.empty(n, rows, dtype=torch.float32, device=q.device)
+        threshold_kernel[(n * rows,)](
+            sample_ptr=scores, first_ptr=first_part, last_ptr=last_part, threshold_ptr=threshold,
+            S=S, T=T, row0=row0, rows=rows, width=sampled, K=K, stride=tiles.stride,
+            SAMPLE=tiles.sample,
+            num_warps=tiles.sample_warps)
+
+        # two bits per score
+        score = score_tiles(q, rows)
+        queries = triton.cdiv(rows, score.block_s) * score.block_s
+        bits = torch.empty(n, queries, width, dtype=torch.int32, device=q.device)
+        launch_scores(
+            bits, q_part, k_part, w_part, scale_part, first_part, last_part, row0, rows, threshold=threshold)
+
+        # the best of what passed
+        resident = max(1, REGISTERS // (32 * tiles.num_warps * tiles.registers))
+        programs = min(n * rows, limits(q.device)[1] * resident)
+        scratch = torch.empty(programs * (2 * tiles.cap + 1), dtype=torch.int32, device=q.device)
+        stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
+        collect_kernel[(programs,)](
+            q_ptr=q_part, k_ptr=k_part, w_ptr=w_part, k_scale_ptr=scale_part,
+            first_ptr=first_part, last_ptr=last_part, bits_ptr=bits, out_ptr=out[batch],
+            left_over_ptr=left_over[batch], scratch_ptr=scratch,
+            total=n * rows, S=S, T=T, row0=row0, rows=rows, width=width, K=K,
+            stride_kb=k.stride(0), stride_kt=k.stride(1), stride_sb=stride_sb, stride_st=stride_st,
+            HI=HI, DI=DI, BLOCK_H=tiles.block_h, BLOCK_D=score.block_d, BLOCK_K=triton.next_power_of_2(K),
+            CAP=tiles.cap, BLOCK_C=tiles.block_c, BLOCK_S=score.block_s, BLOCK_T=score.block_t,
+            DECODE_E4M3=q.dtype == torch.uint8,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.registers)
+    return left_over.bool()
+
+
+def select_rows(out, rows, q, k, w, k_scale, first, last):
+    """`select_exact` of some queries only: rows (B,S) bool."""
+    B, S, K = out.shape
+    T = k.shape[1]
+    if last is None:
+        last = torch.arange(T - S, T, dtype=torch.int32, device=q.device).expand(B, S)
+    for b in range(B):
+        s = rows[b].nonzero()[:, 0]
+        if len(s) == 0:
+            continue
+        s = F.pad(s, (0, -len(s) % 64), value=int(s[0]))  # of few lengths: no kernel is compiled for each
+        one = slice(b, b + 1)
+        selected = torch.empty(1, len(s), K, dtype=torch.int32, device=q.device)
+        select_exact(
+            selected, q[one, s], k[one], w[one, s], take(k_scale, one), take(first, (one, s)), last[one, s])
+        out[b, s] = selected[0]
+
+
+def filters(q, T, K):
+    """Does `select` filter? Not while a CUDA graph is captured, as the host must read what is left over."""
+    regime = SELECT_FILTER
+    S, HI = q.shape[1:3]
+    if S < regime.queries or K > regime.most_topk or T > regime.most_keys:
+        return False
+    if T < max(regime.keys, regime.keys_per_head * HI, regime.keys_per_topk * K):
+        return False
+    return not (q.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@operation("select")
+def launch_select(q: Tensor, k: Tensor, w: Tensor, topk: int, k_scale: Tensor | None, first: Tensor | None,
+                  last: Tensor | None) -> Tensor:
+    """Arguments as kernels.select, first and last (B,S) contiguous int32 -> (B,S,topk) int32"""
+    q, k, w = operands(q, k, w)
+    B, S = q.shape[:2]
+    T = k.shape[1]
+    out = torch.empty(B, S, topk, dtype=torch.int32, device=q.device)
+    if B * S * T == 0:
+        return out.fill_(-1)
+    if not filters(q, T, topk):
+        select_exact(out, q, k, w, k_scale, first, last)
+        return out
+    left_over = select_filtered(out, q, k, w, k_scale, first, last)
+    if left_over.any():
+        select_rows(out, left_over, q, k, w, k_scale, first, last)
+    return out
+
+
+@launch_select.register_fake
+def _(q, k, w, topk, k_scale, first, last):
+    return q.new_empty(q.shape[0], q.shape[1], topk, dtype=torch.int32)
+
+
+@torch.no_grad()
 def select(q, k, w, topk, k_scale=None, first=None, last=None):
-    """S_t = the topk visible keys with the highest index score -> (B,S,topk) int32: ascending positions, then -1 for unused places.
-
-    Arguments as `index_scores`. Equal scores go to the lower position (-0.0 equals 0.0); the same bits in every run. topk may exceed T.
-    Memory: the result and about one SELECT_CHUNK of scores. From SELECT_FILTER on the host reads once whether rows are left over; elsewhere, and
-    while a CUDA graph is captured, it reads nothing. ValueError: topk < 1."""
     if topk < 1:
         raise ValueError(f"index_topk={topk}: select at least one token")
-    q, k, w, k_scale, first, last = _select_inputs(q, k, w, k_scale, first, last)
-    (B, S, _, _), T = q.shape, k.shape[1]
-    out = torch.empty(B, S, topk, dtype=torch.int32, device=q.device)
-    queries, keys, per_head, per_topk, most = SELECT_FILTER
-    if S < queries or T < max(keys, per_head*q.shape[2], per_topk*topk) or topk > most or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _select_exact(out, q, k, w, k_scale, first, last)
-        return out
-    bad = _select_filtered(out, q, k, w, k_scale, first, last)
-    if bad.any():
-        if last is None: last = torch.arange(T - S, T, dtype=torch.int32, device=q.device).expand(B, S)
-        for b in range(B):
-            r = bad[b].nonzero()[:, 0]
-            if len(r) == 0: continue
-            r = F.pad(r, (0, -len(r) % 64), value=int(r[0]))                                            # of few sizes: no kernel is compiled for each
-            rest = torch.empty(1, len(r), topk, dtype=torch.int32, device=q.device)
-            at, one = (lambda x: None if x is None else x[b:b + 1, r]), (lambda x: None if x is None else x[b:b + 1])
-            _select_exact(rest, at(q), one(k), at(w), one(k_scale), at(first), at(last))
-            out[b, r] = rest[0]
-    return out
+    check_inputs(q, k, w, k_scale)
+    B, S = q.shape[:2]
+    return launch_select(q, k, w, topk, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))
