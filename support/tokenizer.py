@@ -1,11 +1,9 @@
 """Tokenizers: bytes, those of tiktoken, and the tokenizer.json of a checkpoint folder."""
-import functools
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import tiktoken
@@ -16,10 +14,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def tokenizer(name="bytes"):
-    """-> tiktoken.Encoding. "bytes": the 256 bytes and <|endoftext|> = 256. Any name that tiktoken knows, such as gpt2. A checkpoint folder:
-    its tokenizer.json, as an object with the same methods.
+    """-> tiktoken.Encoding. "bytes": the 256 bytes and <|endoftext|> = 256. Any name that tiktoken knows,
+    such as gpt2. A checkpoint folder: its tokenizer.json, as an object with the same methods.
 
-    Raises ValueError for an unknown name, for an encoding without <|endoftext|>, and when its file cannot be fetched."""
+    Raises ValueError for an unknown name, for an encoding without <|endoftext|>, and when its file cannot be
+    fetched."""
     if name == "bytes":  # nothing merges: the ids are the bytes, however the pattern cuts the text; short pieces are fastest
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
@@ -38,15 +37,17 @@ def tokenizer(name="bytes"):
 
 
 def encode(encoding, texts):
-    """-> one array of ids per text, as encode_ordinary gives them: text that spells a special token stays text."""
+    """-> one array of ids per text, as encode_ordinary gives them: text that spells a special token stays
+    text."""
     if encoding.name == "bytes":
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
     return [np.array(ids) for ids in encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())]
 
 
 class FolderTokenizer:
-    """A folder's tokenizer.json, through the `tokenizers` library. encode (a prompt: special tokens and the leading BOS count), decode, eot (int
-    or None); and what data.py uses of tiktoken.Encoding: name, n_vocab, eot_token, encode_ordinary_batch (special tokens stay text)."""
+    """A folder's tokenizer.json, through the `tokenizers` library. encode (a prompt: special tokens and the
+    leading BOS count), decode, eot (int or None); and what data.py uses of tiktoken.Encoding: name, n_vocab,
+    eot_token, encode_ordinary_batch (special tokens stay text)."""
 
     def __init__(self, folder):
         from tokenizers import Tokenizer
@@ -79,25 +80,65 @@ class FolderTokenizer:
 
 
 def tokenizer_name(folder):
-    """What data.tokenizer calls the tokenizer of a checkpoint folder: the name that `save_tokenizer` noted, else the folder itself."""
+    """What data.tokenizer calls the tokenizer of a checkpoint folder: the name that `save_tokenizer` noted,
+    else the folder itself."""
     path = locate(folder) / "tokenizer_config.json"
     return (read_json(path).get("tiktoken") if path.is_file() else None) or str(folder)
 
 
+class StandIn:
+    """Of branch train, until the tokenizers of branch data are merged: their interface."""
+
+    def __init__(self, inner, end_ids):
+        self.inner = inner
+        self.n_vocab = inner.n_vocab
+        self.bos = getattr(inner, "bos", None)
+        self.end_ids = tuple(end_ids)
+        self.eot = self.end_ids[0] if end_ids else None
+
+    def encode(self, text, special=False):
+        if isinstance(self.inner, FolderTokenizer):
+            return self.inner.encode(text) if special else self.inner.encode_ordinary_batch([text])[0]
+        return self.inner.encode(text, allowed_special="all") if special else self.inner.encode_ordinary(text)
+
+    def decode(self, ids):
+        return self.inner.decode([i for i in ids if i < self.n_vocab])
+
+    def stream(self, ids=()):
+        return StandInStream(self)
+
+
+class StandInStream:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.ids = []
+
+    def add(self, token):
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\ufffd") and len(self.ids) < 5:
+            return ""
+        self.ids = []
+        return text
+
+    def rest(self):
+        return self.tokenizer.decode(self.ids)
+
+
 def load_tokenizer(folder):
-    """The tokenizer of a checkpoint folder: encode(text) -> list of ids, decode(ids) -> text, eot (int or None).
-    The one that `save_tokenizer` noted, else the folder's tokenizer.json. FileNotFoundError: it has neither."""
-    encoding = tokenizer(tokenizer_name(folder))
-    if isinstance(encoding, FolderTokenizer):
-        return encoding
-    decode = lambda ids: encoding.decode([i for i in ids if i < encoding.n_vocab])  # a model's vocabulary may be padded
-    return SimpleNamespace(encode=functools.partial(encoding.encode, allowed_special="all"), decode=decode, eot=encoding.eot_token)
+    """Stand-in, see above."""
+    eos = read_json(locate(folder) / "config.json").get("eos_token_id")
+    inner = tokenizer(tokenizer_name(folder))
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return StandIn(inner, ends)
 
 
 def save_tokenizer(folder, name):
-    """Note in a checkpoint folder which tokenizer it was trained with: "bytes", a name that tiktoken knows, or the checkpoint folder to copy it from.
+    """Note in a checkpoint folder which tokenizer it was trained with: "bytes", a name that tiktoken knows,
+    or the checkpoint folder to copy it from.
 
-    "bytes" is also written as a tokenizer.json that transformers opens: byte-level BPE without merges, ids 0..255 and <|endoftext|> = 256."""
+    "bytes" is also written as a tokenizer.json that transformers opens: byte-level BPE without merges, ids
+    0..255 and <|endoftext|> = 256."""
     folder, eot = Path(folder), tokenizer(name).eot_token
     config = read_json(folder / "config.json")
     if config.get("eos_token_id") is None:  # or generation elsewhere would stop at a family's default id
