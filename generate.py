@@ -132,6 +132,10 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         bounds = first[:, position] if packed else None
         logits, _ = model(idx[:, position], first=bounds, caches=caches, position=position)
 
+    if logits[:, -1].isnan().any():
+        raise ValueError("the model's next token is not a number: its weights are damaged, or overflow in "
+                         "this dtype")
+
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
     decoder = Decoder(model, caches, B, device, model.backend_on(device))
     start = first[:, -1]  # (B,) where the document of the last token begins

@@ -132,6 +132,7 @@ def main():
         raise FileNotFoundError(f"{o.folder}: no run here, nor one folder below; a run has a summary.json")
     rows = [(path.resolve().name, row(path)) for path in runs]
     print_table(sorted(rows, key=order))
+    return 0
 
 
 if __name__ == "__main__":
