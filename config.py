@@ -8,6 +8,31 @@ def option(default, help, *choices):
     return field(default=default, metadata=dict(help=help, choices=choices or None))
 
 
+def check_yarn(name, yarn, rope_theta):
+    """ValueError, one line with key and value, unless the dict `yarn`, called `name`, is YaRN's."""
+    kinds = [yarn[key] for key in ("rope_type", "type") if yarn.get(key) is not None]
+    if not kinds or any(kind != "yarn" for kind in kinds):
+        raise ValueError(f"{name}={yarn}: only type yarn is supported")
+    for key in ("factor", "original_max_position_embeddings"):
+        if yarn.get(key) is None:
+            raise ValueError(f"{name}={yarn}: yarn needs {key}")
+    lowest = dict(
+        factor=1, original_max_position_embeddings=1, beta_fast=1e-9, beta_slow=1e-9, mscale=0,
+        mscale_all_dim=0, attention_factor=1e-9)
+    for key, low in lowest.items():
+        value = yarn.get(key)
+        if value is None:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not low <= value < math.inf:
+            raise ValueError(f"{name}.{key}={value!r}: must be a number from {low} on")
+    if not isinstance(yarn.get("truncate", True), bool):
+        raise ValueError(f"{name}.truncate={yarn['truncate']!r}: must be true or false")
+    if (yarn.get("beta_fast") or 32) < (yarn.get("beta_slow") or 1) or rope_theta <= 1:
+        raise ValueError(f"{name}={yarn}, rope_theta={rope_theta}: yarn needs a beta_fast not below "
+                         "beta_slow (32 and 1 unless given) and a rope_theta above 1")
+
+
 @dataclass
 class Config:
     """Architecture; keys as in the published config.json, sizes in elements."""
@@ -75,7 +100,8 @@ class Config:
             vocab_size=1, hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1,
             q_lora_rank=0, kv_lora_rank=1, qk_nope_head_dim=1, v_head_dim=1,
             n_routed_experts=0, n_shared_experts=0, first_k_dense_replace=0,
-            max_position_embeddings=1, initializer_range=0, rope_theta=1e-9, rms_norm_eps=1e-30)
+            max_position_embeddings=1, initializer_range=0, rope_theta=1e-9, rms_norm_eps=1e-30,
+            routed_scaling_factor=0)
         for key, low in lowest.items():
             value = getattr(self, key)
             if not low <= value < math.inf:  # NaN and infinity compare false, too
@@ -108,14 +134,8 @@ class Config:
                                  "layers; the first cannot be shared")
 
     def _check_rope_scaling(self):
-        yarn = self.rope_scaling
-        if yarn is None:
-            return
-        if yarn.get("rope_type", yarn.get("type")) != "yarn":
-            raise ValueError(f"rope_scaling={yarn}: only type yarn is supported")
-        for key in ("factor", "original_max_position_embeddings"):
-            if not yarn.get(key):
-                raise ValueError(f"rope_scaling={yarn}: yarn needs {key}")
+        if self.rope_scaling is not None:
+            check_yarn("rope_scaling", self.rope_scaling, self.rope_theta)
 
     def _check_experts(self):
         groups = self.n_group

@@ -1,6 +1,8 @@
-"""Tests of data.py: what goes in comes out, split by document, rebuilt when needed, never half-written; batches repeat exactly.
+"""Tests of data.py: what goes in comes out, split by document, rebuilt when needed, never half-written; what
+is left out is counted; batches repeat exactly.
 
-Nothing here leaves the machine: downloads come from a server on 127.0.0.1, and "no network" is a port where nobody listens."""
+Nothing here leaves the machine: downloads come from a server on 127.0.0.1, and "no network" is a port where
+nobody listens."""
 import gzip
 import hashlib
 import http.server
@@ -11,18 +13,18 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 import tiktoken
 import torch
 
-from support import files
-
-from tools import copies
 import data
+from support import cli, tokenizer
+from tools import copies
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def folder_of(tmp_path, n=40, name="corpus"):
@@ -35,138 +37,195 @@ def folder_of(tmp_path, n=40, name="corpus"):
     return str(folder)
 
 
+def written(folder, **contents):
+    """A folder of files with these contents, a point in a name being written as __."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return str(folder)
+
+
+def prepared(source, tmp_path, name="bytes"):
+    return data.prepare(str(source), name, str(tmp_path / "cache"))
+
+
 def decoded(file):
     """-> the texts of a TokenFile's documents."""
-    ids, eot = np.asarray(file.tokens), file.header["eot"]
+    ids = np.asarray(file.tokens)
+    eot = file.header["eot"]
     assert ids[-1] == eot
-    return [bytes(part[part != eot].astype(np.uint8)).decode() for part in np.split(ids, np.flatnonzero(ids == eot)[:-1] + 1)]
+    parts = np.split(ids, np.flatnonzero(ids == eot)[:-1] + 1)
+    return [bytes(part[part != eot].astype(np.uint8)).decode() for part in parts]
 
 
-# ---- tokenizers ----
-
-@pytest.mark.parametrize("text", ["", "plain\n\ttext\r\n", "é漢🎉 \x00\x7f", "<|endoftext|>", " " * 5000 + "x" * 5000,
-                                  "\u2028b\x85c"])
-def test_bytes_are_what_encode_ordinary_gives(text):
-    encoding = data.tokenizer("bytes")
-    [ids] = data.encode(encoding, [text])
-    assert ids.tolist() == encoding.encode_ordinary(text) == list(text.encode())
-    assert encoding.decode(ids.tolist()) == text and (encoding.eot_token, encoding.n_vocab) == (256, 257)
+def read_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
 
 
-def test_every_character_survives():
-    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x3000 + 0xE000)]))
-    encoding = data.tokenizer("bytes")
-    assert data.encode(encoding, [text])[0].tolist() == encoding.encode_ordinary(text)
+def write_bytes(path, content):
+    with open(path, "wb") as file:
+        file.write(content)
 
 
 def small_bpe(eot):
     """A BPE encoding of 256 bytes and a few merges, with EOT = eot."""
-    ranks = {bytes([i]): i for i in range(256)} | {b"do": 256, b"cu": 257, b"docu": 258, b"me": 259, b"nt": 260, b"ment": 261}
-    return tiktoken.Encoding("small", pat_str=r"\s?\w+|\s+|[^\w\s]+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot})
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {b"do": 256, b"cu": 257, b"docu": 258, b"me": 259, b"nt": 260, b"ment": 261}
+    return tiktoken.Encoding(
+        "small", pat_str=r"\s?\w+|\s+|[^\w\s]+", mergeable_ranks=ranks, special_tokens={tokenizer.EOT: eot})
 
 
-def test_text_that_spells_a_special_token_stays_text():
-    for encoding in (data.tokenizer("bytes"), small_bpe(262)):
-        [ids] = data.encode(encoding, ["a<|endoftext|>b"])
-        assert encoding.eot_token not in ids and encoding.decode(ids.tolist()) == "a<|endoftext|>b"
+# ---- token ids ----
 
-
-@pytest.mark.parametrize("eot, dtype", [(262, "uint16"), (70_000, "uint32")])
-def test_tiktoken_encodings(tmp_path, monkeypatch, eot, dtype):
+@pytest.mark.parametrize("eot, dtype", [
+    (262, "uint16"), (2**16 - 1, "uint16"), (2**16, "uint32"), (70_000, "uint32")])
+def test_ids_up_to_the_largest(tmp_path, monkeypatch, eot, dtype):
+    """The file's type follows from the largest id, not from how many tokens there are."""
     encoding = small_bpe(eot)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    for file in data.prepare(folder_of(tmp_path), "gpt2", str(tmp_path / "cache")):
-        assert file.header["dtype"] == dtype == str(file.tokens.dtype) and file.header["vocab_size"] == eot + 1
+    for file in prepared(folder_of(tmp_path), tmp_path, "gpt2"):
+        assert file.header["dtype"] == dtype == str(file.tokens.dtype)
+        assert file.header["vocab_size"] == eot + 1
         ids = file.tokens.tolist()
-        documents = encoding.decode(ids).split("<|endoftext|>")[:-1]
-        assert len(documents) == file.header["documents"] == ids.count(eot) and 258 in ids
+        documents = encoding.decode(ids).split(tokenizer.EOT)[:-1]
+        assert len(documents) == file.header["documents"] == ids.count(eot)
+        assert 258 in ids
         assert [i for document in documents for i in encoding.encode_ordinary(document) + [eot]] == ids
+        _, y, _ = data.Batches(file.tokens, len(ids) - 1, 1, eot).batch(0)
+        assert y[0].tolist() == ids[1:]
 
 
-def test_tokenizer_errors(monkeypatch):
-    with pytest.raises(ValueError, match="unknown tokenizer 'nope': choose from bytes, .*gpt2"):
-        data.tokenizer("nope")
-
-    def no_network(name):
-        raise ConnectionError("HTTPSConnectionPool(...): Max retries exceeded\nand more lines")
-    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR .*--tokenizer=bytes") as error:
-        data.tokenizer("gpt2")
-    assert "\n" not in str(error.value)
-    without = tiktoken.Encoding("without", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: without)
-    with pytest.raises(ValueError, match=r"has no <\|endoftext\|>"):
-        data.tokenizer("gpt2")
+def test_an_id_beyond_the_vocabulary_is_refused(tmp_path):
+    """It would wrap in the file: 65,537 in uint16 is 1."""
+    writer = data.TokenWriter(str(tmp_path / "x.bin"), 300)
+    writer.write(np.array([299]))
+    with pytest.raises(ValueError, match="gives id 300, its largest is said to be 299"):
+        writer.write(np.array([0, 300]))
+    writer.discard()
+    assert not os.listdir(tmp_path)
 
 
 # ---- corpora ----
 
 def test_standard_library():
-    names = [name for name, _ in data.documents("python")]
-    assert names == sorted(names) and len(set(names)) == len(names) > 300 and "json/decoder.py" in names
+    names = []
+    texts = {}
+    for name, text in data.documents("python"):
+        names.append(name)
+        texts[name] = text
+    assert names == sorted(names)
+    assert len(set(names)) == len(names) > 300
     assert not any(part in data.SKIP_FOLDERS for name in names for part in name.split("/"))
-    assert dict(data.documents("python"))["json/__init__.py"] == open(json.__file__, encoding="utf-8").read()
+    with open(json.__file__, encoding="utf-8", newline="") as file:
+        assert texts["json/__init__.py"] == file.read()
 
 
 def test_packages_hold_the_standard_library_and_more():
     packages, python = ({name for name, *_ in data.local_files(source)} for source in ("packages", "python"))
-    assert python < packages and {"numpy/__init__.py", "torch/nn/functional.py"} <= packages - python
+    assert python < packages
+    assert {"numpy/__init__.py", "torch/nn/functional.py"} <= packages - python
+
+
+def mixed_folder(tmp_path):
+    """Two texts and one of everything that is left out."""
+    folder = tmp_path / "mixed"
+    written(folder, b__md=b"second", a__txt="\ufeffférst".encode(), copy__txt=b"second",
+            copy2__txt=b"\xef\xbb\xbfsecond", empty=b"", blank=b" \r\n", marked=b"\xef\xbb\xbf", bin=b"x\0",
+            latin1=b"caf\xe9", cut="é".encode()[:1], utf16="w".encode("utf-16"), __hidden=b"h")
+    written(folder / "tests", x=b"third")  # skipped in Python's trees only
+    written(folder / ".git", config=b"i")
+    (folder / "nowhere").symlink_to(folder / "gone")
+    (folder / "linked").symlink_to(folder / "tests")
+    os.mkfifo(folder / "pipe")  # opening it would hang
+    return folder
 
 
 def test_folder_leaves_out_what_is_no_text(tmp_path):
-    folder = tmp_path / "mixed"
-    (folder / ".git").mkdir(parents=True)
-    (folder / "tests").mkdir()  # skipped in Python's trees only
-    for name, content in {"b.md": b"second", "a.txt": "\ufeffférst".encode(), "copy.txt": b"second", "tests/x": b"third", "empty": b"",
-                          "blank": b" \n", "bin": b"x\0", "latin1": b"\xe9", ".hidden": b"h", ".git/config": b"i"}.items():
-        (folder / name).write_bytes(content)
-    (folder / "broken").symlink_to(folder / "nowhere")
-    os.mkfifo(folder / "pipe")  # opening it would hang
-    assert list(data.documents(str(folder))) == [("a.txt", "férst"), ("b.md", "second"), ("tests/x", "third")]
+    texts = [("a.txt", "férst"), ("b.md", "second"), ("tests/x", "third")]
+    assert list(data.documents(str(mixed_folder(tmp_path)))) == texts
 
 
-@pytest.mark.parametrize("content", [b"", b"  \n", b"\x00\x01", b"\xff\xfe\x00"])
+def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
+    """One line, and none where nothing is left out."""
+    folder = mixed_folder(tmp_path)
+    prepared(folder, tmp_path)
+    out, err = capsys.readouterr()
+    assert err.startswith(f"--data={folder}: left out ") and err.count("\n") == 1 and not out
+    for said in ("2 hidden (first: .git)", "1 linked folders (first: linked)",
+                 "1 links that lead nowhere (first: nowhere)", "1 pipes or devices (first: pipe)",
+                 "3 empty (first: blank)", "1 binary (first: bin)", "2 seen before (first: copy.txt)",
+                 "3 not in UTF-8 (first: cut)"):
+        assert said in err, err
+    prepared(folder_of(tmp_path), tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_links_to_files_are_files(tmp_path):
+    """The folders of download caches are full of them."""
+    kept = folder_of(tmp_path, 3, "kept")
+    (tmp_path / "links").mkdir()
+    for i in range(3):
+        (tmp_path / "links" / f"{i}.txt").symlink_to(f"{kept}/sub{i}/{i}.txt")
+    assert [text for _, text in data.documents(str(tmp_path / "links"))] == [
+        text for _, text in data.documents(kept)]
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n", b"\x00\x01", b"\xff\xfe\x00", b"\xef\xbb\xbf"])
 def test_files_without_text(tmp_path, content):
-    (tmp_path / "file").write_bytes(content)
+    write_bytes(tmp_path / "file", content)
     cache = tmp_path / "cache"
-    with pytest.raises(ValueError, match="file: no text in UTF-8"):
-        data.prepare(str(tmp_path / "file"), cache_dir=str(cache))
+    with pytest.raises(ValueError, match="file: no text in UTF-8 .*left out: 1 .*file"):
+        prepared(tmp_path / "file", tmp_path)
     assert not list(cache.iterdir())
 
 
+def test_byte_order_marks_and_line_ends(tmp_path):
+    """A mark in front is no text; everything else stays, CRLF too, whatever block of the file it falls on."""
+    text = "é one\r\ntwo\rthree\n\ufeffinside " + "漢字" * data.BLOCK
+    written(tmp_path / "a", x=text.encode())
+    written(tmp_path / "b", x=b"\xef\xbb\xbf" + text.encode())
+    for folder in ("a", "b"):
+        assert list(data.documents(str(tmp_path / folder))) == [("x", text)]
+
+
 def test_no_such_source(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--data=shakespear: no such file or folder, and none of python"):
-        data.prepare("shakespear", cache_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="--data=shakespear: no such file or folder, and none of"):
+        prepared("shakespear", tmp_path)
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match="link: no such file"):
+        prepared(tmp_path / "link", tmp_path)
     for bad in ("web:0", "web:x", "web:1025", "web:-1", "web:1:2"):
         with pytest.raises(ValueError, match="write web:N"):
-            data.prepare(bad, cache_dir=str(tmp_path))
+            prepared(bad, tmp_path)
 
 
 # ---- the split ----
 
 def test_split_by_document_name(tmp_path):
     folder = folder_of(tmp_path, 300)
-    train, validation = data.prepare(folder, cache_dir=str(tmp_path / "cache"))
+    train, validation = prepared(folder, tmp_path)
     names = {text: name for name, text in data.documents(folder)}
     sides = [[names[text] for text in decoded(file)] for file in (train, validation)]
-    assert sorted(sides[0] + sides[1]) == sorted(names.values()) and len(sides[0]) == train.header["documents"]
-    assert min(map(data.name_hash, sides[0])) > 0.1 >= max(map(data.name_hash, sides[1])) and 10 < len(sides[1]) < 60
+    assert sorted(sides[0] + sides[1]) == sorted(names.values())
+    assert len(sides[0]) == train.header["documents"] and 10 < len(sides[1]) < 60
+    assert min(map(data.name_hash, sides[0])) > 0.1 >= max(map(data.name_hash, sides[1]))
     assert data.name_hash("json/decoder.py") == 0xbc8c91ce / 2**32  # sha1: the same on every machine
 
 
 def test_split_does_not_depend_on_neighbours(tmp_path):
     folder = folder_of(tmp_path, 200)
-    before = set(decoded(data.prepare(folder, cache_dir=str(tmp_path / "cache"))[1]))
+    before = set(decoded(prepared(folder, tmp_path)[1]))
     for i in range(0, 200, 2):
         os.remove(f"{folder}/sub{i % 3}/{i}.txt")
-    after = data.prepare(folder, cache_dir=str(tmp_path / "cache"))
+    after = prepared(folder, tmp_path)
     assert set(decoded(after[1])) <= before and not before & set(decoded(after[0]))
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_few_documents_leave_no_split_empty(tmp_path, n):
     folder = folder_of(tmp_path, n)
-    train, validation = data.prepare(folder, cache_dir=str(tmp_path / "cache"))
+    train, validation = prepared(folder, tmp_path)
     assert sorted(decoded(train) + decoded(validation)) == sorted(text for _, text in data.documents(folder))
     assert train.header["documents"] + validation.header["documents"] == n
 
@@ -174,32 +233,98 @@ def test_few_documents_leave_no_split_empty(tmp_path, n):
 def test_single_document_gives_its_tail(tmp_path):
     text = "".join(f"line {i} é\n" for i in range(1000))
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    train, validation = data.prepare(str(tmp_path / "book.txt"), cache_dir=str(tmp_path / "cache"))
-    assert decoded(train) == [text[: len(text) * 9 // 10]] and decoded(validation) == [text[len(text) * 9 // 10 :]]
-    (tmp_path / "one.txt").write_text("x")
-    with pytest.raises(ValueError, match="no text"):
-        data.prepare(str(tmp_path / "one.txt"), cache_dir=str(tmp_path / "cache"))
+    train, validation = prepared(tmp_path / "book.txt", tmp_path)
+    cut = len(text) * 9 // 10
+    assert decoded(train) == [text[:cut]] and decoded(validation) == [text[cut:]]
 
+
+def test_a_corpus_of_one_character(tmp_path):
+    write_bytes(tmp_path / "one.txt", b"x")
+    with pytest.raises(ValueError, match="one.txt: 1 characters are too little text"):
+        prepared(tmp_path / "one.txt", tmp_path)
+    write_bytes(tmp_path / "two.txt", b"xy")
+    tokens = prepared(tmp_path / "two.txt", tmp_path)[0].tokens
+    with pytest.raises(ValueError, match="a split of the corpus has 2 tokens, fewer than one window"):
+        data.Batches(tokens, 8, 1, 256)
+
+
+# ---- long documents ----
 
 def test_long_documents_keep_every_character(tmp_path):
-    folder = tmp_path / "long"
-    folder.mkdir()
     texts = {"lines": "é some line\n" * 400_000, "no_line_end": "x漢" * 1_500_000, "short": "a\n"}
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    files = data.prepare(str(folder), cache_dir=str(tmp_path / "cache"))
-    assert sorted(decoded(files[0]) + decoded(files[1])) == sorted(texts.values())
-    for part in data.pieces(str(folder), None, 0.1):
-        assert all(len(text) <= 2**20 and (ends or "x" in text or text.endswith("\n")) for _, text, ends in part)
+    folder = written(tmp_path / "long", **{name: text.encode() for name, text in texts.items()})
+    train, validation = prepared(folder, tmp_path)
+    assert sorted(decoded(train) + decoded(validation)) == sorted(texts.values())
+    for pieces in data.Corpus(folder, None).pieces(0.1):
+        for piece in pieces:
+            assert len(piece.text) <= data.PIECE
+            assert piece.ends or "x" in piece.text or piece.text.endswith("\n")
+
+
+def pieces_of(text, parts):
+    """What document_pieces makes of a text that comes in chunks of 700 characters."""
+    chunks = iter([text[i:i + 700] for i in range(0, len(text), 700)])
+    return list(data.document_pieces(data.Document("x", len(text), chunks), parts))
+
+
+def test_pieces_are_those_of_the_whole_text(monkeypatch):
+    """Read in chunks, a document is cut where it would be if it lay in memory: the definition, on it."""
+    monkeypatch.setattr(data, "PIECE", 1000)
+    random = np.random.RandomState(0)
+    for _ in range(50):
+        text = "".join(random.choice(list("abc\n"), random.randint(1, 5000), p=[0.4, 0.3, 0.297, 0.003]))
+        cut = random.randint(len(text) + 1)
+        expected = []
+        for split, first, stop in ((0, 0, cut), (1, cut, len(text))):
+            start = first
+            while start < stop:
+                end = stop
+                if stop - start > 1000:
+                    end = text.rfind("\n", start, start + 1000) + 1 or start + 1000
+                expected.append(data.Piece(split, text[start:end], start == first, end == stop))
+                start = end
+        assert pieces_of(text, [(0, cut), (1, len(text) - cut)]) == expected
+
+
+def test_a_file_that_shrinks_while_it_is_read():
+    with pytest.raises(ValueError, match="x: has changed while it was read"):
+        list(data.document_pieces(data.Document("x", 10, iter(["short"])), [(0, 10)]))
+
+
+def test_bounded_memory(tmp_path):
+    """A file of 40 MB passes through much less: some pieces, and their tokens."""
+    path = tmp_path / "big.txt"
+    with open(path, "w") as file:
+        for i in range(400):
+            file.write(f"{i:06d} {'x' * 92}\n" * 1000)
+    tracemalloc.start()
+    try:
+        train, validation = prepared(path, tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert train.header["count"] + validation.header["count"] == 40_000_002
+    # a batch of pieces (4 MB and one piece), twice while ids are made of it, and the file's buffers
+    assert peak < 20e6, f"{peak / 1e6:.0f} MB"
 
 
 # ---- token files ----
 
 def test_files_are_reused_and_rebuilt(tmp_path, monkeypatch):
-    folder, cache = folder_of(tmp_path), str(tmp_path / "cache")
-    builds, build = [], data.build
-    monkeypatch.setattr(data, "build", lambda *args: builds.append(1) or build(*args))
-    count = lambda name="bytes": (data.prepare(folder, name, cache), len(builds))[1]
+    folder = folder_of(tmp_path)
+    builds = []
+    build = data.build
+
+    def counting(*args):
+        builds.append(args)
+        return build(*args)
+
+    def count(name="bytes"):
+        """How often anything was built, this time included."""
+        prepared(folder, tmp_path, name)
+        return len(builds)
+
+    monkeypatch.setattr(data, "build", counting)
     assert [count(), count()] == [1, 1]
     file = f"{folder}/sub0/0.txt"
     stat = os.stat(file)
@@ -218,28 +343,33 @@ def test_files_are_reused_and_rebuilt(tmp_path, monkeypatch):
     encoding = small_bpe(262)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     assert [count("gpt2"), count("gpt2"), count()] == [6, 6, 6]
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small_bpe(300))  # another vocabulary under the same name
+    larger = small_bpe(300)  # another vocabulary under the same name
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: larger)
     assert count("gpt2") == 7
-    for split in (0, 1):
-        path = data.prepare(folder, "bytes", cache)[split].path
-        for damage in (lambda c: c[:-1], lambda c: c[:100], lambda c: b"", lambda c: bytes(50) + c[50:], lambda c: c + b"tail"):
-            with open(path, "rb") as f:
-                content = f.read()
-            with open(path, "wb") as f:
-                f.write(damage(content))
-            before = len(builds)
-            assert [count(), count()] == [before + 1] * 2
+
+
+@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize("damage", ["end", "header", "empty", "foreign", "longer", "format", "gone"])
+def test_damaged_files_are_rebuilt(tmp_path, damage, split):
+    folder = folder_of(tmp_path)
+    path = prepared(folder, tmp_path)[split].path
+    content = read_bytes(path)
+    changed = dict(end=content[:-1], header=content[:100], empty=b"", foreign=bytes(50) + content[50:],
+                   longer=content + b"tail", format=content.replace(b"DSATOK2", b"DSATOK1"), gone=b"")[damage]
+    write_bytes(path, changed)
+    if damage == "gone":
         os.remove(path)
-        assert count() == before + 2
+    assert prepared(folder, tmp_path)[split].path == path and read_bytes(path) == content
 
 
 def test_header_and_checksum(tmp_path):
-    train, validation = data.prepare(folder_of(tmp_path), cache_dir=str(tmp_path / "cache"))
-    head = open(train.path, "rb").read(1024)
-    header = json.loads(head[8:])
+    train, _ = prepared(folder_of(tmp_path), tmp_path)
+    content = read_bytes(train.path)
+    header = json.loads(content[8:1024])
     assert header == train.header
-    assert [header[key] for key in ("tokenizer", "vocab_size", "eot", "dtype")] == ["bytes", 257, 256, "uint16"]
-    body = open(train.path, "rb").read()[1024:]
+    keys = ("tokenizer", "vocab_size", "eot", "begin", "dtype")
+    assert [header[key] for key in keys] == ["bytes", 257, 256, [], "uint16"]
+    body = content[1024:]
     assert len(body) == 2 * header["count"] and hashlib.sha256(body).hexdigest() == header["sha256"]
     assert not train.tokens.flags.writeable
     train.verify()
@@ -250,8 +380,10 @@ def test_header_and_checksum(tmp_path):
         data.TokenFile(train.path).verify()
 
 
-@pytest.mark.parametrize("content", [b"", b"short", bytes(5000), b"DSATOK1\n" + b"{" * 2000, b"DSATOK1\n{}" + b" " * 2000,
-                                     b"DSATOK1\n" + json.dumps({"dtype": "uint16", "count": None}).encode().ljust(2000)], ids=lambda x: ascii(x)[:20])
+@pytest.mark.parametrize("content", [
+    b"", b"short", bytes(5000), b"DSATOK2\n" + b"{" * 2000, b"DSATOK2\n{}" + b" " * 2000,
+    b"DSATOK2\n" + json.dumps({"dtype": "uint16", "count": None}).encode().ljust(2000)],
+    ids=lambda x: ascii(x)[:20])
 def test_foreign_files(tmp_path, content):
     path = tmp_path / "foreign.bin"
     path.write_bytes(content)
@@ -260,49 +392,92 @@ def test_foreign_files(tmp_path, content):
 
 
 def test_same_content_same_files(tmp_path):
-    a, b = (data.prepare(folder_of(tmp_path / where), cache_dir=str(tmp_path / f"cache_{where}")) for where in "ab")
-    assert [file.header["sha256"] for file in a] == [file.header["sha256"] for file in b]
+    hashes = []
+    for where in ("a", "b"):
+        folder = folder_of(tmp_path / where)
+        hashes.append([file.header["sha256"] for file in prepared(folder, tmp_path / where)])
+    assert hashes[0] == hashes[1]
 
 
 def test_two_folders_of_one_name_do_not_share_files(tmp_path):
-    paths = {data.prepare(folder_of(tmp_path / where), cache_dir=str(tmp_path / "cache"))[0].path for where in "ab"}
-    assert len(paths) == 2
+    assert len({prepared(folder_of(tmp_path / where), tmp_path)[0].path for where in ("a", "b")}) == 2
+
+
+def in_a_process(code, *args):
+    """Run Python code with these arguments in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_kill_leaves_no_half_file(tmp_path):
-    folder, cache = folder_of(tmp_path), tmp_path / "cache"
-    code = ("import data, os, signal, sys\n"
-            "finish = data.TokenWriter.finish\n"
-            "def die(self, **header):\n"  # kill -9 when everything is written but the header and the name
-            "    self.file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-            "data.TokenWriter.finish = die\n"
-            "data.prepare(sys.argv[1], cache_dir=sys.argv[2])\n")
-    killed = subprocess.run([sys.executable, "-c", code, folder, str(cache)], cwd=HERE)
+    folder = folder_of(tmp_path)
+    cache = tmp_path / "cache"
+    # kill -9 when everything is written but the header and the name
+    killed = in_a_process(
+        "import data, os, signal, sys\n"
+        "def die(self, **header):\n"
+        "    self.file.flush()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "data.TokenWriter.finish = die\n"
+        "data.prepare(sys.argv[1], cache_dir=sys.argv[2])\n", folder, cache)
     left = list(cache.iterdir())
-    assert killed.returncode == -signal.SIGKILL and len(left) == 2 and all(path.suffix == ".tmp" for path in left)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(left) == 2 and all(path.suffix == ".tmp" for path in left)
     os.utime(left[0], (0, 0))  # one is old by now; the other might belong to a living process
-    for file in data.prepare(folder, cache_dir=str(cache)):
+    for file in prepared(folder, tmp_path):
         file.verify()
-    assert sorted(path.suffix for path in cache.iterdir()) == [".bin", ".bin", ".tmp"] and not left[0].exists()
+    assert sorted(path.suffix for path in cache.iterdir()) == [".bin", ".bin", ".tmp"]
+    assert not left[0].exists()
+
+
+def test_full_disk_leaves_what_was_there(tmp_path):
+    """As a limit on the size of files, met while writing and only at the end: one line, the files of before,
+    nothing else."""
+    folder = folder_of(tmp_path)
+    before = {file.path: read_bytes(file.path) for file in prepared(folder, tmp_path)}
+    write_bytes(f"{folder}/sub0/0.txt", b"word " * 100_000)
+    full = in_a_process(
+        "import data, resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "for source, limit in ((sys.argv[1], 100_000), (sys.argv[2], 1100)):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "    try:\n"
+        "        data.prepare(source, cache_dir=sys.argv[3])\n"
+        "    except OSError as error:\n"
+        "        print(error)\n", folder, folder_of(tmp_path, name="small"), tmp_path / "cache")
+    said = full.stdout.splitlines()
+    assert full.returncode == 0 and len(said) == 2, full.stderr
+    for line in said:
+        assert re.fullmatch(r".*\.bin: not written \(.*\); what was there is as it was", line), line
+    assert {str(path): path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
 
 
 def test_exception_leaves_nothing(tmp_path, monkeypatch):
-    folder, cache = folder_of(tmp_path), tmp_path / "cache"
-    before = {file.path: open(file.path, "rb").read() for file in data.prepare(folder, cache_dir=str(cache))}
+    folder = folder_of(tmp_path)
+    before = {file.path: read_bytes(file.path) for file in prepared(folder, tmp_path)}
     os.remove(f"{folder}/sub0/0.txt")
 
     def fail(self, ids):
         raise OSError("No space left on device")
+
     monkeypatch.setattr(data.TokenWriter, "write", fail)
     with pytest.raises(OSError, match="No space"):
-        data.prepare(folder, cache_dir=str(cache))
-    assert {str(path): path.read_bytes() for path in cache.iterdir()} == before
+        prepared(folder, tmp_path)
+    assert {str(path): path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
+
+
+def test_a_cache_behind_a_dangling_link(tmp_path):
+    (tmp_path / "cache").symlink_to("unmounted")
+    with pytest.raises(FileNotFoundError, match="cache: a link to unmounted, which does not exist"):
+        prepared(folder_of(tmp_path), tmp_path)
 
 
 # ---- downloads, from a server of our own ----
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves server.files {path: bytes}, in ranges if server.ranges, hangs up after server.limit bytes, notes what it has seen."""
+    """Serves server.files {path: bytes}, in ranges if server.ranges, hangs up after server.limit bytes, notes
+    what it has seen."""
 
     def do_GET(self):
         body = self.server.files.get(self.path)
@@ -313,7 +488,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
-        self.wfile.write(body[start:][: self.server.limit])
+        self.wfile.write(body[start:][:self.server.limit])
 
     def log_message(self, *args):
         pass
@@ -322,7 +497,10 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.files, server.seen, server.ranges, server.limit = {}, [], True, None
+    server.files = {}
+    server.seen = []
+    server.ranges = True
+    server.limit = None
     server.url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -339,11 +517,14 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_download_and_resume(server, tmp_path, ranges):
-    server.files["/file"], server.ranges, path = CONTENT, ranges, tmp_path / "sub" / "file"
+    server.files["/file"] = CONTENT
+    server.ranges = ranges
     server.limit = 1_000_000
+    path = tmp_path / "sub" / "file"
     with pytest.raises(ConnectionError, match="ended after 1,000,000 of 5,120,000 bytes.*run again") as error:
         data.download(server.url + "/file", str(path), SHA256, len(CONTENT))
-    assert "\n" not in str(error.value) and not path.exists() and os.path.getsize(f"{path}.part") == 1_000_000
+    assert "\n" not in str(error.value)
+    assert not path.exists() and os.path.getsize(f"{path}.part") == 1_000_000
     server.limit = None
     assert data.download(server.url + "/file", str(path), SHA256, len(CONTENT)) == str(path)
     assert path.read_bytes() == CONTENT and os.listdir(path.parent) == ["file"]
@@ -383,7 +564,12 @@ def test_no_network(server, tmp_path):
 
 
 def pages(shard, n=200):
-    return [{"url": f"https://example.org/{shard}/{i}", "text": f"page {i} of {shard}\n\ud83d" + "é" * i} for i in range(n)]
+    """Pages of one shard of C4, the last of them empty."""
+    found = []
+    for i in range(n):
+        text = f"page {i} of {shard}\n\ud83d" + "é" * i
+        found.append({"url": f"https://example.org/{shard}/{i}", "text": text})
+    return [*found, {"url": f"https://example.org/{shard}/empty", "text": ""}]
 
 
 def serve_c4(server, monkeypatch, shards=2):
@@ -391,50 +577,53 @@ def serve_c4(server, monkeypatch, shards=2):
     for shard in range(shards):
         content = gzip.compress("".join(json.dumps(page) + "\n" for page in pages(shard)).encode())
         sha256 = hashlib.sha256(content).hexdigest()
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n"
         server.files[f"/resolve/c4.{shard:05d}.json.gz"] = content
-        server.files[f"/raw/c4.{shard:05d}.json.gz"] = (f"version https://git-lfs.github.com/spec/v1\n"
-                                                        f"oid sha256:{sha256}\nsize {len(content)}\n").encode()
+        server.files[f"/raw/c4.{shard:05d}.json.gz"] = pointer.encode()
 
 
-def test_web(server, tmp_path, monkeypatch):
+def test_web(server, tmp_path, monkeypatch, capsys):
     serve_c4(server, monkeypatch)
-    cache = str(tmp_path / "cache")
-    train, validation = data.prepare("web:2", cache_dir=cache)
-    texts = [page["text"].replace("\ud83d", "?") for shard in range(2) for page in pages(shard)]
-    assert sorted(decoded(train) + decoded(validation)) == sorted(texts) and validation.header["documents"] > 10
-    assert [path for path, _ in server.seen] == [f"/{kind}/c4.0000{shard}.json.gz" for kind in ("raw", "resolve") for shard in (0, 1)]
-    one = data.prepare("web", cache_dir=cache)
+    train, validation = prepared("web:2", tmp_path)
+    texts = [page["text"].replace("\ud83d", "?") for shard in range(2) for page in pages(shard)[:-1]]
+    assert sorted(decoded(train) + decoded(validation)) == sorted(texts)
+    assert validation.header["documents"] > 10
+    assert "left out 2 empty (first: https://example.org/0/empty)" in capsys.readouterr().err
+    assert [path for path, _ in server.seen] == [
+        f"/{kind}/c4.0000{shard}.json.gz" for kind in ("raw", "resolve") for shard in (0, 1)]
+    one = prepared("web", tmp_path)
     assert one[0].header["documents"] + one[1].header["documents"] == 200 and one[0].path != train.path
     server.files.clear()  # from here on there is no network, and the raw shards may go as well
     for shard in range(2):
-        os.remove(f"{cache}/c4/c4-train.{shard:05d}.json.gz")
-    again = data.prepare("web:2", cache_dir=cache)
-    assert again[0].header == train.header and len(server.seen) == 4
+        os.remove(tmp_path / "cache" / "c4" / f"c4-train.{shard:05d}.json.gz")
+    assert prepared("web:2", tmp_path)[0].header == train.header and len(server.seen) == 4
     os.remove(train.path)
     with pytest.raises(ConnectionError, match="resolve/c4.00000"):
-        data.prepare("web:2", cache_dir=cache)
+        prepared("web:2", tmp_path)
 
 
 def test_web_without_a_pointer(server, tmp_path, monkeypatch):
     serve_c4(server, monkeypatch, 1)
     server.files["/raw/c4.00000.json.gz"] = b"<html>Please log in</html>"
     with pytest.raises(ValueError, match="holds no git-LFS pointer"):
-        data.prepare("web", cache_dir=str(tmp_path))
+        prepared("web", tmp_path)
     serve_c4(server, monkeypatch, 1)
-    data.prepare("web", cache_dir=str(tmp_path))  # what was wrong has not been kept
+    prepared("web", tmp_path)  # what was wrong has not been kept
 
 
 def test_web_pins_a_revision():
-    url = data.C4.format("raw", 7)
-    assert re.fullmatch(r"https://huggingface.co/datasets/allenai/c4/raw/[0-9a-f]{40}/en/c4-train.00007-of-01024.json.gz", url)
+    pinned = r"https://huggingface.co/datasets/allenai/c4/raw/[0-9a-f]{40}/en/c4-train.00007-of-01024.json.gz"
+    assert re.fullmatch(pinned, data.C4.format("raw", 7))
 
 
 def test_shakespeare(server, tmp_path, monkeypatch):
     text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 100
-    monkeypatch.setattr(data, "SHAKESPEARE", (server.url + "/input.txt", hashlib.sha256(text.encode()).hexdigest(), len(text)))
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    monkeypatch.setattr(data, "SHAKESPEARE", (server.url + "/input.txt", sha256, len(text)))
     server.files["/input.txt"] = text.encode()
-    train, validation = data.prepare("shakespeare", cache_dir=str(tmp_path))
-    assert decoded(train)[0] + decoded(validation)[0] == text and train.header["documents"] == validation.header["documents"] == 1
+    train, validation = prepared("shakespeare", tmp_path)
+    assert decoded(train)[0] + decoded(validation)[0] == text
+    assert train.header["documents"] == validation.header["documents"] == 1
 
 
 # ---- batches ----
@@ -448,10 +637,14 @@ def test_windows_and_targets():
         assert (x.dtype, y.dtype, first.dtype) == (torch.int64, torch.int64, torch.int32)
         for row, target, begin in zip(x.tolist(), y.tolist(), first.tolist()):
             window = row + target[-1:]
-            assert row[1:] == target[:-1] and window in np.lib.stride_tricks.sliding_window_view(tokens, 17).tolist()
-            expected, start = [], 0
-            for i in range(16):  # the definition: a document begins behind an EOT, which belongs to the document before
-                start = i if i and row[i - 1] == 0 else start
+            assert row[1:] == target[:-1]
+            assert window in np.lib.stride_tricks.sliding_window_view(tokens, 17).tolist()
+            # the definition: a document begins behind an EOT, which belongs to the document before
+            expected = []
+            start = 0
+            for i in range(16):
+                if i and row[i - 1] == 0:
+                    start = i
                 expected.append(start)
             assert begin == expected
 
@@ -459,24 +652,32 @@ def test_windows_and_targets():
 def test_first_by_hand():
     tokens = np.array([5, 6, 9, 9, 7, 8, 9], np.uint16)  # EOT = 9, one window
     x, y, first = data.Batches(tokens, 6, 1, eot=9).batch(0)
-    assert x.tolist() == [[5, 6, 9, 9, 7, 8]] and y.tolist() == [[6, 9, 9, 7, 8, 9]] and first.tolist() == [[0, 0, 0, 3, 4, 4]]
+    assert x.tolist() == [[5, 6, 9, 9, 7, 8]] and y.tolist() == [[6, 9, 9, 7, 8, 9]]
+    assert first.tolist() == [[0, 0, 0, 3, 4, 4]]
 
 
-@pytest.mark.parametrize("N, S", [(1000, 16), (1001, 16), (33, 16), (32, 16), (31, 16), (17, 16), (5, 1), (2, 1)])
+@pytest.mark.parametrize("N, S", [
+    (1000, 16), (1001, 16), (33, 16), (32, 16), (31, 16), (17, 16), (5, 2), (3, 2)])
 def test_an_epoch_visits_each_window_once(N, S):
     batches = data.Batches(np.arange(N), S, 1, eot=-1, seed=7)
     offsets = set()
     for epoch in range(12):
-        starts = [int(batches.batch(epoch * batches.windows + i)[0][0, 0]) for i in range(batches.windows)]
-        assert sorted(starts) == list(range(min(starts), min(starts) + S * batches.windows, S)) and max(starts) + S < N
-        assert min(starts) < S or batches.windows == 1
-        offsets.add(min(starts))
-    assert batches.windows >= max(1, N // S - 1) and (len(offsets) > 1 or N <= S + 1 or S == 1)
+        starts = []
+        for i in range(batches.windows):
+            starts.append(int(batches.batch(epoch * batches.windows + i)[0][0, 0]))
+        low = min(starts)
+        assert sorted(starts) == list(range(low, low + S * batches.windows, S)) and max(starts) + S < N
+        assert low < S or batches.windows == 1
+        offsets.add(low)
+    assert batches.windows >= max(1, N // S - 1) and (len(offsets) > 1 or N <= S + 1)
 
 
 def test_batch_is_a_pure_function():
     tokens = np.random.RandomState(0).randint(0, 50, 3000)
-    make = lambda seed=1: data.Batches(tokens, 32, 5, eot=0, seed=seed)
+
+    def make(seed=1):
+        return data.Batches(tokens, 32, 5, eot=0, seed=seed)
+
     forward = make()
     straight = [forward.batch(n) for n in range(60)]  # more than three epochs; a batch may cross two
     shuffled = make()
@@ -484,9 +685,10 @@ def test_batch_is_a_pure_function():
         assert all(torch.equal(a, b) for a, b in zip(shuffled.batch(n), straight[n]))
     assert all(torch.equal(a, b) for a, b in zip(make().batch(37), straight[37]))  # resumed
     assert not torch.equal(make(2).batch(0)[0], straight[0][0])
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    of_torch = torch.get_rng_state()
+    of_numpy = np.random.get_state()[1].copy()
     make(3).batch(0)
-    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), of_torch) and (np.random.get_state()[1] == of_numpy).all()
 
 
 def test_order_never_changes():
@@ -496,15 +698,30 @@ def test_order_never_changes():
     assert data.epoch_starts(100, 10, 1337 + 2**32, 0).tolist() == starts
 
 
+def test_content_never_changes(tmp_path):
+    """The same for what is in the token files of a folder of text under the bytes tokenizer."""
+    train, validation = prepared(folder_of(tmp_path), tmp_path)
+    assert [file.header["sha256"][:16] for file in (train, validation)] == [
+        "2f08899cec666d6d", "0d07e8fbf9a4eeab"]
+    assert [file.header["count"] for file in (train, validation)] == [2806, 204]
+
+
+@pytest.mark.parametrize("block_size", [1, 0, -3])
+def test_a_context_of_one_token(block_size):
+    with pytest.raises(ValueError, match=f"--block_size={block_size}: a context of at least 2 tokens"):
+        data.Batches(np.zeros(100, np.uint16), block_size, 1, eot=1)
+
+
 def test_too_few_tokens():
-    with pytest.raises(ValueError, match=r"16 tokens, fewer than one window of block_size \+ 1 = 17.*--block_size"):
+    message = r"16 tokens, fewer than one window of block_size \+ 1 = 17.*--block_size"
+    with pytest.raises(ValueError, match=message):
         data.Batches(np.zeros(16, np.uint16), 16, 1, eot=1)
     data.Batches(np.zeros(17, np.uint16), 16, 1, eot=1).batch(5)
 
 
 def test_batches_of_a_token_file(tmp_path):
-    train, _ = data.prepare(folder_of(tmp_path), cache_dir=str(tmp_path / "cache"))
-    x, y, first = data.Batches(train.tokens, 64, 2, train.header["eot"]).batch(0)
+    train, _ = prepared(folder_of(tmp_path), tmp_path)
+    x, _, first = data.Batches(train.tokens, 64, 2, train.header["eot"]).batch(0)
     assert (x < 257).all() and (first <= torch.arange(64)).all() and (first > 0).any()
     assert ((x[:, :-1] == 256) == (first[:, 1:] == torch.arange(1, 64))).all()
 
@@ -513,41 +730,45 @@ def test_batches_of_a_token_file(tmp_path):
 
 def test_script(tmp_path):
     folder = folder_of(tmp_path)
-    done = subprocess.run([sys.executable, os.path.join(HERE, "data.py"), f"--data={folder}"], capture_output=True, text=True,
-                          env={**os.environ, "DSA_DATA_DIR": str(tmp_path / "cache")})
-    train, validation = data.prepare(folder, cache_dir=str(tmp_path / "cache"))
-    assert done.returncode == 0 and f"{train.header['count']:,} tokens" in done.stdout and validation.path in done.stdout
+    environment = {**os.environ, "DSA_DATA_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, os.path.join(ROOT, "data.py"), f"--data={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    train, validation = prepared(folder, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{train.header['count']:,} tokens" in done.stdout and validation.path in done.stdout
 
 
-@pytest.mark.parametrize("arg", ["--data=/no/such/file", "--tokenizer=nope", "--nope", "--data=web:0", "--data=/dev/null"])
+@pytest.mark.parametrize("arg", [
+    "--data=/no/such/file", "--tokenizer=nope", "--nope", "--data=web:0", "--data=/dev/null"])
 def test_script_bad_input(tmp_path, arg, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data.py", f"--cache_dir={tmp_path}", arg])
     with pytest.raises(SystemExit) as exit:
-        data.cli.run(data.main)
+        cli.run(data.main)
     out, err = capsys.readouterr()
-    assert exit.value.code == 2 and not out and re.fullmatch(r"data.py: .*\n", err) and not os.listdir(tmp_path)
-
-
-def test_bytes_pass_no_loop(monkeypatch):
-    """Bytes are views of the text, not the ids of tiktoken's own loop, which makes some 30 MB a second."""
-    encoding = data.tokenizer("bytes")
-    monkeypatch.setattr(encoding, "encode_ordinary_batch", None)
-    assert [x.tolist() for x in data.encode(encoding, ["é", ""])] == [[0xC3, 0xA9], []]
+    assert exit.value.code == 2 and not out
+    assert re.fullmatch(r"data.py: .*\n", err) and not os.listdir(tmp_path)
 
 
 def test_copies_return_at_every_distance():
-    """Text and strings of two alphabets: the text stays in order, most strings return whole, as often in every octave of distance, and never at a rhythm."""
-    letters, digits = np.array(list("abcdefgh \n")), np.array(list("0123456789ABCDEFGHIJKLMNOP"))
+    """Text and strings of two alphabets: the text stays in order, most strings return whole, as often in
+    every octave of distance, and never at a rhythm."""
+    letters = np.array(list("abcdefgh \n"))
+    digits = np.array(list("0123456789ABCDEFGHIJKLMNOP"))
     text = "".join(np.random.RandomState(0).choice(letters, 40000))
-    make = lambda seed: copies.document(np.random.RandomState(seed), text, digits, 32768)
+
+    def make(seed):
+        return copies.document(np.random.RandomState(seed), text, digits, 32768)
+
     document = make(1)
     assert len(document) == 32768 and document == make(1) != make(2)
     assert text.startswith("".join(c for c in document if c in letters))
     found = list(re.finditer("[0-9A-P]+", document))[:-1]
     assert all(16 <= len(m[0]) <= 48 for m in found) and 0.4 < sum(len(m[0]) for m in found) / 32768 < 0.6
-    last, back = {}, []
+    last = {}
+    back = []
     for m in found:
-        back += [m.start() - last[m[0]]] if m[0] in last else []
+        if m[0] in last:
+            back.append(m.start() - last[m[0]])
         last[m[0]] = m.start()
     octaves = np.bincount(np.log2(back).astype(int), minlength=15)[6:14] / len(back)
     assert len(back) > 0.6 * len(found) and octaves.min() > 0.04 and octaves.max() < 0.3, octaves
