@@ -9,9 +9,8 @@ Stages (DeepSeek-V3.2-Exp, section 2.1.1; each starts from the checkpoint of the
   warmup   everything frozen but the indexer, which learns to predict where the dense attention looks (KL)
   sparse   every query reads only its top-k tokens; the model learns from the language-model loss, the indexer
            from its KL alone
-  control  the sparse stage's baseline: the same start, batches and steps with dense attention, indexers
-  frozen;
-           not part of --stage=all, and unlike other stages it takes its options from the run in out_dir
+  control  the sparse stage's baseline: the same start, batches and steps with dense attention and frozen
+           indexers; not part of --stage=all, and it takes its options from the run in out_dir
 
 A run follows from its options: batch n is a function of (seed, n), so an interrupted run continues with
 --resume as if nothing had happened. out_dir holds run.json (options, versions), metrics.jsonl, plot.png,
@@ -353,11 +352,11 @@ class Run:
     saved: dict | None  # the trainer state that its first stage continues from
     model: Transformer
     forward: Callable  # the model, or it compiled
+    rate: float  # FLOPs per second that the device reaches
     batches: data.Batches
     validation: data.Batches
     training_file: data.TokenFile
     validation_file: data.TokenFile
-    rate: float  # FLOPs per second that the device reaches
 
     def autocast(self):
         """A context for linear layers in o.dtype."""
@@ -405,8 +404,10 @@ def set_up(o, sizes, device):
     model.detach = o.detach
     forward = torch.compile(model) if o.compile else model
     rate = report.matmul_rate(device, getattr(torch, o.dtype))
-    return Run(o, device, out, stages, replaced, earlier, saved, model, forward, batches, validation,
-               training_file, validation_file, rate)
+    return Run(
+        o=o, device=device, out=out, stages=stages, replaced=replaced, earlier=earlier, saved=saved,
+        model=model, forward=forward, rate=rate,
+        batches=batches, validation=validation, training_file=training_file, validation_file=validation_file)
 
 
 def earlier_folders(out, stages):

@@ -55,7 +55,7 @@ def add_field(parser, field, gpu):
     """Offer a dataclass field made by config.option as --name. gpu: its default on a GPU, or None."""
     kind = boolean if field.type is bool else field.type
     choices = field.metadata["choices"]
-    default = f"default {field.default}"
+    default = f"default {'none' if field.default == '' else field.default}"
     if gpu is not None:
         default += f", on a GPU {gpu}"
     flag = dict(nargs="?", const=True) if field.type is bool else {}  # --name alone means true

@@ -586,7 +586,7 @@ BAD = [
     ("tools/report.py", "out --plots", "--plots keeps the pictures of a run"),
     ("tools/report.py", "foreign --compare=out", "foreign/metrics.jsonl: no such file"),
     ("sample.py", "--checkpoint=nowhere", "nowhere"),
-    ("sample.py", "--checkpoint=foreign", "model_type=gpt2"),
+    ("sample.py", "--checkpoint=foreign", "is not supported"),
     ("sample.py", "--checkpoint=nojson", "JSON"),
     ("sample.py", "--checkpoint=truncated", "truncated"),
     ("sample.py", "--checkpoint=no-end", "names no end-of-text token to begin with"),
