@@ -99,6 +99,37 @@ def test_weight_decay_is_for_matrices():
     assert all(rate == (0.3 if p.dim() > 1 else 0) for p, rate in decay.items())
 
 
+def test_batches_count_on():
+    """From step to step and from stage to stage: none is seen twice."""
+    o = options(dense_steps=6, warmup_steps=5, sparse_steps=4, gradient_accumulation_steps=3)
+    numbers = []
+    for stage, steps in dict(dense=6, warmup=5, sparse=4).items():
+        for step in range(steps):
+            numbers += train.batch_numbers(o, stage, step)
+    assert numbers == [*range(3 * 15)]
+
+
+def test_the_model_and_the_indexers_are_clipped_apart(place, run, monkeypatch):
+    """(T22) What the optimizer is given, with a limit far below both norms: each of them has that norm."""
+    step = torch.optim.AdamW.step
+    norms = []
+
+    def watched(optimizer, *args, **kwargs):
+        gradients = [[p.grad for p in group["params"]] for group in optimizer.param_groups]
+        main = torch.nn.utils.get_total_norm(gradients[0] + gradients[1])
+        index = torch.nn.utils.get_total_norm(gradients[2] + gradients[3])
+        norms.extend((main.item(), index.item()))
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    short = ("--stage=sparse", "--sparse_steps=1", f"--init_from={run[0]}/warmup", "--grad_clip=1e-5")
+    assert train_small(place, "clipped", *short)[0] == 0
+    # clip_grad_norm_ divides by norm + 1e-6
+    [record] = metrics(place / "clipped")
+    for norm, before in zip(norms, (record["grad_norm"], record["index_grad_norm"]), strict=True):
+        assert before > 2e-5 and norm == pytest.approx(1e-5 * before / (before + 1e-6), rel=1e-4)
+
+
 # ---- FLOPs ----
 
 def count_next_token_loss(h, weight, targets, dtype, backend, learn_h, learn_weight, *, out_shape=None):
