@@ -1,5 +1,7 @@
 """Generation: the prompt enters the caches in chunks, then one token at a time. On a GPU a decoding step is
 one CUDA graph."""
+import math
+
 import torch
 
 from sparse_attn import Cache
@@ -74,19 +76,20 @@ class Decoder:
     def capture(self):
         """The first forward runs beside the graph: it compiles kernels, which a capture cannot, and what it
         writes the replay writes again."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.forward(self.last)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.forward(self.last)
+        with torch.cuda.device(self.token.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.forward(self.last)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=side):
+                self.logits = self.forward(self.last)
 
 
 def check(T, n, temperature, top_k, top_p, chunk, config):
     """ValueError: options of `stream` that mean nothing, a prompt that is empty or too long."""
-    if not temperature >= 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: must be at least 0")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: must be at least 1")
@@ -95,7 +98,7 @@ def check(T, n, temperature, top_k, top_p, chunk, config):
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: must be at least 1")
     longest = config.max_position_embeddings
-    if T < 1 or T + n > longest:
+    if T < 1 or n < 0 or T + n > longest:
         raise ValueError(f"prompt of {T} tokens + {n} new ones: must be between 1 and "
                          f"max_position_embeddings={longest}; shorten either")
 
@@ -122,23 +125,29 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         caches.append(Cache(config, B, T + n, device, dtype, fp8_cache, model.index_fp8, indexed))
     model.cache_bytes_per_token = sum(cache.bytes_per_token for cache in caches)
 
-    first = document_starts(idx, end_ids)  # (B, T)
+    first = document_starts(idx.cpu(), end_ids)  # (B, T)
     packed = bool(first.any())  # one document needs no bounds
+    first = first.to(device)
     for position in torch.arange(T, device=device).split(chunk):
         bounds = first[:, position] if packed else None
         logits, _ = model(idx[:, position], first=bounds, caches=caches, position=position)
+
+    if logits[:, -1].isnan().any():
+        raise ValueError("the model's next token is not a number: its weights are damaged, or overflow in "
+                         "this dtype")
 
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
     decoder = Decoder(model, caches, B, device, model.backend_on(device))
     start = first[:, -1]  # (B,) where the document of the last token begins
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    token = idx[:, -1]
+    is_end = torch.isin(idx[:, -1], ends)  # (B,)
     for t in range(T, T + n):
-        start = start.masked_fill(torch.isin(token, ends), t)
+        start = start.masked_fill(is_end, t)
         token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
+        is_end = torch.isin(token, ends)
         yield token.masked_fill(ended, -1)
         if end_ids and not go_on:
-            ended = ended | torch.isin(token, ends)
+            ended = ended | is_end
             if ended.all():
                 return
         if t + 1 < T + n:

@@ -195,7 +195,7 @@ class Attention(nn.Module):
         self.rope = config.qk_rope_head_dim
         self.value = config.v_head_dim
         self.rank = config.kv_lora_rank
-        self.topk = config.index_topk
+        self.config = config
         hidden = config.hidden_size
         bias = config.attention_bias
         if config.q_lora_rank:
@@ -270,7 +270,7 @@ class Attention(nn.Module):
         T = latents.shape[1]
 
         # Up to k tokens, selecting is attending to all: the dense path
-        sparse = run.sparse and (T > self.topk or run.index_loss)
+        sparse = run.sparse and (T > self.config.index_topk or run.index_loss)
         absorbed = sparse or (cache is not None and S <= DECODE_QUERIES)
         if not sparse and latents.dtype == torch.uint8:
             latents = sparse_attn.unpack_latents(latents, self.rank, h.dtype)
@@ -287,7 +287,7 @@ class Attention(nn.Module):
         with exact(h):
             if sparse:
                 if self.indexer:
-                    indices = scorer.select(run.ops, self.topk, run.first, run.last)  # (B, S, k)
+                    indices = scorer.select(run.ops, self.config.index_topk, run.first, run.last)  # (B, S, k)
                 out, lse = run.ops.sparse_attention(q, latents, indices, self.scale, self.rank)
             else:
                 out, lse = run.ops.dense_attention(q, k, v, self.scale, run.first, run.last)
@@ -334,7 +334,7 @@ class Attention(nn.Module):
         first = torch.zeros_like(last) if run.first is None else run.first[:, rows]
         if indices is None:
             some = scorer._replace(q=scorer.q[:, rows], w=scorer.w[:, rows])
-            chosen = some.select(run.ops, self.topk, first, last)  # (B, 16, k)
+            chosen = some.select(run.ops, self.config.index_topk, first, last)  # (B, 16, k)
         else:
             chosen = indices[:, rows]
         q = self.absorb(q_nope[:, rows], q_rope[:, rows])  # (B, 16, H, rank + rope)

@@ -3,96 +3,157 @@
     python sample.py --prompt="def main("                    # from out/sparse
     echo "def main(" | python sample.py - --temperature=0    # prompt from standard input
 """
+import math
+import os
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-from support import files
-from support import tokenizer
-from support import checkpoint
-from support import cli
 from generate import stream
-from config import Config
 from model import Transformer
+from support import checkpoint, cli, files, tokenizer
 
 
 def options(argv):
     """-> the parsed command line. ValueError: one line naming value and fix."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("stdin", nargs="?", choices=["-"], help="read the prompt from standard input")
-    parser.add_argument("--checkpoint", default="out/sparse", help="folder with config.json and weights, ours or a published one (default %(default)s)")
-    parser.add_argument("--prompt", help="text to continue (default: end of text, so that a document begins)")
-    parser.add_argument("--prompt_file", help="file with the text to continue")
-    parser.add_argument("--num_tokens", type=int, default=500, help="tokens to generate (default %(default)s)")
-    parser.add_argument("--count", type=int, default=1, help="independent continuations (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default %(default)s)")
-    parser.add_argument("--top_k", type=int, help="sample from the k most likely tokens")
-    parser.add_argument("--top_p", type=float, help="sample from the most likely tokens of this total probability")
-    parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--attention", choices=["dense", "sparse"], help="default: sparse if the checkpoint has an indexer")
-    parser.add_argument("--index_fp8", type=cli.boolean, default=True, help="score quantised indexer keys and queries (default true)")
-    parser.add_argument("--cache", choices=["auto", "fp8"], default="auto", help="latent cache in the model's precision, or in the published FP8 layout")
-    parser.add_argument("--chunk", type=int, default=1024, help="prompt tokens that enter the cache at once (default %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: bfloat16 on a GPU, else float32)")
-    parser.add_argument("--backend", choices=["auto", "torch", "triton"], default="auto", help="attention path (auto: triton on a CUDA GPU)")
+    add = parser.add_argument
+    add("stdin", nargs="?", choices=["-"], help="read the prompt from standard input")
+    add("--checkpoint", default="out/sparse", help="folder with config.json and weights, ours or a published "
+        "one (default %(default)s)")
+    add("--prompt", help="text to continue (default: none, a document begins)")
+    add("--prompt_file", help="file with the text to continue")
+    add("--special", action="store_true", help="special tokens that the prompt spells, such as <|endoftext|>"
+        ", count as these tokens (default: as text)")
+    add("--num_tokens", type=int, default=500, help="most tokens to generate (default %(default)s)")
+    add("--ignore_eos", action="store_true", help="do not stop at an end of text: another text begins there")
+    add("--count", type=int, default=1, help="independent continuations (default %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0 takes the most likely token (default %(default)s)")
+    add("--top_k", type=int, help="sample from the k most likely tokens")
+    add("--top_p", type=float, help="sample from the most likely tokens of this total probability")
+    add("--seed", type=int, default=1337, help="of the random choices (default %(default)s)")
+    add("--attention", choices=["dense", "sparse"], help="default: sparse if the checkpoint has an indexer")
+    add("--index_fp8", type=cli.boolean, default=True, help="score quantised indexer keys and queries "
+        "(default true)")
+    add("--cache", choices=["auto", "fp8"], default="auto", help="latent cache in the model's precision, or "
+        "in the published FP8 layout")
+    add("--chunk", type=int, default=1024, help="prompt tokens that enter the cache at once (default "
+        "%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: bfloat16 on a GPU, else "
+        "float32)")
+    add("--backend", choices=["auto", "torch", "triton"], default="auto", help="attention path (auto: triton "
+        "on a CUDA GPU)")
     o = parser.parse_args(argv)
-    if sum(x is not None for x in (o.stdin, o.prompt, o.prompt_file)) > 1:
+    if sum(source is not None for source in (o.stdin, o.prompt, o.prompt_file)) > 1:
         raise ValueError("give one of --prompt, --prompt_file and -, not several")
-    for name, low in (("num_tokens", 1), ("count", 1), ("chunk", 1), ("temperature", 0), ("top_k", 1)):
-        if getattr(o, name) is not None and not getattr(o, name) >= low:
-            raise ValueError(f"--{name}={getattr(o, name)}: must be at least {low}")
+    cli.check_ranges(o, ("num_tokens", 1, math.inf), ("count", 1, math.inf), ("chunk", 1, math.inf),
+                     ("temperature", 0, math.inf), ("seed", 0, 2**63 - 1))
+    if o.top_k is not None:
+        cli.check_ranges(o, ("top_k", 1, math.inf))
     if o.top_p is not None and not 0 < o.top_p <= 1:
         raise ValueError(f"--top_p={o.top_p}: a probability above 0 and up to 1")
     return o
 
 
+def prompt_text(o):
+    """The text to continue, "" for none. FileNotFoundError, ValueError: a file that is not there or no
+    UTF-8."""
+    if o.stdin:
+        return files.text_of(sys.stdin.buffer.read(), "standard input")
+    if o.prompt_file:
+        return files.read_text(o.prompt_file)
+    return files.text_of(os.fsencode(o.prompt or ""), "--prompt")
+
+
+def prompt_ids(o, text, tokens_of, vocab_size):
+    """-> list of token ids, at least one: without text the end of another one, behind which a document
+    begins. ValueError: the tokenizer has none, or does not fit the model."""
+    ids = tokens_of.encode(text, special=o.special)
+    if not ids and tokens_of.eot is None:
+        raise ValueError(f"{o.checkpoint} names no end-of-text token to begin with; give a --prompt")
+    ids = ids or [tokens_of.eot]
+    if max(ids) >= vocab_size:
+        raise ValueError(f"{o.checkpoint}: its tokenizer gives id {max(ids)}, the model has {vocab_size}; "
+                         "they belong to different models")
+    return ids
+
+
+class Printer:
+    """Collects the continuations, and prints a single one as it comes."""
+
+    def __init__(self, text, tokens_of, ids, count, stops):
+        self.text = text
+        self.single = count == 1
+        self.streams = [tokens_of.stream(ids) for _ in range(count)]
+        self.pieces = [[] for _ in range(count)]
+        self.silent = set(tokens_of.end_ids) if stops else set()  # where generation stops is not text
+        self.tokens = 0
+
+    def add(self, row):
+        """The next token of each continuation, -1 where it has ended."""
+        if self.single and not self.tokens:
+            print(self.text, end="", flush=True)  # only now: what can be refused has been
+        for stream_of, pieces, token in zip(self.streams, self.pieces, row):
+            if token == -1:
+                continue
+            self.tokens += 1
+            piece = "" if token in self.silent else stream_of.add(token)
+            pieces.append(piece)
+            if self.single:
+                print(piece, end="", flush=True)
+
+    def finish(self):
+        """Print what is left."""
+        for stream_of, pieces in zip(self.streams, self.pieces):
+            rest = stream_of.rest()
+            if self.single:
+                print(rest)
+            else:
+                print(f"{'-' * 20}\n{self.text}{''.join(pieces)}{rest}")
+
+
 def main():
     """Load, stream to standard output, report speed on standard error."""
     o = options(sys.argv[1:])
-    text = sys.stdin.read() if o.stdin else o.prompt or ""
-    if o.prompt_file:
-        if not Path(o.prompt_file).is_file():
-            raise FileNotFoundError(f"--prompt_file={o.prompt_file}: no such file")
-        try:
-            text = Path(o.prompt_file).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompt_file={o.prompt_file}: no UTF-8 text ({error.reason})") from None
+    text = prompt_text(o)
     device = cli.device(o.device)
+    config = checkpoint.read_config(o.checkpoint)
+    if o.index_fp8 and config.index_topk:
+        cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
+    if o.cache == "fp8":
+        cli.check_e4m3(device, "--cache=fp8", "--cache=auto")
     dtype = getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    checkpoint.read_config(o.checkpoint)
     tokens_of = tokenizer.load_tokenizer(o.checkpoint)
-    model = Transformer.from_pretrained(o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype)
-    ids = tokens_of.encode(text) or [tokens_of.eot]
-    if ids == [None]:
-        raise ValueError(f"{o.checkpoint} names no end-of-text token to begin with; give a --prompt")
-    if max(ids) >= model.config.vocab_size:
-        raise ValueError(f"{o.checkpoint}: its tokenizer gives id {max(ids)}, the model has {model.config.vocab_size}; they belong to different models")
-    prompt = torch.tensor([ids], device=device).expand(o.count, -1)
-    generator = torch.Generator(device).manual_seed(o.seed)
-    tokens = stream(model, prompt, o.num_tokens, o.temperature, o.top_k, o.top_p, generator, o.chunk, o.cache == "fp8")
+    ids = prompt_ids(o, text, tokens_of, config.vocab_size)
+    model = Transformer.from_pretrained(
+        o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype)
 
-    rows, times, pending = [], [], []
+    prompt = torch.tensor([ids], device=device).expand(o.count, -1)  # (count, tokens)
+    generator = torch.Generator(device).manual_seed(o.seed)
+    printer = Printer(text, tokens_of, ids, o.count, stops=not o.ignore_eos)
+    rows = stream(
+        model, prompt, o.num_tokens, o.temperature, o.top_k, o.top_p, generator, o.chunk, o.cache == "fp8",
+        tokens_of.end_ids, o.ignore_eos)
     began = time.perf_counter()
-    for token in tokens:
-        if not rows and o.count == 1:
-            print(text, end="", flush=True)
-        rows.append(token.tolist())
+    times = []
+    for row in rows:
+        printer.add(row.tolist())
         times.append(time.perf_counter())
-        pending.append(rows[-1][0])
-        piece = tokens_of.decode(pending)
-        if o.count == 1 and (not piece.endswith("\ufffd") or len(pending) > 4):  # a character may take several tokens
-            print(piece, end="", flush=True)
-            pending = []
-    print(tokens_of.decode(pending) if o.count == 1 else "\n".join(f"{'-' * 20}\n{text}{tokens_of.decode(list(row))}" for row in zip(*rows)))
-    decode = f"{o.count * (len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else "one token"
-    print(f"[{model.attention} attention, top-k {model.config.index_topk}: prompt {len(ids)} tokens in {times[0] - began:.2f} s, then {decode}; "
-          f"cache {model.cache_bytes_per_token:,} bytes per token over {model.config.num_hidden_layers} layers]", file=sys.stderr)
+    printer.finish()
+
+    speed = "one token each"
+    if len(times) > 1:
+        speed = f"{(printer.tokens - o.count) / (times[-1] - times[0]):.1f} tokens/s"
+    print(f"[{model.attention} attention, top-k {config.index_topk}: prompt {len(ids)} tokens in "
+          f"{times[0] - began:.2f} s, then {speed}; cache {model.cache_bytes_per_token:,} bytes per token "
+          f"over {config.num_hidden_layers} layers]", file=sys.stderr)
+    total = len(ids) + len(times)
     trained = files.run_options(files.locate(o.checkpoint).parent).get("block_size")
-    if trained and len(ids) + len(times) > trained:
-        print(f"[these are {len(ids) + len(times)} tokens, and the model was trained on contexts of {trained}: beyond them it may talk nonsense]", file=sys.stderr)
+    if isinstance(trained, int) and total > trained:
+        print(f"[these are {total} tokens, and the model was trained on contexts of {trained}: beyond them "
+              "it may talk nonsense]", file=sys.stderr)
     return 0
 
 

@@ -1,4 +1,5 @@
-"""Train a small DeepSeek-V3.2: dense attention first, then the indexer alone, then everything with sparse attention.
+"""Train a small DeepSeek-V3.2: dense attention first, then the indexer alone, then everything with sparse
+attention.
 
     python train.py                                     # all three stages; picks sizes for the device
     python train.py --stage=warmup --init_from=DIR      # put sparse attention on a model that exists
@@ -6,63 +7,59 @@
 Stages (DeepSeek-V3.2-Exp, section 2.1.1; each starts from the checkpoint of the one before):
   dense    ordinary language-model training with full attention; stands in for the base model
   warmup   everything frozen but the indexer, which learns to predict where the dense attention looks (KL)
-  sparse   every query reads only its top-k tokens; the model learns from the language-model loss, the indexer from its KL alone
-  control  what the sparse stage is measured against: the same start, batches and steps with dense attention, indexers frozen; not part of --stage=all,
-           and unlike other stages it takes its options from the run in out_dir
+  sparse   every query reads only its top-k tokens; the model learns from the language-model loss, the indexer
+           from its KL alone
+  control  the sparse stage's baseline: the same start, batches and steps with dense attention and frozen
+           indexers; not part of --stage=all, and it takes its options from the run in out_dir
 
-A run follows from its options: batch n is a function of (seed, n), so an interrupted run continues with --resume as if nothing had
-happened. out_dir holds run.json (options, versions), metrics.jsonl, plot.png, summary.json and a checkpoint folder per stage.
+A run follows from its options: batch n is a function of (seed, n), so an interrupted run continues with
+--resume as if nothing had happened. out_dir holds run.json (options, versions), metrics.jsonl, plot.png,
+summary.json and a checkpoint folder per stage.
 """
 import json
 import math
-import os
-import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-
-from support import files
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from support import tokenizer
-from support import checkpoint
-from support import cli
 import data
-from support import report
-from config import Config
+from config import Config, option
 from model import Transformer
+from support import checkpoint, cli, files, report, runs, tokenizer
 from support.report import STAGES
 
-BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
-
-def option(default, help, *choices):
-    """A dataclass field with its help text and, if any, the values it may take."""
-    return field(default=default, metadata=dict(help=help, choices=choices or None))
-
+# ---- options ----
 
 @dataclass
 class Options:
-    """Every training option. Model sizes: the keys of model.Config."""
+    """Every training option. Model sizes: the keys of config.Config."""
     stage: str = option("all", "which stage to run", "all", *STAGES)
     init_from: str = option("", "checkpoint folder to start from, ours or a published one")
     out_dir: str = option("out", "folder for checkpoints, metrics and plot")
     resume: bool = option(False, "continue the interrupted run in out_dir")
     overwrite: bool = option(False, "replace the earlier run in out_dir")
     data: str = option("python", "python, packages, shakespeare, web, web:N, or a text file or folder")
-    tokenizer: str = option("", "bytes, a tiktoken name such as gpt2, or a checkpoint folder with its tokenizer.json (empty: that of --init_from, else bytes)")
+    tokenizer: str = option("", "bytes, a tiktoken name such as gpt2, or a checkpoint folder with its "
+                            "tokenizer.json (empty: that of --init_from, else bytes)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    backend: str = option("auto", "attention path: PyTorch reference or Triton kernels (auto: triton on a CUDA GPU)", "auto", "torch", "triton")
+    backend: str = option("auto", "attention path: PyTorch reference or Triton kernels (auto: triton on a "
+                          "CUDA GPU)", "auto", "torch", "triton")
     dtype: str = option("float32", "precision of the linear layers (autocast)", "float32", "bfloat16")
     seed: int = option(1337, "of initialisation and batch order")
     compile: bool = option(False, "torch.compile the model")
     recompute: bool = option(False, "activation checkpointing: less memory for a third more compute")
-    train: str = option("all", "what the sparse stage trains besides the indexers", "all", "attention", "none")
-    detach: bool = option(True, "keep the KL from teaching the main model, as the paper does (false: an ablation)")
+    train: str = option("all", "what the sparse stage trains besides the indexers",
+                        "all", "attention", "none")
+    detach: bool = option(True, "keep the KL from teaching the main model, as the paper does (false: an "
+                          "ablation)")
     index_fp8: bool = option(True, "select by FP8 index scores, as the published inference does")
     block_size: int = option(256, "context length in tokens")
     batch_size: int = option(8, "sequences per micro-batch")
@@ -83,286 +80,574 @@ class Options:
     eval_interval: int = option(50, "steps between validation losses")
     eval_steps: int = option(4, "validation batches")
     save_interval: int = option(50, "steps between states to --resume from")
-    compare: str = option("", "runs to draw beside this one in plot.png: folders or metrics.jsonl files, with commas between")
+    compare: str = option("", "runs to draw beside this one in plot.png: folders or metrics.jsonl files, "
+                          "with commas between")
 
 
 # Defaults that differ on a CUDA GPU: a model of 27M parameters at a context of 4096
-GPU = dict(dtype="bfloat16", block_size=4096, dense_steps=1000, warmup_steps=200, sparse_steps=400, dense_lr=1e-3, warmup_lr=2e-3, sparse_lr=2e-4,
-           ramp_steps=50, eval_interval=100, eval_steps=8, save_interval=200, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
-           num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-           index_n_heads=8, index_head_dim=64, index_topk=512)
+GPU = dict(
+    dtype="bfloat16", block_size=4096,
+    dense_steps=1000, warmup_steps=200, sparse_steps=400,
+    dense_lr=1e-3, warmup_lr=2e-3, sparse_lr=2e-4,
+    ramp_steps=50, eval_interval=100, eval_steps=8, save_interval=200,
+    hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+    q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
+    index_n_heads=8, index_head_dim=64, index_topk=512)
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
+BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
+
+TRAINING = tuple(field.name for field in fields(Options))
 MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) and f.name != "vocab_size"]
-FIXED = {f.name for f in MODEL_FIELDS} | {"stage", "init_from", "train", "detach", "data", "tokenizer", "seed", "block_size", "batch_size", "gradient_accumulation_steps"}
-
-
-def start_folder(init_from, out_dir, stage):
-    """The checkpoint that a run beginning with `stage` starts from: --init_from, else what the stage before left in out_dir; "" for a fresh model."""
-    return init_from or (str(Path(out_dir) / BEFORE[stage]) if stage in BEFORE else "")
+# What a run being resumed cannot change: its batches, its weights, or what they learn would be others
+FIXED = {"stage", "init_from", "train", "detach", "data", "tokenizer", "seed", "block_size", "batch_size",
+         "gradient_accumulation_steps", *(field.name for field in MODEL_FIELDS)}
+RANGES = (
+    ("block_size", 2, math.inf), ("batch_size", 1, math.inf), ("gradient_accumulation_steps", 1, math.inf),
+    ("dense_steps", 0, math.inf), ("warmup_steps", 0, math.inf), ("sparse_steps", 0, math.inf),
+    ("dense_lr", 0, math.inf), ("warmup_lr", 0, math.inf), ("sparse_lr", 0, math.inf),
+    ("ramp_steps", 0, math.inf), ("min_lr", 0, 1), ("weight_decay", 0, math.inf),
+    ("beta1", 0, 0.9999999), ("beta2", 0, 0.9999999), ("grad_clip", 1e-12, math.inf),
+    ("eval_interval", 1, math.inf), ("eval_steps", 1, math.inf), ("save_interval", 1, math.inf),
+    ("seed", 0, 2**63 - 1))
 
 
 def resolve(argv):
-    """-> Options, dict of model sizes, device. Precedence: command line, --config file, the run being resumed, the device's defaults.
+    """-> Options, dict of the model sizes given, device. Precedence: command line, --config file, the run
+    that is resumed or that a control belongs to, the device's defaults.
 
-    Raises ValueError or FileNotFoundError, one line with value and fix, for everything that can be known before work begins."""
-    parser = cli.Parser(__doc__)
-    given = cli.parse_fields(parser, (*fields(Options), *MODEL_FIELDS), GPU, argv)
-    device = cli.device(given.get("device", "auto"))
-    base = GPU if device.type == "cuda" else {}
-    if given.get("init_from") or given.get("stage") in BEFORE:  # sizes come from the checkpoint
-        base = {k: v for k, v in base.items() if k in Options.__dataclass_fields__}
+    ValueError or FileNotFoundError, one line with value and fix, for everything that can be known before work
+    begins."""
+    given = cli.parse_fields(cli.Parser(__doc__), (*fields(Options), *MODEL_FIELDS), GPU, argv)
     if given.get("resume"):
-        path = Path(given.get("out_dir", Options.out_dir)) / "run.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"--resume: {path} does not exist, there is no run to continue; leave --resume out")
-        base = files.read_json(path).get("options")
-        if not base or given.get("overwrite"):
-            raise ValueError("--resume with --overwrite: choose one" if base else f"--resume: {path} holds no options; start anew with --overwrite")
-        base["out_dir"] = str(path.parent)  # it may have been moved
-        device = cli.device(given.get("device", base["device"]))
-        for name in sorted(FIXED & given.keys()):
-            if given[name] != base.get(name):
-                raise ValueError(f"--{name}={given[name]}: the run being resumed has {base.get(name)}; leave the option out, or start another run")
-    elif given.get("stage") == "control":  # of the run in out_dir, with its options
-        run = files.run_options(given.get("out_dir", Options.out_dir))
-        own = {"stage", "out_dir", "device"} | ({"init_from"} if run.get("stage") not in ("sparse", "control") else set())  # a sparse stage started there, too
-        base |= {k: v for k, v in run.items() if k in Options.__dataclass_fields__.keys() - own or k == "index_topk"}
-    values = base | given
-    if values.get("init_from") and not values.get("resume") and not Path(values["init_from"]).is_dir():
-        raise FileNotFoundError(f"--init_from={values['init_from']} does not exist; give the folder of a checkpoint")
-    source = start_folder(values.get("init_from"), values.get("out_dir", Options.out_dir), values.get("stage"))
-    values["tokenizer"] = values.get("tokenizer") or (tokenizer.tokenizer_name(source) if source and Path(source).is_dir() else "bytes")
-    o = Options(**{k: v for k, v in values.items() if k in Options.__dataclass_fields__})
-    for name in ("block_size", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_steps", "save_interval"):
-        if getattr(o, name) < 1:
-            raise ValueError(f"--{name}={getattr(o, name)}: must be at least 1")
-    for name in ("dense_steps", "warmup_steps", "sparse_steps", "ramp_steps"):
-        if getattr(o, name) < 0:
-            raise ValueError(f"--{name}={getattr(o, name)}: cannot be negative")
-    cli.check_ranges(o, ("dense_lr", 0, 1e30), ("warmup_lr", 0, 1e30), ("sparse_lr", 0, 1e30), ("min_lr", 0, 1), ("weight_decay", 0, 1e30), ("beta1", 0, 0.9999999),
-                     ("beta2", 0, 0.9999999), ("grad_clip", 1e-12, 1e30), ("seed", 0, 2**63 - 1))
-    for path in (Path(o.out_dir), *Path(o.out_dir).parents):
-        if not o.out_dir or path.exists() and not path.is_dir():
-            raise ValueError(f"--out_dir={o.out_dir}: {'name a folder' if not o.out_dir else f'{path} is a file; choose another'}")
-    report.read_logs(o.compare)  # raises, as does the next line
-    cli.backend(o.backend, device)
-    if o.stage == "control" and o.train == "none":
-        raise ValueError("--stage=control --train=none: nothing would be trained; use --train=all or attention")
-    if not o.resume and o.stage in BEFORE and not Path(source).is_dir():
-        raise FileNotFoundError(f"--stage={o.stage} starts from {source}, which does not exist; run the stage before, or give --init_from=DIR")
-    sizes = {k: v for k, v in values.items() if k not in Options.__dataclass_fields__}
+        earlier = resumed_options(given)
+    elif given.get("stage") == "control":
+        earlier = control_options(given)
+    else:
+        earlier = {}
+    device = cli.device(given.get("device", earlier.get("device", "auto")))
+    defaults = {} if given.get("resume") else device_defaults(given, device)
+    values = defaults | earlier | given
+
+    o = Options(**{name: value for name, value in values.items() if name in TRAINING})
+    sizes = {name: value for name, value in values.items() if name not in TRAINING}
+    check_options(o, device)
+    check_start(o)
+    o.tokenizer = o.tokenizer or tokenizer_of(start_folder(o))
     if sizes.get("index_topk", 1) < 1:
         raise ValueError(f"--index_topk={sizes['index_topk']}: a query selects at least 1 token")
-    if not source and not o.resume:
+    if not (start_folder(o) or o.resume):
         check_context(Config(**sizes).check(), o)
     return o, sizes, device
 
 
-def check_context(c, o):
-    """ValueError: a context that is too long for the model of this Config, or too short for its k."""
-    if o.block_size > c.max_position_embeddings:
-        raise ValueError(f"--block_size={o.block_size}: longer than the model's max_position_embeddings={c.max_position_embeddings}")
-    if o.stage in ("all", "sparse") and o.block_size <= c.index_topk:
-        raise ValueError(f"--block_size={o.block_size}: not longer than index_topk={c.index_topk}, so the sparse stage would select everything; lower --index_topk")
+def resumed_options(given):
+    """The options of the run in out_dir, which the options given may not contradict."""
+    path = Path(given.get("out_dir", Options.out_dir)) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume: {path} does not exist, there is no run to continue; leave "
+                                "--resume out")
+    if given.get("overwrite"):
+        raise ValueError("--resume with --overwrite: choose one")
+    options = stored_options(path)
+    if not options:
+        raise ValueError(f"--resume: {path} holds no options; start anew with --overwrite")
+    for name in sorted(FIXED & given.keys()):
+        if given[name] != options.get(name):
+            raise ValueError(f"--{name}={given[name]}: the run being resumed has {options.get(name)}; leave "
+                             "the option out, or start another run")
+    return options | dict(out_dir=str(path.parent))  # it may have been moved
 
+
+def control_options(given):
+    """The training options, and k, of the run in out_dir that a control belongs to; {} where there is
+    none."""
+    path = Path(given.get("out_dir", Options.out_dir)) / "run.json"
+    options = stored_options(path) if path.is_file() else {}
+    own = {"stage", "out_dir", "device"}
+    if options.get("stage") not in ("sparse", "control"):
+        own.add("init_from")  # the sparse stage of that run started from its warm-up, and so does the control
+    taken = (set(TRAINING) - own) | {"index_topk"}
+    return {name: value for name, value in options.items() if name in taken}
+
+
+def stored_options(path):
+    """The options in a run.json. ValueError names file, key and value."""
+    options = files.read_json(path).get("options") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: options={options!r} is not an object; start anew with --overwrite")
+    cli.check_stored(path, options, (*fields(Options), *MODEL_FIELDS))
+    return options
+
+
+def device_defaults(given, device):
+    """Defaults that differ on this device; sizes of a model that exists come from its checkpoint."""
+    if device.type != "cuda":
+        return {}
+    if given.get("init_from") or given.get("stage") in BEFORE:
+        return {name: value for name, value in GPU.items() if name in TRAINING}
+    return GPU
+
+
+def start_folder(o):
+    """The checkpoint that a run begins with: --init_from, else what the stage before left in out_dir; "" for
+    a fresh model."""
+    if o.init_from:
+        return o.init_from
+    return str(Path(o.out_dir) / BEFORE[o.stage]) if o.stage in BEFORE else ""
+
+
+def tokenizer_of(folder):
+    """The name of a checkpoint's tokenizer; bytes without a checkpoint."""
+    return tokenizer.tokenizer_name(folder) if folder and files.locate(folder).is_dir() else "bytes"
+
+
+def check_options(o, device):
+    """ValueError or FileNotFoundError for options that are wrong by themselves or on this device."""
+    cli.check_ranges(o, *RANGES)
+    if not o.out_dir:
+        raise ValueError("--out_dir=: name a folder")
+    files.destination(o.out_dir)
+    report.read_logs(o.compare)
+    cli.backend(o.backend, device)
+    if o.index_fp8:
+        cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
+    if o.stage == "control" and o.train == "none":
+        raise ValueError("--stage=control --train=none: nothing would be trained; use --train=all or "
+                         "attention")
+
+
+def check_start(o):
+    """FileNotFoundError unless there is a checkpoint where one is needed; what --resume needs is in
+    out_dir."""
+    if o.resume:
+        return
+    if o.init_from and not files.locate(o.init_from).is_dir():
+        raise FileNotFoundError(f"--init_from={o.init_from} does not exist; give the folder of a checkpoint")
+    folder = start_folder(o)
+    if folder and not files.locate(folder).is_dir():
+        raise FileNotFoundError(f"--stage={o.stage} starts from {folder}, which does not exist; run the "
+                                "stage before, or give --init_from=DIR")
+
+
+def check_context(config, o):
+    """ValueError: a context that is too long for the model of this Config, or too short for its k."""
+    if o.block_size > config.max_position_embeddings:
+        raise ValueError(f"--block_size={o.block_size}: longer than the model's "
+                         f"max_position_embeddings={config.max_position_embeddings}")
+    if o.stage in ("all", "sparse") and o.block_size <= config.index_topk:
+        raise ValueError(f"--block_size={o.block_size}: not longer than index_topk={config.index_topk}, so "
+                         "the sparse stage would select everything; lower --index_topk")
+
+
+# ---- the model ----
 
 def build(o, sizes, device, stages, vocab_size):
-    """-> the model to start `stages` with: fresh, or from --init_from, or from what the stage before left in out_dir."""
-    kwargs = dict(backend=cli.backend(o.backend, device), index_fp8=o.index_fp8)
-    folder = start_folder(o.init_from, o.out_dir, stages[0])
+    """-> the model to start `stages` with: fresh, or of the checkpoint in `start_folder`. ValueError: it has
+    no place for the options given."""
+    switches = dict(backend=cli.backend(o.backend, device), index_fp8=o.index_fp8)
+    folder = start_folder(o)
     if not folder:
-        model = Transformer(Config(vocab_size=vocab_size, **sizes), **kwargs).to(device)
-    else:
-        old = checkpoint.read_config(folder)
-        index = {k: sizes.get(k, getattr(old, k) if old.index_topk else v) for k, v in NEW_INDEXER.items()}
-        resized = any(index[k] != getattr(old, k) for k in ("index_n_heads", "index_head_dim"))
-        anew = "warmup" in stages and resized if old.index_topk else not {"warmup", "sparse"}.isdisjoint(stages)
-        model = Transformer.from_pretrained(folder, device=device, index=index if anew else None, dtype=torch.float32 if o.dtype == "float32" else None, **kwargs)
-        if anew:
-            there = f"instead of {old.index_n_heads} of {old.index_head_dim}" if old.index_topk else "where there were none"
-            print(f"indexers start anew: {index['index_n_heads']} heads of {index['index_head_dim']} {there} in {folder}")
-        for name, value in sizes.items():
-            if name == "index_topk":  # how many are selected is no property of the weights
-                model.config.index_topk = value
-                model.config.check()
-            elif getattr(model.config, name) != value:
-                raise ValueError(f"--{name}={value}: the checkpoint {folder} has {getattr(model.config, name)}; leave the option out"
-                                 + (", or start with --stage=warmup, where indexers may start anew" if name in NEW_INDEXER else ""))
-        if model.config.vocab_size < vocab_size:
-            raise ValueError(f"--tokenizer={o.tokenizer} has {vocab_size} tokens, the checkpoint {folder} only {model.config.vocab_size}; use the tokenizer it was trained with")
-    check_context(model.config, o)
-    return model.train()
+        model = Transformer(Config(vocab_size=vocab_size, **sizes), **switches)
+        return model.to(device)
+    old = checkpoint.read_config(folder)
+    index = new_indexers(old, sizes, stages)
+    if index:
+        there = "where there were none"
+        if old.index_topk:
+            there = f"instead of {old.index_n_heads} of {old.index_head_dim}"
+        print(f"indexers start anew: {index['index_n_heads']} heads of {index['index_head_dim']} {there} in "
+              f"{folder}")
+    dtype = torch.float32 if o.dtype == "float32" else None
+    model = Transformer.from_pretrained(folder, device=device, index=index, dtype=dtype, **switches)
+    fit(model.config, sizes, folder)
+    if model.config.vocab_size < vocab_size:
+        raise ValueError(f"--tokenizer={o.tokenizer} has {vocab_size} tokens, the checkpoint {folder} only "
+                         f"{model.config.vocab_size}; use the tokenizer it was trained with")
+    return model
+
+
+def new_indexers(old, sizes, stages):
+    """-> sizes of the indexers that a checkpoint of this Config is given anew, or None if it keeps its own. A
+    warm-up can replace indexers by others of another size."""
+    index = {}
+    for name, default in NEW_INDEXER.items():
+        index[name] = sizes.get(name, getattr(old, name) if old.index_topk else default)
+    if old.index_topk:
+        resized = any(index[name] != getattr(old, name) for name in ("index_n_heads", "index_head_dim"))
+        return index if resized and "warmup" in stages else None
+    return index if "warmup" in stages or "sparse" in stages else None
+
+
+def fit(config, sizes, folder):
+    """Take k from the sizes given, since how many are selected is no property of the weights. ValueError for
+    other sizes that the checkpoint does not have."""
+    for name, value in sizes.items():
+        if name == "index_topk" and config.index_topk:
+            config.index_topk = value
+            config.check()
+        elif getattr(config, name) != value:
+            advice = "leave the option out"
+            if name in NEW_INDEXER:
+                advice += ", or start with --stage=warmup, where indexers may start anew"
+            raise ValueError(f"--{name}={value}: the checkpoint {folder} has {getattr(config, name)}; "
+                             f"{advice}")
 
 
 def trainable(model, stage, train):
-    """Freeze what the stage does not train -> (parameters of the model, parameters of the indexers) that it does."""
-    index = set(model.indexer_parameters())
-    chosen = lambda n: stage == "dense" or stage != "warmup" and (train == "all" or train == "attention" and ".self_attn." in n)
+    """Freeze what the stage does not train -> (parameters of the model, parameters of the indexers) that it
+    does, in float32: most steps of a small learning rate are below half a bf16 digit, they would be lost."""
+    indexers = set(model.indexer_parameters())
+    main = []
+    index = []
     for name, p in model.named_parameters():
-        p.requires_grad_(stage in ("warmup", "sparse") if p in index else chosen(name))
-        if p.requires_grad:
-            p.data = p.data.float()  # of a bf16 checkpoint: most steps of a small learning rate are below half a bf16 digit, they would be lost
-    learn = [p for p in model.parameters() if p.requires_grad]
-    return [p for p in learn if p not in index], [p for p in learn if p in index]
+        if p in indexers:
+            learns = stage in ("warmup", "sparse")
+        elif stage in ("sparse", "control"):
+            learns = train == "all" or (train == "attention" and ".self_attn." in name)
+        else:
+            learns = stage == "dense"
+        p.requires_grad_(learns)
+        if not learns:
+            continue
+        p.data = p.data.float()
+        if p in indexers:
+            index.append(p)
+        else:
+            main.append(p)
+    return main, index
+
+
+def adamw(main, index, o, device):
+    """AdamW with weight decay on matrices only."""
+    groups = []
+    for parameters in (main, index):
+        matrices = [p for p in parameters if p.dim() > 1]
+        vectors = [p for p in parameters if p.dim() <= 1]
+        groups.append(dict(params=matrices, weight_decay=o.weight_decay))
+        groups.append(dict(params=vectors, weight_decay=0.0))
+    return torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), fused=device.type == "cuda")
 
 
 def learning_rate(o, step, steps, peak):
     """Linear ramp over ramp_steps, then a cosine down to min_lr * peak at the last step, or constant."""
     if step < o.ramp_steps:
         return peak * (step + 1) / (o.ramp_steps + 1)
+    if o.schedule == "constant":
+        return peak
     progress = (step - o.ramp_steps) / max(1, steps - 1 - o.ramp_steps)
-    return peak if o.schedule == "constant" else peak * (o.min_lr + (1 - o.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+    return peak * (o.min_lr + (1 - o.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
 
+
+# ---- the run ----
+
+@dataclass
+class Run:
+    """What the stages of a run share."""
+    o: Options
+    device: torch.device
+    out: Path
+    stages: list  # still to be trained
+    replaced: list  # whose records and summary this run writes anew
+    earlier: list  # folders that it replaces
+    saved: dict | None  # the trainer state that its first stage continues from
+    model: Transformer
+    forward: Callable  # the model, or it compiled
+    rate: float  # FLOPs per second that the device reaches
+    batches: data.Batches
+    validation: data.Batches
+    training_file: data.TokenFile
+    validation_file: data.TokenFile
+
+    def autocast(self):
+        """A context for linear layers in o.dtype."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.o.dtype == "bfloat16")
+
+    def batch(self, batches, number):
+        """-> x, y, first (batch_size, block_size) on the device, see data.Batches."""
+        return [t.to(self.device, non_blocking=True) for t in batches.batch(number)]
+
+
+def set_up(o, sizes, device):
+    """Everything that can still be refused: what lies in out_dir, text, checkpoint -> Run. Nothing is written
+    yet."""
+    out = Path(o.out_dir)
+    stages = list(STAGES[:3]) if o.stage == "all" else [o.stage]
+    # with all stages also a control, which belongs to the warm-up that it started from
+    replaced = list(STAGES) if o.stage == "all" else stages
+    earlier = earlier_folders(out, replaced)
+    saved = None
+    if o.resume:
+        saved = runs.read_trainer(runs.latest_state(out, stages[-1]), stages)
+        stages = stages[stages.index(saved["stage"]):]
+        replaced = stages
+    check_earlier(o, earlier)
+    for stage in stages:
+        files.destination(out / stage)  # raises if it is a link that leads nowhere
+
+    training_file, validation_file = data.prepare(o.data, o.tokenizer)
+    eot = training_file.header["eot"]
+    batches = data.Batches(training_file.tokens, o.block_size, o.batch_size, eot, o.seed)
+    validation = data.Batches(validation_file.tokens, o.block_size, o.batch_size, eot, 0)
+    if saved and saved["corpus"] != training_file.header["sha256"]:
+        raise ValueError(f"--resume: the text of --data={o.data} has changed since the run was interrupted, "
+                         "its batches would be others; start anew with --overwrite")
+
+    torch.manual_seed(o.seed)
+    if saved:
+        backend = cli.backend(o.backend, device)
+        model = Transformer.from_pretrained(saved["folder"], backend, index_fp8=o.index_fp8, device=device)
+    else:
+        model = build(o, sizes, device, stages, training_file.header["vocab_size"])
+    check_context(model.config, o)
+    model.train()
+    model.recompute = o.recompute
+    model.detach = o.detach
+    forward = torch.compile(model) if o.compile else model
+    rate = report.matmul_rate(device, getattr(torch, o.dtype))
+    return Run(
+        o=o, device=device, out=out, stages=stages, replaced=replaced, earlier=earlier, saved=saved,
+        model=model, forward=forward, rate=rate,
+        batches=batches, validation=validation, training_file=training_file, validation_file=validation_file)
+
+
+def earlier_folders(out, stages):
+    """The states in out_dir, and the checkpoints of these stages."""
+    found = runs.states(out)
+    for stage in stages:
+        if files.locate(out / stage).exists():
+            found.append(out / stage)
+    return found
+
+
+def check_earlier(o, earlier):
+    """ValueError if the run would replace what is there without being told to, or what it starts from."""
+    if o.overwrite and o.init_from and Path(o.init_from).resolve() in [path.resolve() for path in earlier]:
+        raise ValueError(f"--init_from={o.init_from} is what --overwrite would replace; choose another "
+                         "--out_dir")
+    if earlier and not (o.resume or o.overwrite):
+        raise ValueError(f"{earlier[-1]} exists: continue with --resume, replace it with --overwrite, or "
+                         "choose another --out_dir")
+
+
+def begin(run):
+    """The first writes: remove what the run replaces, note its options, cut the log where it goes on."""
+    records = [record for record in runs.read_records(run.out) if stays(record, run)]
+    if run.o.overwrite:
+        for path in run.earlier:
+            runs.clear(files.locate(path))
+    run.out.mkdir(parents=True, exist_ok=True)
+    config = run.model.config
+    sizes = {field.name: getattr(config, field.name) for field in MODEL_FIELDS}
+    options = asdict(run.o) | dict(resume=False, overwrite=False) | sizes
+    command = " ".join(sys.argv)
+    facts = dict(options=options, command=command, commit=cli.commit(), **report.machine(run.device))
+    runs.write_text(run.out / "run.json", json.dumps(facts, indent=2) + "\n")
+    runs.write_text(run.out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    describe(run, facts)
+
+
+def stays(record, run):
+    """Does a record of the log stay? What was logged after the state was saved happens again, and so does a
+    stage that is run anew."""
+    if record["stage"] not in run.replaced:
+        return True
+    resumed = run.saved and record["stage"] == run.saved["stage"]
+    return bool(resumed) and record["step"] < run.saved["step"]
+
+
+def describe(run, facts):
+    """Print what is trained, on what, with which options."""
+    o = run.o
+    model = run.model
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    in_indexers = sum(p.numel() for p in model.indexer_parameters()) / 1e6
+    print(f"{facts['device']} | torch {facts['torch']} | commit {facts['commit']} | "
+          f"backend {o.backend}, {o.dtype} | GB: {report.memory_meaning(run.device)}")
+    print(f"model: {parameters:.1f}M parameters ({in_indexers:.2f}M in indexers), "
+          f"{model.config.num_hidden_layers} layers, context {o.block_size}, top-k {model.config.index_topk}")
+    print(f"data: {o.data}, {len(run.training_file.tokens):,} training and "
+          f"{len(run.validation_file.tokens):,} validation tokens")
+    given = [f"--{name}={value}" for name, value in facts["options"].items() if value != ""]
+    print(f"options: {' '.join(given)}")
+
+
+def save_stage(run, stage, summary):
+    """The stage's checkpoint, its validation losses in summary.json, and the plot so far."""
+    dtype = run.model.lm_head.weight.dtype
+    indexers = set(run.model.indexer_parameters())
+    # one dtype again, of a bf16 checkpoint of which only the attention was trained in float32
+    for p in run.model.parameters():
+        if p.requires_grad and p not in indexers:
+            p.data = p.data.to(dtype)
+    with runs.saving(run.out):
+        run.model.save_pretrained(run.out / stage, run.o.tokenizer)
+    for attention in ("dense", "sparse") if stage in ("warmup", "sparse") else ("dense",):
+        summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(run, attention)
+    runs.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    with runs.saving(run.out):
+        report.plot(run.out / "metrics.jsonl", run.out / "plot.png", run.o.compare)
+
+
+# ---- training ----
 
 @torch.no_grad()
-def evaluate(model, batches, o, device, attention):
-    """Validation loss in nats per token over eval_steps batches, always the same ones, with attention "dense" or "sparse"."""
-    trained_with, model.attention = model.attention, attention
+def evaluate(run, attention):
+    """Validation loss in nats per token over eval_steps batches, always the same ones, with attention "dense"
+    or "sparse"."""
+    model = run.model
+    trained_with = model.attention
+    model.attention = attention
     losses = []
-    for n in range(o.eval_steps):
-        x, y, first = (t.to(device) for t in batches.batch(n))
-        with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
-            losses.append(model(x, y, first, return_logits=False)[1]["lm"].item())
+    for number in range(run.o.eval_steps):
+        x, y, first = run.batch(run.validation, number)
+        with run.autocast():
+            losses.append(model(x, y, first, return_logits=False)[1]["lm"])
     model.attention = trained_with
+    losses = torch.stack(losses).tolist()
     return sum(losses) / len(losses)
 
 
-def save_state(model, optimizer, stage, step, corpus, o):
-    """The folder state-<stage>-<step> for --resume; it appears whole, then older ones go. corpus: hash of the training tokens."""
-    folder = Path(o.out_dir) / f"state-{STAGES.index(stage)}-{step:07d}"
-    part = folder.with_name(folder.name + ".part")
-    model.save_pretrained(part)
-    torch.save(dict(stage=stage, step=step, corpus=corpus, optimizer=optimizer.state_dict()), part / "trainer.pt")
-    os.replace(part, folder)
-    for old in states(o.out_dir)[:-1]:
-        shutil.rmtree(old)
+def batch_numbers(o, stage, step):
+    """The numbers of a step's micro-batches: they count on from stage to stage."""
+    steps_before = sum(getattr(o, f"{before}_steps") for before in STAGES[:STAGES.index(stage)])
+    first = (steps_before + step) * o.gradient_accumulation_steps
+    return range(first, first + o.gradient_accumulation_steps)
 
 
-def states(out_dir):
-    """The complete states in out_dir, the latest last."""
-    return sorted(p for p in Path(out_dir).glob("state-*") if p.suffix not in (".part", ".old"))
+def read(losses, norms):
+    """Dicts of losses, one per micro-batch, and the two gradient norms -> dict of floats, losses as means;
+    the one time in a step that the host waits for the device's numbers."""
+    names = list(losses[0])
+    values = torch.stack([micro[name] for micro in losses for name in names] + norms).tolist()
+    means = dict.fromkeys(names, 0)
+    for n, value in enumerate(values[:-2]):
+        means[names[n % len(names)]] += value / len(losses)
+    return means | dict(grad_norm=values[-2], index_grad_norm=values[-1])
+
+
+def train_stage(run, stage, caught):
+    """Train one stage, or the rest of the one that was interrupted -> 0, or the exit code of a run that
+    stops: 1 for losses that are not finite, 130 or 143 for the signal in `caught`."""
+    o = run.o
+    model = run.model
+    like = "sparse" if stage == "control" else stage  # whose steps, learning rate and batches it has
+    steps = getattr(o, f"{like}_steps")
+    peak_lr = getattr(o, f"{like}_lr")
+    indexing = stage in ("warmup", "sparse")
+    model.attention = "sparse" if stage == "sparse" else "dense"
+    main, index = trainable(model, stage, o.train)
+    optimizer = adamw(main, index, o, run.device)
+    resumed = run.saved and stage == run.saved["stage"]
+    start = runs.restore(optimizer, run.saved) if resumed else 0
+    tokens_per_step = o.batch_size * o.block_size * o.gradient_accumulation_steps
+    flops_per_token = report.flops_per_token(model, o.block_size, stage)
+    report.reset_peak_memory(run.device)
+
+    bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, dynamic_ncols=True)
+    for step in bar:
+        began = time.perf_counter()
+
+        # This step's learning rate
+        lr = learning_rate(o, step, steps, peak_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # Micro-batches, whose gradients add up to that of the mean loss. The warm-up needs no logits
+        losses = []
+        for number in batch_numbers(o, like, step):
+            x, y, first = run.batch(run.batches, number)  # (batch_size, block_size) each
+            targets = None if stage == "warmup" else y
+            with run.autocast():
+                micro = run.forward(x, targets, first, index_loss=indexing, return_logits=False)[1]
+            objective = sum(micro[name] for name in ("lm", "kl") if name in micro)
+            (objective / o.gradient_accumulation_steps).backward()
+            losses.append({name: loss.detach() for name, loss in micro.items()})
+
+        # Clip the model and the indexers apart: one norm over both would couple their objectives
+        norms = [clip_grad_norm_(group, o.grad_clip).to(run.device) for group in (main, index)]
+
+        # Stop before a step by something that is not finite
+        values = read(losses, norms)
+        if not all(map(math.isfinite, values.values())):
+            print(f"train.py: {stage} step {step}, batch {number}: not finite: {values}; last good "
+                  f"checkpoint: {last_good(run)}. Lower --{like}_lr or raise --ramp_steps", file=sys.stderr)
+            return 1
+
+        # Step
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        report.wait(run.device)
+
+        # Log
+        speed = tokens_per_step / (time.perf_counter() - began)
+        record = dict(
+            stage=stage, step=step, loss=values.get("lm", values.get("kl")), **values, lr=lr,
+            tokens_per_second=speed, mfu=speed * flops_per_token / run.rate,
+            memory_gb=report.peak_memory(run.device))
+        shown = {name: f"{record[name]:.3f}" for name in ("loss", "kl", "recall") if name in record}
+        bar.set_postfix(shown | dict(tok_s=f"{speed:.0f}"))
+
+        # Evaluate
+        if (step + 1) % o.eval_interval == 0 or step + 1 == steps:
+            record["val_loss"] = evaluate(run, model.attention)
+            tqdm.write(report.line(record))
+        runs.append_record(run.out, record)
+
+        # Save what --resume goes on from
+        if caught or (step + 1) % o.save_interval == 0 or step + 1 == steps:
+            runs.save_state(run.out, model, optimizer, stage, step + 1, run.training_file.header["sha256"])
+        if caught:
+            print(f"\nstopped after {stage} step {step + 1}; continue with: python train.py --resume "
+                  f"--out_dir={o.out_dir}", file=sys.stderr)
+            return 130 if caught[0] == signal.SIGINT else 143
+    bar.close()
+    return 0
+
+
+def last_good(run):
+    """Where training could go on from."""
+    found = runs.states(run.out)
+    return found[-1] if found else run.o.init_from or "none yet"
+
+
+def print_sample(run, stage):
+    """Continue the beginning of the validation text."""
+    o = run.o
+    length = o.block_size // 2
+    tokens = torch.from_numpy(run.validation_file.tokens[:length].astype("int64"))  # (length,)
+    prompt = tokens[None].to(run.device)  # (1, length)
+    eot = run.validation_file.header["eot"]
+    run.model.eval()
+    with run.autocast():
+        out = run.model.generate(prompt, min(256, o.block_size - length), temperature=0.8, top_k=50,
+                                 end_ids=(eot,), go_on=True)  # (1, length + n)
+    text = tokenizer.load_tokenizer(run.out / stage).decode(out[0, length:].tolist())
+    print(f"sample after the first {length} tokens of the validation text:\n{text}\n")
 
 
 def main():
-    """The run: options, data, model, then the stages one after the other."""
-    o, sizes, device = resolve(sys.argv[1:])
-    out, stages = Path(o.out_dir), list(STAGES[:3]) if o.stage == "all" else [o.stage]
-    replaced = STAGES if o.stage == "all" else stages  # a control belongs to the warm-up that it started from
-    earlier = [p for p in (*states(out), *(out / s for s in replaced)) if p.exists()]
-    if o.overwrite and o.init_from and Path(o.init_from).resolve() in [p.resolve() for p in earlier]:
-        raise ValueError(f"--init_from={o.init_from} is what --overwrite would replace; choose another --out_dir")
-    if earlier and not (o.resume or o.overwrite):
-        raise ValueError(f"{earlier[-1]} exists: continue with --resume, replace it with --overwrite, or choose another --out_dir")
-    resumed = states(out)[-1] if o.resume and states(out) else None
-    if o.resume and not resumed:
-        state = "the run has finished" if (out / stages[-1]).exists() else "it stopped before its first saved state"
-        raise ValueError(f"--resume: nothing to continue in {out}, {state}; --overwrite starts anew")
+    """Options, data, model, then the stages one after the other."""
+    run = set_up(*resolve(sys.argv[1:]))
+    again = tuple(f"after {stage}" for stage in run.replaced)
+    summary = {name: loss for name, loss in runs.read_summary(run.out).items() if not name.endswith(again)}
+    begin(run)
+    with cli.interruptible() as caught:
+        for stage in run.stages:
+            code = train_stage(run, stage, caught)
+            if code:
+                return code
+            save_stage(run, stage, summary)
+    runs.remove_states(run.out)
 
-    train_tokens, val_tokens = data.prepare(o.data, o.tokenizer)
-    eot, vocab_size = train_tokens.header["eot"], train_tokens.header["vocab_size"]
-    batches = data.Batches(train_tokens.tokens, o.block_size, o.batch_size, eot, o.seed)
-    val_batches = data.Batches(val_tokens.tokens, o.block_size, o.batch_size, eot, 0)
-    torch.manual_seed(o.seed)
-    if resumed:
-        model = Transformer.from_pretrained(resumed, device=device, backend=cli.backend(o.backend, device), index_fp8=o.index_fp8).train()
-        saved = torch.load(resumed / "trainer.pt", map_location=device, weights_only=True)
-        stages = replaced = stages[stages.index(saved["stage"]):]
-        if saved["corpus"] != train_tokens.header["sha256"]:
-            raise ValueError(f"--resume: the text of --data={o.data} has changed since the run was interrupted, its batches would be others; start anew with --overwrite")
+    print("\n".join(f"{name}: {loss:.4f}" for name, loss in summary.items()))
+    print_sample(run, stage)
+    folder = run.out / stage
+    todo = f"python sample.py --checkpoint={folder}"
+    if stage in ("warmup", "sparse"):
+        todo += f", python evaluate.py --checkpoint={folder}"
     else:
-        model, saved = build(o, sizes, device, stages, vocab_size), None
-    c, model.recompute, model.detach = model.config, o.recompute, o.detach
-    forward = torch.compile(model) if o.compile else model
-
-    if o.overwrite:  # only now, when nothing can be refused any more
-        for path in earlier:
-            shutil.rmtree(path)
-    out.mkdir(parents=True, exist_ok=True)
-    sizes = {f.name: getattr(c, f.name) for f in MODEL_FIELDS}
-    run = dict(options=asdict(o) | dict(resume=False, overwrite=False) | sizes, command=" ".join(sys.argv), commit=cli.commit(), **report.machine(device))
-    files.replace_text(out / "run.json", json.dumps(run, indent=2) + "\n")
-    log_path = out / "metrics.jsonl"
-    if log_path.exists():  # what was logged after the state was saved happens again, and so does a stage that is run anew
-        done = lambda r: r["stage"] not in replaced or resumed and r["stage"] == saved["stage"] and r["step"] < saved["step"]
-        kept = [line for line in log_path.read_text().splitlines() if line.endswith("}") and done(json.loads(line))]
-        files.replace_text(log_path, "".join(line + "\n" for line in kept))
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{run['device']} | torch {run['torch']} | commit {run['commit']} | backend {o.backend}, {o.dtype}\n"
-          f"model: {parameters / 1e6:.1f}M parameters ({sum(p.numel() for p in model.indexer_parameters()) / 1e6:.2f}M in indexers), {c.num_hidden_layers} layers, "
-          f"context {o.block_size}, top-k {c.index_topk}\ndata: {o.data}, {len(train_tokens.tokens):,} training and {len(val_tokens.tokens):,} validation tokens")
-    print("options: " + " ".join(f"--{k}={v}" for k, v in run["options"].items() if v != ""))
-    rate = report.matmul_rate(device, getattr(torch, o.dtype))
-    tokens_per_step = o.batch_size * o.block_size * o.gradient_accumulation_steps
-    summary = json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else {}
-    summary = {k: v for k, v in summary.items() if not k.endswith(tuple(f"after {stage}" for stage in replaced))}
-
-    with cli.interruptible() as caught, open(log_path, "a") as log:
-        for stage in stages:
-            like = "sparse" if stage == "control" else stage  # whose batches, steps and learning rate it has
-            steps, peak_lr, indexing = getattr(o, f"{like}_steps"), getattr(o, f"{like}_lr"), stage in ("warmup", "sparse")
-            start = saved["step"] if saved and stage == saved["stage"] else 0
-            model.attention = "sparse" if stage == "sparse" else "dense"
-            groups = trainable(model, stage, o.train)
-            optimizer = torch.optim.AdamW([dict(params=[p for p in g if (p.dim() > 1) == decay], weight_decay=o.weight_decay * decay) for g in groups for decay in (True, False)],
-                                          betas=(o.beta1, o.beta2), fused=device.type == "cuda")
-            if saved and stage == saved["stage"]:
-                optimizer.load_state_dict(saved["optimizer"])
-            operations = report.flops_per_token(model, o.block_size, stage)
-            bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, dynamic_ncols=True)
-            for step in bar:
-                began = time.perf_counter()
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(o, step, steps, peak_lr)
-                means = {}
-                for micro in range(o.gradient_accumulation_steps):
-                    number = (sum(getattr(o, f"{s}_steps") for s in STAGES[:STAGES.index(like)]) + step) * o.gradient_accumulation_steps + micro
-                    x, y, first = (t.to(device, non_blocking=True) for t in batches.batch(number))
-                    with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
-                        losses = forward(x, None if stage == "warmup" else y, first, index_loss=indexing, return_logits=False)[1]
-                    objective = sum(losses[k] for k in ("lm", "kl") if k in losses)
-                    (objective / o.gradient_accumulation_steps).backward()
-                    for k, v in losses.items():
-                        means[k] = means.get(k, 0) + v.item() / o.gradient_accumulation_steps
-                norms = [torch.nn.utils.clip_grad_norm_(g, o.grad_clip).item() if g else 0.0 for g in groups]
-                if not all(map(math.isfinite, (*means.values(), *norms))):
-                    last = states(out)[-1] if states(out) else o.init_from or "none yet"
-                    print(f"train.py: {stage} step {step}, batch {number}: not finite: {means}, gradient norms {norms}; last good checkpoint: {last}. "
-                          f"Lower --{like}_lr or raise --ramp_steps", file=sys.stderr)
-                    return 1
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                report.wait(device)
-                speed = tokens_per_step / (time.perf_counter() - began)
-                record = dict(stage=stage, step=step, loss=means.get("lm", means.get("kl")), **means, lr=optimizer.param_groups[0]["lr"], grad_norm=norms[0], index_grad_norm=norms[1],
-                              tokens_per_second=speed, mfu=speed * operations / rate, memory_gb=report.peak_memory(device))
-                if (step + 1) % o.eval_interval == 0 or step + 1 == steps:
-                    record["val_loss"] = evaluate(model, val_batches, o, device, model.attention)
-                    tqdm.write(report.line(record))
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                bar.set_postfix({k: f"{record[k]:.3f}" for k in ("loss", "kl", "recall") if k in record} | dict(tok_s=f"{speed:.0f}"))
-                if caught or (step + 1) % o.save_interval == 0 or step + 1 == steps:
-                    save_state(model, optimizer, stage, step + 1, train_tokens.header["sha256"], o)
-                if caught:
-                    print(f"\nstopped after {stage} step {step + 1}; continue with: python train.py --resume --out_dir={o.out_dir}", file=sys.stderr)
-                    return 130 if caught[0] == signal.SIGINT else 143
-            bar.close()
-            for p in groups[0]:  # the main model is saved in one dtype: that of a bf16 checkpoint of which only the attention was trained
-                p.data = p.data.to(model.lm_head.weight.dtype)
-            model.save_pretrained(out / stage, o.tokenizer)
-            for attention in ("dense", "sparse") if indexing else ("dense",):
-                summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(model, val_batches, o, device, attention)
-            files.replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-            report.plot(log_path, out / "plot.png", o.compare)
-    for old in out.glob("state-*"):
-        shutil.rmtree(old)
-    print("\n".join(f"{k}: {v:.4f}" for k, v in summary.items()))
-    prompt = torch.from_numpy(val_tokens.tokens[:o.block_size // 2].astype("int64"))[None].to(device)
-    model.eval()
-    with torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16"):
-        text = tokenizer.load_tokenizer(out / stages[-1]).decode(model.generate(prompt, min(256, o.block_size - prompt.shape[1]), temperature=0.8, top_k=50)[0, prompt.shape[1]:].tolist())
-    print(f"sample after the first {prompt.shape[1]} tokens of the validation text:\n{text}\n\ncheckpoint: {out / stages[-1]}   plot: {out / 'plot.png'}   "
-          f"next: python sample.py --checkpoint={out / stages[-1]}" + (" --attention=dense" if not indexing else f", python evaluate.py --checkpoint={out / stages[-1]}"))
+        todo += " --attention=dense"
+    print(f"checkpoint: {folder}   plot: {run.out / 'plot.png'}   next: {todo}")
     return 0
 
 

@@ -1,8 +1,11 @@
-"""What the scripts share: option parsing with one-line errors, files that change whole, interruptions, exit codes (0 done, 2 bad input, 130 Ctrl-C)."""
+"""What scripts share towards the user: options with one-line errors, the device, interruptions, exit codes (0
+done, 2 bad input, 130 Ctrl-C)."""
 import argparse
 import difflib
 import importlib.util
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,22 +14,34 @@ from pathlib import Path
 
 import torch
 
+from support import files
+
+
+# ---- options ----
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations whose errors are one line, with the nearest known option named, and exit 2."""
+    """argparse without abbreviations, whose errors are one line, with the nearest known option named, and
+    exit 2."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False)
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def parse_args(self, args=None):
         known, unknown = self.parse_known_args(args)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
-            self.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+            advice = f"; did you mean {near[0]}?" if near else "; --help lists them"
+            self.error(f"unknown option {unknown[0]}{advice}")
         return known
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+
+def one_line(message):
+    """An error's text without its line breaks."""
+    return " ".join(str(message).split("\n"))
 
 
 def boolean(text):
@@ -36,81 +51,165 @@ def boolean(text):
     return text.lower() in ("true", "1", "yes")
 
 
+def add_field(parser, field, gpu):
+    """Offer a dataclass field made by config.option as --name. gpu: its default on a GPU, or None."""
+    kind = boolean if field.type is bool else field.type
+    choices = field.metadata["choices"]
+    default = f"default {'none' if field.default == '' else field.default}"
+    if gpu is not None:
+        default += f", on a GPU {gpu}"
+    flag = dict(nargs="?", const=True) if field.type is bool else {}  # --name alone means true
+    parser.add_argument(
+        f"--{field.name}", type=kind, choices=choices,
+        metavar=None if choices else field.type.__name__.upper(),
+        help=f"{field.metadata['help']} ({default})", **flag)
+
+
+def config_lines(path):
+    """The lines `name = value` of a config file -> ["--name=value", ...]; # begins a comment, at the start of
+    a line or behind a space. FileNotFoundError; ValueError names the line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config={path}: no such file")
+    lines = []
+    for number, line in enumerate(files.read_text(Path(path)).splitlines(), 1):
+        name, equals, value = re.sub(r"(^|\s)#.*", "", line).partition("=")
+        name = name.strip()
+        value = value.strip()
+        if equals and name.isidentifier() and value:
+            lines.append(f"--{name}={value}")
+        elif name or equals:
+            raise ValueError(f"--config={path}, line {number}: expected `name = value`, found "
+                             f"{line.strip()!r}")
+        if name == "config":
+            raise ValueError(f"--config={path}, line {number}: a config file cannot name another; put its "
+                             "lines here")
+    return lines
+
+
 def parse_fields(parser, fields, gpu, argv):
-    """Add --name=VALUE for dataclass fields and parse argv over the lines `name = value` (# starts a comment) of a --config file
-    -> dict of the options given. A field's metadata may hold help and choices; gpu: defaults that differ on a GPU, for --help.
-    FileNotFoundError; ValueError names the line."""
-    parser.add_argument("--config", metavar="FILE", help="file of `name = value` lines; the command line overrides it")
-    for f in fields:
-        kind, choices = boolean if f.type is bool else f.type, f.metadata.get("choices")
-        default = f"default {f.default}" + (f", on a GPU {gpu[f.name]}" if f.name in gpu else "")
-        parser.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=None if choices else f.type.__name__.upper(),
-                            help=f"{f.metadata.get('help', 'model: see model.Config')} ({default})", **(dict(nargs="?", const=True) if f.type is bool else {}))
-    given = lambda args: {k: v for k, v in vars(parser.parse_args(args)).items() if v is not None}
+    """The options of dataclass fields, from argv and below it from a --config file -> dict of those given.
+
+    fields: made by config.option. gpu: {name: default that differs on a GPU}, for --help. FileNotFoundError,
+    ValueError: see `config_lines`."""
+    parser.add_argument("--config", metavar="FILE",
+                        help="file of `name = value` lines; the command line overrides it")
+    for field in fields:
+        add_field(parser, field, gpu.get(field.name))
+
+    def given(args):
+        return {name: value for name, value in vars(parser.parse_args(args)).items() if value is not None}
+
     options = given(argv)
     path = options.pop("config", None)
     if path is None:
         return options
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--config={path}: no such file")
-    lines = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        name, equals, value = (part.strip() for part in line.partition("#")[0].partition("="))
-        if equals and name.isidentifier() and value:
-            lines.append(f"--{name}={value}")
-        elif name:
-            raise ValueError(f"--config={path}, line {number}: expected `name = value`, found {line.strip()!r}")
-    options = given(lines) | options
-    if "config" in options:
-        raise ValueError(f"--config={path}: a config file cannot name another; put its lines here")
-    return options
-
-
-def device(name):
-    """"auto" (a CUDA GPU if there is one, else cpu), "cpu", "cuda", "cuda:1", "mps" -> torch.device. ValueError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).cpu().new_empty(0, device=name).device  # .cpu() fails on "meta"
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device={name}: not available on this machine; use --device=cpu or leave it out") from None
-
-
-def backend(name, device):
-    """"auto" -> None (see model.pick_backend), "torch", "triton". ValueError for triton where it cannot run."""
-    if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"--backend=triton needs a CUDA GPU, and the device is {device}; use --backend=torch")
-    if name == "triton" and not importlib.util.find_spec("triton"):
-        raise ValueError("--backend=triton: triton is not installed; pip install triton, or use --backend=torch")
-    return None if name == "auto" else name
+    return given(config_lines(path)) | options
 
 
 def check_ranges(options, *ranges):
-    """ValueError for the first of the ranges (name, low, high) that its option does not lie in."""
+    """ValueError for the first of the ranges (name, low, high) that its option does not lie in; a high of
+    math.inf bounds nothing, but the option must be finite."""
     for name, low, high in ranges:
-        if not low <= getattr(options, name) <= high:
-            raise ValueError(f"--{name}={getattr(options, name)}: must lie between {low} and {high}")
+        value = getattr(options, name)
+        if low <= value <= high and value < math.inf:  # NaN compares false
+            continue
+        bounds = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
+        raise ValueError(f"--{name}={value}: must {bounds}")
+
+
+def check_stored(path, values, fields):
+    """ValueError naming the file, the key and the value of the first of `values`, read from a file, that is
+    not of its field's type and choices."""
+    for field in fields:
+        value = values.get(field.name, field.default)
+        kinds = (int, float) if field.type is float else field.type
+        typed = isinstance(value, kinds) and (field.type is bool or not isinstance(value, bool))
+        choices = field.metadata["choices"]
+        if not typed or (choices and value not in choices):
+            wanted = f"one of {', '.join(choices)}" if choices else f"of type {field.type.__name__}"
+            raise ValueError(f"{path}: {field.name}={value!r} is not {wanted}; mend the file, or start anew "
+                             "with --overwrite")
+
+
+# ---- devices ----
+
+def device(name):
+    """"auto" (a CUDA GPU if there is one, else cpu), "cpu", "cuda", "cuda:1", "mps" -> torch.device, which
+    becomes the current one: Triton launches, streams and statistics without a device go there. ValueError if
+    it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        there = torch.zeros(1, device=name)
+        there.cpu()  # "meta" holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        raise ValueError(f"--device={name}: not available on this machine; use --device=cpu or leave it "
+                         "out") from None
+    if there.is_cuda:
+        torch.cuda.set_device(there.device)
+    return there.device
+
+
+def has_e4m3(device):
+    """Does this device know float8_e4m3fn? (mps does not.)"""
+    try:
+        torch.zeros(1, device=device).to(torch.float8_e4m3fn)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def check_e4m3(device, option, instead):
+    """ValueError if an option asks for float8_e4m3fn on a device that has none; instead: the option that does
+    without."""
+    if not has_e4m3(device):
+        raise ValueError(f"{option} needs float8_e4m3fn, which --device={device.type} does not have; use "
+                         f"{instead} or --device=cpu")
+
+
+def backend(name, device):
+    """"auto" -> None (see model.pick_backend), "torch", "triton". ValueError for triton where it cannot
+    run."""
+    if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"--backend=triton needs a CUDA GPU, and the device is {device}; use "
+                         "--backend=torch")
+    if name == "triton" and not importlib.util.find_spec("triton"):
+        raise ValueError("--backend=triton: triton is not installed; pip install triton, or use "
+                         "--backend=torch")
+    return None if name == "auto" else name
+
+
+# ---- the program ----
+
+def git(*args):
+    """A git command on this source tree -> CompletedProcess."""
+    return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
 
 
 def commit():
     """The commit of this source tree, with "+" if it has changes; "unknown" outside a git checkout."""
-    git = lambda *args: subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
     try:
-        head, dirty = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
+        head = git("rev-parse", "--short", "HEAD")
+        changes = git("status", "--porcelain", "-uno")
     except OSError:
         return "unknown"
-    return "unknown" if head.returncode else head.stdout.strip() + ("+" if dirty.stdout else "")
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip() + ("+" if changes.stdout else "")
 
 
 @contextmanager
 def interruptible():
-    """Yield a list that SIGINT and SIGTERM are appended to instead of ending the process at once; a second Ctrl-C does."""
+    """Yield a list that SIGINT and SIGTERM are appended to instead of ending the process at once; a second
+    one does."""
     caught = []
+
     def handler(number, frame):
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
@@ -126,7 +225,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
