@@ -106,8 +106,7 @@ def apply_rope(x, interleaved, cos, sin):
 # ---- one switch, two backends ----
 
 class Operations(NamedTuple):
-    """The functions of the attention path, and the loss of a slice of logits: the reference's or their Triton
-    twins."""
+    """The functions of the attention path: the reference's or their Triton twins."""
     quantise: Callable
     select: Callable
     dense_attention: Callable
