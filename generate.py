@@ -13,7 +13,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     logits = logits.float() / temperature
     nucleus = top_p is not None and top_p < 1
     if top_k is not None or nucleus:
-        ranked, order = logits.sort(-1, descending=True, stable=True)  # (B, vocab) each
+        ranked, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, vocab) each
         if top_k is not None:
             ranked[:, top_k:] = float("-inf")
         if nucleus:  # a token stays while those before it hold less than top_p

@@ -17,12 +17,7 @@ import indexer
 import sparse_attn
 from config import Config
 from model import apply_rope, cross_entropy, operations, rope_frequencies
-from tests.common import assert_close, device_of, packed_batch, poison, relative_errors, tiny_model
-
-# Allowed between float32 and float64 (whole tensor, worst row). A product of two float32 is off by 2^-24 of
-# itself, a sum of n <= 64 of them by some sqrt(n) 2^-24 = 5e-7 of its terms; a layer chains ten such sums,
-# with random signs 1.5e-6. A row may cancel to a tenth of its terms.
-FLOAT32 = (5e-6, 5e-5)
+from tests.common import FLOAT32, assert_close, device_of, packed_batch, poison, relative_errors, tiny_model
 
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1,
             mscale=1.0, mscale_all_dim=0.707)
@@ -659,10 +654,7 @@ def test_backends_learn_alike(attention):
     between float32 and float64."""
     pytest.importorskip("triton")
     model = tiny_model("triton", attention, index_fp8=True, num_hidden_layers=1)
-    x, y, first = packed_batch(device_of("triton"))
-    x = x[1:, :24]  # the row of two documents
-    y = y[1:, :24]
-    first = first[1:, :24]
+    x, y, first = packed_batch("triton", B=1, S=24)
     results = []
     for model.backend in ("torch", "triton"):
         model.zero_grad(set_to_none=True)

@@ -4,6 +4,10 @@ import torch
 from config import Config
 from model import Transformer
 
+# Allowed between float32 and float64, or two orders of summing in float32 (whole tensor, worst row). A product
+# is off by 2^-24 of itself, a sum of n <= 64 of them by some sqrt(n) 2^-24 = 5e-7 of its terms; a layer chains
+# ten such sums, with random signs 1.5e-6. A row may cancel to a tenth of its terms.
+FLOAT32 = (5e-6, 5e-5)
 ROW_FLOOR = 0.1  # of the mean row, what a row counts at least: where it cancels to nothing, all is rounding
 
 
@@ -62,10 +66,12 @@ def device_of(backend):
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
-def packed_batch(device="cpu", vocab_size=61):
-    """-> idx, targets (2,32) int64, first (2,32) int32: the second row holds two documents."""
-    first = torch.zeros(2, 32, dtype=torch.int32)
-    first[1, 20:] = 20
-    idx = torch.randint(0, vocab_size, (2, 32))
-    targets = torch.randint(0, vocab_size, (2, 32))
-    return idx.to(device), targets.to(device), first.to(device)
+def packed_batch(backend="torch", B=2, S=32, vocab_size=61):
+    """-> idx, targets (B,S) int64, first (B,S) int32: the last row holds two documents."""
+    device = device_of(backend)
+    first = torch.zeros(B, S, dtype=torch.int32, device=device)
+    start = S * 5 // 8
+    first[-1, start:] = start
+    idx = torch.randint(0, vocab_size, (B, S), device=device)
+    targets = torch.randint(0, vocab_size, (B, S), device=device)
+    return idx, targets, first
