@@ -169,8 +169,8 @@ def test_next_token_loss_in_slices(frozen, backend, monkeypatch):
 
 
 def test_next_token_loss_under_autocast():
-    """Logits and gradients in bf16, the loss and its sum in float32. bf16 rounds by 2^-9: h, weight and
-    logits for the loss, and p besides for a gradient."""
+    """Logits and gradients in bf16, the loss and its sum in float32. bf16 rounds by 2^-9 of a number: a logit
+    x, by h, weight and itself, is off by some |x| 2^-9, so are nats, and so is p by that part of itself."""
     h, weight, targets = loss_inputs("torch", False, N=64)
     exact_h = h.detach().double().requires_grad_()
     exact_weight = weight.detach().double().requires_grad_()
@@ -181,9 +181,10 @@ def test_next_token_loss_under_autocast():
         loss = next_token_loss(h, weight, targets, "torch")
     loss.backward()
     assert loss.dtype == h.grad.dtype == weight.grad.dtype == torch.float32
-    assert abs(loss.item() - expected.item()) < 3 * 2**-9 * logits.abs().max().item() / 64**0.5
-    assert_close(h.grad, exact_h.grad, 4 * 2**-9, 16 * 2**-9)
-    assert_close(weight.grad, exact_weight.grad, 4 * 2**-9, 16 * 2**-9)
+    off = logits.abs().max().item() * 2**-9
+    assert abs(loss.item() - expected.item()) < off / 64**0.5 * 2  # a mean of 64, whose signs are random
+    assert_close(h.grad, exact_h.grad, off, 4 * off)
+    assert_close(weight.grad, exact_weight.grad, off, 4 * off)
     assert not torch.equal(loss, loss.bfloat16().float())  # the loss itself is not rounded
 
 
