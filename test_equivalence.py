@@ -8,6 +8,7 @@ each kernel at many shapes in tests/test_kernels_*.py, published models in tests
 import inspect
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -73,9 +74,23 @@ def paper_rope(config):
     return frequencies, amplitude, temperature**2
 
 
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+class Paper(NamedTuple):
+    """What the paper's formulas give for one sequence of T tokens."""
+    out: np.ndarray  # (T, hidden)
+    selections: list  # per query, ascending positions
+    kl: np.ndarray  # (T,) of the target p from the indexer's distribution, over the selection
+    kl_uniform: np.ndarray  # (T,) the same from the uniform distribution
+    recall: np.ndarray  # (T,) share of the dense attention's mass that is selected
+
+
 def paper_layer(layer, config, h, first, topk):
-    """MLA with the indexer, equations 1 and 2, for one sequence h (T,hidden) -> out (T,hidden),
-    selections."""
+    """MLA with the indexer, equations 1 to 4, for one sequence h (T,hidden) and first (T) -> Paper. With topk
+    = T it is dense attention, and its KL the warm-up's."""
     c = config
     T = len(h)
     H = c.num_attention_heads
@@ -83,6 +98,7 @@ def paper_layer(layer, config, h, first, topk):
     rope = c.qk_rope_head_dim
     weight = {name: p.detach().cpu().double().numpy() for name, p in layer.named_parameters()}
     frequencies, amplitude, softmax_factor = paper_rope(config)
+    scale = (nope + rope) ** -0.5 * softmax_factor
 
     def linear(x, name):
         return x @ weight[name + ".weight"].T + weight.get(name + ".bias", 0)
@@ -108,29 +124,39 @@ def paper_layer(layer, config, h, first, topk):
         linear(h, "indexer.wk"), weight["indexer.k_norm.weight"], weight["indexer.k_norm.bias"])
     k_index = [index_rope(k_index[s], s) for s in range(T)]
 
-    out = np.zeros((T, H, c.v_head_dim))
-    selections = []
+    heads = np.zeros((T, H, c.v_head_dim))
+    paper = Paper(None, [], np.zeros(T), np.zeros(T), np.zeros(T))
     for t in range(T):
         # the score of every token that may be seen, and the k best
         q_index = linear(q_latent[t], "indexer.wq_b").reshape(c.index_n_heads, c.index_head_dim)
         w = linear(h[t], "indexer.weights_proj")
+        visible = range(first[t], t + 1)
         score = {}
-        for s in range(first[t], t + 1):
+        for s in visible:
             score[s] = 0.0
             for j in range(c.index_n_heads):
                 dot = index_rope(q_index[j], t) @ k_index[s]
                 score[s] += w[j] * c.index_n_heads**-0.5 * max(0, dot * c.index_head_dim**-0.5)
         best = sorted(score, key=lambda s: (-score[s], s))[:topk]
-        selections.append(sorted(best))
+        chosen = sorted(best)
+        paper.selections.append(chosen)
 
-        # each head's softmax over them
+        # each head's softmax over them, and over all that may be seen
+        target = np.zeros(len(chosen))
         for i in range(H):
             q_rope = at(q[t, i, nope:], t, True)
-            logits = np.array([q[t, i, :nope] @ kv[s, i, :nope] + q_rope @ k_rope[s] for s in best])
-            logits = logits * (nope + rope) ** -0.5 * softmax_factor
-            p = np.exp(logits - logits.max())
-            out[t, i] = (p / p.sum()) @ kv[best, i, nope:]
-    return linear(out.reshape(T, -1), "o_proj"), selections
+            logit = {s: (q[t, i, :nope] @ kv[s, i, :nope] + q_rope @ k_rope[s]) * scale for s in visible}
+            p = softmax(np.array([logit[s] for s in chosen]))
+            heads[t, i] = p @ kv[chosen, i, nope:]
+            target += p / H
+            dense = dict(zip(visible, softmax(np.array(list(logit.values())))))
+            paper.recall[t] += sum(dense[s] for s in chosen) / H
+
+        # what the indexer learns from
+        predicted = softmax(np.array([score[s] for s in chosen]))
+        paper.kl[t] = (target * np.log(target / predicted)).sum()
+        paper.kl_uniform[t] = (target * np.log(target * len(chosen))).sum()
+    return paper._replace(out=linear(heads.reshape(T, -1), "o_proj"))
 
 
 def random_layer(backend="torch", **changes):
@@ -153,35 +179,49 @@ WITH_YARN = dict(rope_scaling=YARN, max_position_embeddings=256)
 INTERLEAVED = dict(indexer_rope_interleave=True)
 
 
-@pytest.mark.parametrize("backend,changes", [
-    pytest.param("torch", PLAIN, id="plain"),
-    pytest.param("torch", WITH_YARN, id="yarn"),
-    pytest.param("torch", INTERLEAVED, id="interleaved"),
-    pytest.param("torch", dict(q_lora_rank=0), id="no-query-latent"),
-    pytest.param("torch", dict(attention_bias=True), id="biases"),
-    pytest.param("torch", dict(num_attention_heads=5, index_n_heads=1), id="heads"),
-    pytest.param("triton", WITH_YARN, id="kernels")])
-def test_layer_is_the_papers(backend, changes):
-    """(T1-T5, T7, T10, T17) Outputs and selections of the module against formulas written independently of
-    it; dense attention is the same with k = T."""
+@pytest.mark.parametrize("backend,B,T,size,changes", [
+    pytest.param("torch", 2, 40, 1.0, PLAIN, id="plain"),
+    pytest.param("torch", 2, 40, 1.0, WITH_YARN, id="yarn"),
+    pytest.param("torch", 2, 40, 1.0, INTERLEAVED, id="interleaved"),
+    pytest.param("torch", 2, 40, 1.0, dict(q_lora_rank=0), id="no-query-latent"),
+    pytest.param("torch", 2, 40, 1.0, dict(attention_bias=True), id="biases"),
+    pytest.param("torch", 2, 40, 1.0, dict(num_attention_heads=5, index_n_heads=1), id="heads"),
+    pytest.param("torch", 2, 40, 1e-3, PLAIN, id="small"),  # the eps of the norms counts
+    pytest.param("triton", 1, 24, 1.0, WITH_YARN, id="kernels")])
+def test_layer_is_the_papers(backend, B, T, size, changes):
+    """(T1-T5, T7, T10, T15-T17, T19, T28) Outputs, selections and losses of the module against formulas
+    written independently of it, with k = 7 and two documents in the last row."""
     if backend == "triton":
         pytest.importorskip("triton")
-    T = 40
     model, layer = random_layer(backend, **changes)
-    h = torch.randn(2, T, 48)  # (B, T, hidden)
-    first = torch.zeros(2, T, dtype=torch.int32)
-    first[1, 17:] = 17  # two documents packed in the second row
+    h = torch.randn(B, T, 48) * size  # (B, T, hidden)
+    first = torch.zeros(B, T, dtype=torch.int32)
+    first[-1, T * 2 // 5:] = T * 2 // 5
+    papers = {}
+    for attention, topk in (("sparse", 7), ("dense", T)):
+        papers[attention] = []
+        for b in range(B):
+            sequence = h[b].double().numpy()
+            papers[attention].append(paper_layer(layer, model.config, sequence, first[b].tolist(), topk))
+
     h = h.to(device_of(backend))
     first = first.to(h.device)
-    for model.attention, topk in (("sparse", 7), ("dense", T)):
+    sampled = np.linspace(0, T - 1, 16).astype(int)
+    # in dense mode, too, recall is of what would be selected
+    recall = np.mean([paper.recall[sampled] for paper in papers["sparse"]])
+    for model.attention, sequences in papers.items():
         with torch.no_grad():
-            out, indices, _ = layer(h, run_of(model, h, first))
-        for b in range(2):
-            sequence = h[b].cpu().double().numpy()
-            expected, selections = paper_layer(layer, model.config, sequence, first[b].tolist(), topk)
-            assert_close(out[b], torch.from_numpy(expected), *FLOAT32, model.attention)
-            if model.attention == "sparse":
-                assert [[s for s in row if s >= 0] for row in indices[b].tolist()] == selections
+            out, indices, loss = layer(h, run_of(model, h, first, index_loss=True))
+        expected = torch.from_numpy(np.stack([paper.out for paper in sequences]))
+        assert_close(out, expected, *FLOAT32, model.attention)
+        if model.attention == "sparse":
+            for row, paper in zip(indices.tolist(), sequences):
+                assert [[s for s in slots if s >= 0] for slots in row] == paper.selections
+        kl = np.mean([paper.kl for paper in sequences])
+        kl_uniform = np.mean([paper.kl_uniform for paper in sequences])
+        assert loss.kl.item() == pytest.approx(kl, rel=FLOAT32[1])
+        assert loss.kl_uniform.item() == pytest.approx(kl_uniform, rel=FLOAT32[1])
+        assert loss.recall.item() == pytest.approx(recall, rel=FLOAT32[1])
 
 
 # ---- positions ----

@@ -121,10 +121,11 @@ def test_micro_batches_loss_scale_and_recomputation_give_the_same_gradients(atte
             assert_close(got[name], gradient, *FLOAT32, name)
 
 
-def test_losses_are_means_over_tokens():
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_losses_are_means_over_tokens(attention):
     """(T19) The losses of a batch are the mean over its sequences, and those of a packed row the mean over
     its documents' tokens, however they are packed."""
-    model = tiny_model()
+    model = tiny_model(attention=attention)
     x, y, first = packed_batch()
     both = model(x, y, first, index_loss=True)[1]
     rows = [model(x[i:i + 1], y[i:i + 1], first[i:i + 1], index_loss=True)[1] for i in (0, 1)]
@@ -201,7 +202,7 @@ def test_next_token_loss_is_a_sound_operation(learn_h, learn_weight, backend):
 # ---- precision ----
 
 def test_index_weights_stay_float32_under_autocast():
-    """(T6) weights_proj is not rounded to bf16, and neither are the sums of scores and of attention."""
+    """(T6, T7) weights_proj is not rounded to bf16, and neither are the sums of scores and of attention."""
     model = tiny_model()
     layer = model.model.layers[0].self_attn
     calls = []
@@ -243,7 +244,7 @@ def test_attention_computes_in_its_inputs_dtype_under_autocast(monkeypatch):
 
 
 def test_fp8_scores_are_the_scores(monkeypatch):
-    """(T7-T9) What the model selects by with index_fp8, scales folded in, beside the unquantised scores.
+    """(T8, T9) What the model selects by with index_fp8, scales folded in, beside the unquantised scores.
 
     e4m3 rounds a number by at most 2^-4 of itself, so q.k by (1 + 2^-4)^2 - 1 of sum |q_i k_i| <= |q||k|, and
     a score by that of size = sum_j |w_j| |q_j| |k|. Roundings are uniform within these bounds and
@@ -264,7 +265,9 @@ def test_fp8_scores_are_the_scores(monkeypatch):
     for model.index_fp8 in (False, True):
         model(x)
     (q, k, w, _), (q8, k8, w8, k_scale) = seen
-    assert q8.dtype == k8.dtype == torch.float8_e4m3fn
+    for x, x8 in ((q, q8), (k, k8)):  # rotated, as published
+        assert x8.dtype == torch.float8_e4m3fn
+        assert torch.equal(x8.float(), indexer.quantise(x, rotate=True)[0].float())
     error = indexer.index_scores(q8, k8, w8, k_scale) - indexer.index_scores(q, k, w)  # NaN where -inf
     size = torch.einsum("bsj,bsj,bt->bst", w.abs(), q.norm(dim=-1), k.norm(dim=-1))  # (B, S, T)
     error = (error / size)[~error.isnan()]
