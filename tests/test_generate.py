@@ -1,12 +1,11 @@
-"""Decoding from caches is the forward without them; what generation yields, where it stops, what it sees.
-(T25): docs/TRAPS.md."""
+"""Decoding from caches is the forward without them, from FP8 caches too, and behind an end of text that of a
+fresh prompt. (T25): docs/TRAPS.md. How tokens are drawn and where a text stops: tests/test_sampling.py."""
 import pytest
 import torch
 
 import generate
 import sparse_attn
 from config import Config
-from generate import document_starts, sample, stream
 from tests.common import FLOAT32, assert_close, device_of, poison, tiny_model
 
 END = 60  # ends a text
@@ -207,98 +206,3 @@ def test_nothing_is_seen_beyond_an_end_of_text(attention, chunk, monkeypatch):
     # another position: angles near 30 are off by 30 x 2^-24 in each of three layers
     assert_close(got[:1], fresh, 1e-5, 1e-4)
     assert_close(got[3:], second[:9], 1e-5, 1e-4)
-
-
-@pytest.mark.parametrize("go_on", [False, True])
-def test_rows_stop_by_themselves(go_on, monkeypatch):
-    """A row ends with any of the end ids, others go on undisturbed, and the stream stops with the last; go_on
-    goes on."""
-    model = tiny_model().eval()
-    x = random_tokens("torch", 2, 8)
-    tokens = [[3, STOP, 8, 9, 10], [4, 5, 6, END, 11]]
-    script = Script(tokens)
-    monkeypatch.setattr(generate, "sample", script)
-    columns = torch.stack(list(stream(model, x, 5, end_ids=[END, STOP], go_on=go_on)), 1).tolist()
-    expected = tokens if go_on else [[3, STOP, -1, -1], [4, 5, 6, END]]
-    assert columns == expected
-
-    monkeypatch.setattr(generate, "sample", Script(tokens))
-    whole = model.generate(x, 5, end_ids=[END, STOP], go_on=go_on)
-    filled = tokens if go_on else [[3, STOP, END, END], [4, 5, 6, END]]
-    assert torch.equal(whole[:, :8], x) and whole[:, 8:].tolist() == filled
-
-    alone = Script(tokens[1:])
-    monkeypatch.setattr(generate, "sample", alone)
-    list(stream(model, x[1:], 5, end_ids=[END, STOP], go_on=go_on))
-    assert len(alone.logits) == len(script.logits)
-    for both, single in zip(script.logits, alone.logits):
-        assert_close(both[1:], single, *FLOAT32)
-
-
-def test_without_end_ids_nothing_ends(monkeypatch):
-    model = tiny_model().eval()
-    monkeypatch.setattr(generate, "sample", Script([[END, STOP, 1]]))
-    assert model.generate(random_tokens("torch", 1, 8), 3)[0, 8:].tolist() == [END, STOP, 1]
-
-
-def test_document_starts():
-    """By a loop: behind the last end of text before the token; an end of text belongs to what it ends."""
-    x = torch.randint(56, 61, (20, 15))
-    expected = torch.zeros(20, 15, dtype=torch.int32)
-    for b in range(20):
-        start = 0
-        for t in range(15):
-            expected[b, t] = start
-            if x[b, t] in (END, STOP):
-                start = t + 1
-    assert torch.equal(document_starts(x, [END, STOP]), expected)
-    assert torch.equal(document_starts(x, []), torch.zeros_like(expected))
-
-
-# ---- sampling ----
-
-def drawn(logits, **options):
-    """The tokens that 300 draws give."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.tensor([logits]).expand(300, -1)
-    return set(sample(rows, generator=generator, **options).tolist())
-
-
-def test_sampling_filters():
-    """p = 0.64, 0.24, 0.09, 0.03: the nucleus is the smallest set that reaches top_p, and holds at least
-    one."""
-    logits = [2.0, 1.0, 0.0, -1.0]
-    assert drawn(logits) == drawn(logits, top_p=1.0) == drawn(logits, top_k=9) == {0, 1, 2, 3}
-    assert drawn(logits, temperature=0) == drawn(logits, top_k=1) == drawn(logits, top_p=1e-6) == {0}
-    assert drawn(logits, top_k=2) == {0, 1}
-    assert drawn(logits, top_p=0.6) == {0}
-    assert drawn(logits, top_p=0.7) == {0, 1}
-    assert drawn(logits, top_k=3, top_p=0.9) == {0, 1}  # of the three, 0.67 and 0.24
-    assert drawn(logits, temperature=0.05) == {0}
-
-
-def test_ties_go_to_the_lower_ids():
-    logits = [0.0, 1.0, 1.0, 1.0]
-    assert drawn(logits, temperature=0) == drawn(logits, top_k=1) == {1}
-    assert drawn(logits, top_k=2) == {1, 2}
-    assert drawn(logits, top_p=0.25) == drawn(logits, top_p=0.05) == {1}
-    assert drawn(logits, top_p=0.5) == {1, 2}
-
-
-@pytest.mark.parametrize("options,message", [
-    (dict(temperature=-1), "temperature=-1"),
-    (dict(temperature=float("nan")), "temperature=nan"),
-    (dict(top_k=0), "top_k=0"),
-    (dict(top_p=0), "top_p=0"),
-    (dict(top_p=1.5), "top_p=1.5"),
-    (dict(chunk=0), "chunk=0"),
-    (dict(n=65536), "max_position_embeddings")])
-def test_options_that_mean_nothing_are_refused(options, message):
-    model = tiny_model().eval()
-    with pytest.raises(ValueError, match=message):
-        model.generate(torch.zeros(1, 4, dtype=torch.long), **(dict(n=3) | options))
-
-
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="prompt of 0 tokens"):
-        tiny_model().generate(torch.zeros(1, 0, dtype=torch.long), 3)
