@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 import generate
 import indexer
 import sparse_attn
-from config import Config
 from moe import MLP, MoE
 
 RECALL_QUERIES = 16  # of a sequence, for the recall that training reports
