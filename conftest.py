@@ -6,6 +6,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)  # tensors are small: threads that wait for each other cost more than they bring
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,15 @@ def visible(S, T, first, last, rows, device):
     return mask
 
 
+def read(x, chosen):
+    """x (B,T,D), chosen (B,rows,K) -> (B,rows,K,D), x of the chosen tokens. An empty slot (-1) repeats a
+    token of its row: of one that was not selected, a NaN times 0 would survive."""
+    batch = torch.arange(len(x), device=x.device)[:, None, None]
+    some = chosen.amax(-1, keepdim=True)  # (B, rows, 1), -1 if nothing is selected
+    token = torch.where(chosen < 0, some, chosen).clamp(min=0).long()  # (B, rows, K)
+    return x[batch, token]
+
+
 def over_rows(function, S, elements_per_row):
     """Concatenate function(rows), a tuple, along dim 1 for slices of queries so small that a slice's largest
     tensor stays near SLICE elements. With gradients, each slice is recomputed in the backward instead of
@@ -49,9 +58,9 @@ def over_rows(function, S, elements_per_row):
 def hadamard(x):
     """Orthonormal Walsh-Hadamard transform of the last dimension, in float32, returned in x's dtype.
 
-    Applied to q and k alike it changes no exact score; it spreads an outlier over all dimensions before the
-    FP8 rounding, where it would otherwise set the scale alone. ValueError: a dimension that is not a power of
-    two."""
+    Applied to q and k alike it changes no exact score. Where one dimension is large in both, a score is
+    little more than one product, with its FP8 rounding; rotated, it is d products of about one size, whose
+    roundings average out: sqrt(d) less error. ValueError: a dimension that is not a power of two."""
     d = x.shape[-1]
     if d & (d - 1):
         raise ValueError(f"index_head_dim={d} is not a power of two, which the Hadamard rotation needs; "
@@ -172,18 +181,16 @@ def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
     so p is again their mean. q (B,S,H,D) absorbed, latents (B,T,D), indices (B,S,K). Gradients and results as
     `indexer_loss_dense`."""
     B, S, K = indices.shape
-    batch = torch.arange(B, device=q.device)[:, None, None]
 
     def some(rows):
         chosen = indices[:, rows]  # (B, rows, K)
         seen = chosen >= 0
-        token = chosen.clamp(min=0).long()
         with torch.no_grad():
-            read = latents[batch, token].float()  # (B, rows, K, D)
-            logits = torch.einsum("bshd,bskd->bshk", q[:, rows].float(), read) * scale
+            tokens = read(latents, chosen).float()  # (B, rows, K, D)
+            logits = torch.einsum("bshd,bskd->bshk", q[:, rows].float(), tokens) * scale
             p = torch.exp(logits - lse[:, rows, :, None].float())  # (B, rows, H, K)
             p = p.masked_fill(~seen[:, :, None], 0).mean(2)  # (B, rows, K)
-        keys = k_index[batch, token].float()  # (B, rows, K, DI)
+        keys = read(k_index, chosen).float()  # (B, rows, K, DI)
         dots = torch.einsum("bshd,bskd->bshk", q_index[:, rows].float(), keys)  # (B, rows, HI, K)
         scores = torch.einsum("bshk,bsh->bsk", dots.relu(), w[:, rows].float())  # (B, rows, K)
         return kl_divergence(p, scores, seen)

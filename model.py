@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 import generate
 import indexer
 import sparse_attn
-from config import Config
 from moe import MLP, MoE
 
 RECALL_QUERIES = 16  # of a sequence, for the recall that training reports
@@ -106,8 +105,7 @@ def apply_rope(x, interleaved, cos, sin):
 # ---- one switch, two backends ----
 
 class Operations(NamedTuple):
-    """The functions of the attention path, and the loss of a slice of logits: the reference's or their Triton
-    twins."""
+    """The functions of the attention path: the reference's or their Triton twins."""
     quantise: Callable
     select: Callable
     dense_attention: Callable

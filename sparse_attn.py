@@ -12,7 +12,7 @@ logarithm.
 """
 import torch
 
-from indexer import over_rows, quantise, visible
+from indexer import over_rows, quantise, read, visible
 
 
 def masked_softmax(logits, seen):
@@ -51,11 +51,10 @@ def sparse_attention(q, latents, indices, scale, value_dim):
     MHA mode: (nope + rope)^-1/2."""
     B, S, H, D = q.shape
     K = indices.shape[2]
-    batch = torch.arange(B, device=q.device)[:, None, None]
 
     def some(rows):
         chosen = indices[:, rows]  # (B, rows, K)
-        tokens = latents[batch, chosen.clamp(min=0).long()]  # (B, rows, K, D)
+        tokens = read(latents, chosen)  # (B, rows, K, D), or bytes
         if tokens.dtype == torch.uint8:
             tokens = unpack_latents(tokens, value_dim, torch.float32)
         tokens = tokens.float()
