@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.library import opcheck
-from triton.runtime.errors import InterpreterError
 
 import kernels
 import sparse_attn
