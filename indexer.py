@@ -35,7 +35,7 @@ def read(x, chosen):
     """x (B,T,D), chosen (B,rows,K) -> (B,rows,K,D), x of the chosen tokens. An empty slot (-1) repeats a
     token of its row: of one that was not selected, a NaN times 0 would survive."""
     batch = torch.arange(len(x), device=x.device)[:, None, None]
-    some = chosen.amax(-1, keepdim=True)  # (B, rows, 1), -1 if nothing is selected
+    some = F.pad(chosen, (0, 1), value=-1).amax(-1, keepdim=True)  # (B, rows, 1), -1 if nothing is selected
     token = torch.where(chosen < 0, some, chosen).clamp(min=0).long()  # (B, rows, K)
     return x[batch, token]
 
@@ -127,6 +127,7 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
 
     def some(rows):
         scores = index_scores(q, k, w, k_scale, first, last, rows)  # (B, rows, T)
+        scores = scores.masked_fill(scores.isnan(), float("nan"))  # one NaN: CUDA sorts others by their bits
         best, position = scores.sort(dim=-1, descending=True, stable=True)
         unseen = best[..., :topk] == float("-inf")
         chosen = position[..., :topk].masked_fill(unseen, T)  # (B, rows, min(topk, T)), T sorts last

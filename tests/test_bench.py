@@ -342,14 +342,14 @@ def small(monkeypatch):
         shape = bench.V32._replace(topk=64)
         few = bench.SMALL._replace(topk=32)
         heads = (128, 64, 16)
-        sizes = dict(CHUNK=256, CONTEXTS=(512, 1024), SEQUENCE=512, MATMUL=512, BATCH=16, STEP_TOKENS=512)
+        sizes = dict(CHUNK=256, CONTEXTS=(768, 1024), SEQUENCE=512, MATMUL=512, BATCH=16, STEP_TOKENS=512)
     else:
         shape = Shape(heads=4, rank=16, rope=16, nope=16, value=16, index_heads=4, index_dim=16, topk=8)
         few = shape._replace(heads=2, index_heads=2)
         heads = (4, 2)
         sizes = dict(CHUNK=16, CONTEXTS=(32, 48), SEQUENCE=24, MATMUL=32, BATCH=8, STEP_TOKENS=32)
     sizes |= dict(
-        V32=shape, SMALL=few, HEADS=heads, VOCABULARY=300, SMALL_CONFIG=Config(vocab_size=300, **TINY),
+        V32=shape, SMALL=few, HEADS=heads, VOCABULARY=300, SMALL_CONFIG=Config(vocab_size=300, **(TINY | dict(max_position_embeddings=2048))),
         DECODED=((1, 32), (2, 24)), LONG=(24, 48))
     for name, value in sizes.items():
         monkeypatch.setattr(bench, name, value)

@@ -51,14 +51,14 @@ def calls(trained, request):
 
 
 # (whole, worst row). In float32 sums of some 100 terms, each rounded by 2^-24, and differences of their
-# results: KL is a tenth of the entropies that it is the difference of. A row counts as a tenth of the mean
-# one at least, so it may be ten times as far off, and rows differ.
-EXACT = (3e-5, 1e-3)
+# results: KL is a tenth of the entropies that it is the difference of. Rows differ, and each counts as the
+# mean one at least.
+EXACT = (3e-5, 1e-4)
 # In bf16, whose rounding is 2^-9: lse and KL are sums in float32 of exact products, out is rounded twice (the
 # probabilities, and itself). Gradients are differences of such values: a query that looks at one key alone
 # has none, and what is left of its row is rounding. That a formula is right shows in the whole.
 ROUNDED = dict(out=(6e-3, 2.5e-2), lse=(1e-6, 1e-6), kl=(2e-5, 2e-5), kl_uniform=(2e-5, 2e-5))
-ROUNDED_GRADIENT = (1e-2, 1.0)
+ROUNDED_GRADIENT = (1e-2, 0.1)
 
 
 @pytest.mark.parametrize("name", errors.OPERATIONS)
@@ -86,7 +86,7 @@ def test_a_wrong_kernel_is_seen(calls, name, monkeypatch):
     monkeypatch.setattr(errors.kernels, name, wrong)
     for what, (whole, worst) in errors.differences(name, calls[name][0]).items():
         right = what in ("lse", "kl_uniform")
-        assert whole < 1e-6 if right else 0.009 < whole < 0.011, (what, whole, worst)
+        assert whole < 1e-6 if right else 0.008 < whole < 0.012, (what, whole, worst)
 
 
 def test_trained_selection(calls):

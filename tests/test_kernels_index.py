@@ -77,17 +77,6 @@ def with_kinds(shapes):
     return cases
 
 
-def repeats(function, *args):
-    """On a GPU, where programs run in any order: the result twice, the same bits. -> the result"""
-    poison()
-    got = function(*args)
-    if CUDA:
-        assert torch.equal(got, function(*args))
-    return got
-
-
-# ---- quantise ----
-
 def same_bits(got, want):
     """The same bits, NaN in the same places (its bits vary between processors)."""
     assert got.shape == want.shape and got.dtype == want.dtype
@@ -96,6 +85,17 @@ def same_bits(got, want):
     assert torch.equal(got.float().isnan(), nan)
     assert torch.equal(got.view(integer)[~nan], want.view(integer)[~nan])
 
+
+def repeats(function, *args):
+    """On a GPU, where programs run in any order: the result twice, the same bits. -> the result"""
+    poison()
+    got = function(*args)
+    if CUDA:
+        same_bits(got, function(*args))
+    return got
+
+
+# ---- quantise ----
 
 @pytest.mark.parametrize("ue8m0", [True, False])
 @pytest.mark.parametrize("rotate", [False, True])

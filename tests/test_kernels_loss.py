@@ -92,6 +92,11 @@ def sparse_inputs(B, S, T, H, D, K, dtype):
     return q, latents, lse.float(), indices
 
 
+def same(x, y):
+    """Equal, up to the order in which a GPU's float32 atomics add."""
+    assert (x - y).abs().max() <= (8 * EPS * y.abs().max() if CUDA else 0)
+
+
 # ---- against float64 ----
 
 def check_kl(got, want, D, largest_score, n):
@@ -112,7 +117,7 @@ def check_gradients(got, want, D, largest_score, dtype):
             assert x.abs().max() <= whole, name
             continue
         # a row is a token's: all heads together
-        assert_close(x.flatten(2), y.flatten(2), rounded + whole, rounded + 8 * whole, name)
+        assert_close(x.flatten(2), y.flatten(2), rounded + whole, 2 * rounded + 8 * whole, name)
 
 
 def check_loss(function, exact_function, frozen, trained, others, dtype):
@@ -320,7 +325,8 @@ def test_incoming_gradient_of_any_layout(sparse):
 
     dkl = random(2, 10)
     for x, y, z in zip(gradients(dkl), gradients(dkl.T.contiguous().T), gradients(2 * dkl)):
-        assert torch.equal(x, y) and torch.equal(2 * x, z)
+        same(x, y)
+        same(2 * x, z)
     for x, y in zip(gradients(torch.ones((), device=DEVICE).expand(2, 10)), gradients(torch.ones_like(dkl))):
         assert torch.equal(x, y)
 
@@ -352,7 +358,7 @@ def test_bounds_beyond_the_keys():
         kl, uniform = kernels.indexer_loss_dense(q, k, lse, 0.2, *trained, *pair)
         results.append((kl, uniform, *torch.autograd.grad(kl.sum(), trained)))
     for x, y in zip(*results):
-        assert torch.equal(x, y)
+        same(x, y)
     kl, uniform = results[0][:2]
     assert (kl[0, [2, 4]] == 0).all() and (uniform[0, [2, 4]] == 0).all()
     want = indexer.indexer_loss_dense(q, k, lse, 0.2, *trained, first, last)[0]
@@ -460,7 +466,7 @@ def test_compiles_into_one_graph(sparse):
         kl, uniform = call(*arguments)
         results.append((kl, uniform, *torch.autograd.grad(kl.square().sum(), trained)))
     for x, y in zip(*results):
-        assert torch.equal(x, y)
+        same(x, y)
 
 
 @pytest.mark.parametrize("sparse,change,message", [

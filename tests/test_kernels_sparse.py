@@ -18,7 +18,7 @@ import kernels
 import sparse_attn
 from indexer import quantise
 from kernels import sparse_attention
-from tests.common import ROW_FLOOR, assert_close, poison
+from tests.common import MEAN_ROW, ROW_FLOOR, assert_close, poison
 from triton_kernels import sparse
 
 CUDA = torch.cuda.is_available()
@@ -97,12 +97,12 @@ def bounds(name, shape, dtype):
     return whole, WORST * whole
 
 
-def assert_lse(got, want, shape, what="lse"):
+def assert_lse(got, want, shape, what="lse", rounded=0):
     """Within what float32 sums cost, in every dtype: lse is not rounded to 16 bits."""
     terms = shape[4] + shape[5] + shape[6]
     assert torch.equal(got == -INF, want == -INF), f"{what}: other rows without a token"
     error = torch.nan_to_num(got.double() - want).abs().max()
-    bound = terms * 2**-24 * (1 + want[want > -INF].abs().max()) if (want > -INF).any() else 0
+    bound = (terms * 2**-24 + rounded) * (1 + want[want > -INF].abs().max()) if (want > -INF).any() else 0
     assert error <= bound, f"{what}: {error:.1e} beyond {bound:.1e}"
 
 
@@ -123,7 +123,7 @@ def check(shape, dtype, attention=sparse_attention, size=1.0, worst=WORST):
     for name, want in dict(out=out64, dq=dq64, dlatents=dlatents64).items():
         assert got[name].dtype == dtype and got[name].is_contiguous(), name
         whole, _ = bounds(name, shape, dtype)
-        assert_close(got[name], want, whole, worst * whole, name)
+        assert_close(got[name], want, whole, worst * whole, name, ROW_FLOOR if name == "out" else MEAN_ROW)
     assert_lse(lse, lse64.detach(), shape)
     return out, lse, dq, indices
 
@@ -228,8 +228,8 @@ def test_lists_in_parts(dtype, packed, monkeypatch):
 @pytest.mark.parametrize("size", [1e-4, 30.0])
 def test_magnitudes(size):
     """Nearly equal scores, and softmaxes of nearly one token. There dP - delta cancels in most rows of dq, to
-    less than the smallest that counts, a tenth of the mean row; the error stays that of the mean row."""
-    check((1, 9, 60, 4, 32, 16, 24), HALF, size=size, worst=WORST / ROW_FLOOR)
+    less than the rounding of the mean row."""
+    check((1, 9, 60, 4, 32, 16, 24), HALF, size=size, worst=2 * WORST)
 
 
 @pytest.mark.parametrize("S,T,K", [(0, 20, 4), (5, 20, 0), (5, 0, 0), (12, 0, 3)])
@@ -467,7 +467,8 @@ def test_fp8_cache(shape, ue8m0):
     want, lse64 = attend(q.detach().double(), meaning, indices, scale, V)
     assert out.dtype == HALF and out.is_contiguous() and lse.is_contiguous()
     assert_close(out, want, *bounds("out", shape, HALF), "out")
-    assert_lse(lse, lse64, shape)
+    rounded = 0 if ue8m0 else torch.finfo(HALF).eps / 4  # Hopper's kernel reads bf16: values times such a scale
+    assert_lse(lse, lse64, shape, rounded=rounded)
 
 
 def test_fp8_cache_in_float32():
