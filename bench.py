@@ -11,6 +11,7 @@ counted as they are needed: a pair or a selected token that is not visible count
 """
 import functools
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -812,11 +813,11 @@ def full_caches(model, B, T):
 
 
 @torch.inference_mode()
-def decoding(model, B, T):
+def decoding(model, B, T, compiled):
     """Steps at the end of a context of T, as `stream` takes them -> ms of one, kernels of one."""
     token = torch.randint(0, VOCABULARY, (B,), device=DEVICE)
     first = torch.zeros(B, dtype=torch.int32, device=DEVICE)
-    decoder = Decoder(model, full_caches(model, B, T), B, token.device, model.backend_on(token.device))
+    decoder = Decoder(model, full_caches(model, B, T), B, token.device, model.backend_on(token.device), compiled)
 
     def step():
         decoder.step(token, T - 1, first)
@@ -830,19 +831,21 @@ def decoding(model, B, T):
 
 
 def bench_decode(table):
-    """Decoding steps of the 124M model: one CUDA graph each."""
+    """Decoding steps of the 124M model, one CUDA graph each, without and with --compile."""
     model = small_model().to(BF16).eval()
     for B, T in DECODED:
         what = f"decoding step, 124M, batch {B}, context {T}"
-        for model.attention in ("dense", "sparse"):
+        dense = {}
+        for model.attention, compiled in itertools.product(("dense", "sparse"), (False, True)):
             clean_up()
-            ms, kernels_run = decoding(model, B, T)
+            ms, kernels_run = decoding(model, B, T, compiled)
+            name = f"{what}, {model.attention}" + (", --compile" if compiled else "")
             if model.attention == "dense":
-                dense = ms
-                table.add(f"{what}, dense", ms, 1000 * B / ms, "tokens/s")
+                dense[compiled] = ms
+                table.add(name, ms, 1000 * B / ms, "tokens/s")
             else:
-                table.add(f"{what}, sparse", ms, dense / ms, "x faster than dense")
-            table.add(f"{what}, {model.attention}, launches", ms, kernels_run, "kernels")
+                table.add(name, ms, dense[compiled] / ms, "x faster than dense")
+            table.add(f"{name}, launches", ms, kernels_run, "kernels")
 
 
 def bench_prefill(table):

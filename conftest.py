@@ -1,4 +1,5 @@
-"""Without a GPU, kernels run through Triton's interpreter; it must be chosen before they are first imported."""
+"""Without a GPU, kernels run through Triton's interpreter; it must be chosen before they are first
+imported."""
 import os
 
 import pytest

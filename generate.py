@@ -6,6 +6,10 @@ import torch
 
 from sparse_attn import Cache
 
+SMALL_CHUNK = 1024  # prompt tokens that enter the caches at once
+LARGE_CHUNK = 32768  # beyond, nothing is gained
+CHUNK_SHARE = 8  # of a GPU's free memory, one part of so many may hold a layer's tensors of a chunk
+
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """logits (B,vocab) -> (B,) int64 sampled tokens, from the top_k most likely ones and the smallest set of
@@ -41,10 +45,11 @@ class Decoder:
 
     With the Triton kernels on a GPU the first step is captured as a CUDA graph: lengths are read on the
     device, so one graph serves every position and no time goes to launches. Routing to experts needs the
-    host, so models with experts run step by step."""
+    host, so models with experts run step by step. compiled: by torch.compile first."""
 
-    def __init__(self, model, caches, B, device, backend):
-        self.model = model
+    def __init__(self, model, caches, B, device, backend, compiled=False):
+        self.model = torch.compile(model, dynamic=False) if compiled else model
+        self.compiled = compiled
         self.caches = caches
         self.captures = device.type == "cuda" and backend == "triton" and not model.config.n_routed_experts
         self.graph = None
@@ -62,7 +67,7 @@ class Decoder:
         self.first.copy_(first[:, None])
         self.last.fill_(position)
         if not self.captures:
-            return self.forward(last=None)
+            return self.forward(self.last if self.compiled else None)  # None: only what is filled is read
         if self.graph is None:
             self.capture()
         self.graph.replay()
@@ -95,7 +100,7 @@ def check(T, n, temperature, top_k, top_p, chunk, config):
         raise ValueError(f"top_k={top_k}: must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: a probability above 0 and up to 1")
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: must be at least 1")
     longest = config.max_position_embeddings
     if T < 1 or n < 0 or T + n > longest:
@@ -103,15 +108,31 @@ def check(T, n, temperature, top_k, top_p, chunk, config):
                          f"max_position_embeddings={longest}; shorten either")
 
 
+def default_chunk(config, B, device):
+    """Prompt tokens of B rows that enter the caches at once. On a GPU few large chunks are faster, as a small
+    one costs as many launches: as many tokens as fit, by the widest tensors of a layer."""
+    if device.type != "cuda":
+        return SMALL_CHUNK
+    qk = config.qk_nope_head_dim + config.qk_rope_head_dim
+    absorbed = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    attention = config.num_attention_heads * (2 * qk + 2 * absorbed + config.v_head_dim)
+    width = 8 * config.hidden_size + 3 * config.intermediate_size + attention  # elements per token
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    tokens = free // CHUNK_SHARE // (2 * width * B)
+    return max(SMALL_CHUNK, min(LARGE_CHUNK, tokens))
+
+
 @torch.inference_mode()
-def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=1024,
-           fp8_cache=False, end_ids=(), go_on=False):
+def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=None,
+           fp8_cache=False, end_ids=(), go_on=False, compiled=False):
     """Yield up to n times the next token (B,) int64 after the prompts idx (B,T), sampled as by `sample`.
 
     end_ids: the ids that end a text. A row that has sampled one yields -1 from then on, and the stream stops
     with the last row; with go_on it starts another text instead. Either way no token sees what stands before
-    an end of text, as in training. The prompt enters the caches `chunk` tokens at a time. fp8_cache: latents
-    in the published FP8 layout. Sets model.cache_bytes_per_token. ValueError: see `check`."""
+    an end of text, as in training. The prompt enters the caches `chunk` tokens at a time, see
+    `default_chunk`. fp8_cache: latents in the published FP8 layout. compiled: the steps by torch.compile.
+    Sets model.cache_bytes_per_token. ValueError: see `check`."""
     B, T = idx.shape
     config = model.config
     device = idx.device
@@ -128,16 +149,17 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     first = document_starts(idx.cpu(), end_ids)  # (B, T)
     packed = bool(first.any())  # one document needs no bounds
     first = first.to(device)
-    for position in torch.arange(T, device=device).split(chunk):
+    for position in torch.arange(T, device=device).split(chunk or default_chunk(config, B, device)):
         bounds = first[:, position] if packed else None
-        logits, _ = model(idx[:, position], first=bounds, caches=caches, position=position)
+        logits, _ = model(
+            idx[:, position], first=bounds, caches=caches, position=position, return_logits="last")
 
     if logits[:, -1].isnan().any():
         raise ValueError("the model's next token is not a number: its weights are damaged, or overflow in "
                          "this dtype")
 
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
-    decoder = Decoder(model, caches, B, device, model.backend_on(device))
+    decoder = Decoder(model, caches, B, device, model.backend_on(device), compiled)
     start = first[:, -1]  # (B,) where the document of the last token begins
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     is_end = torch.isin(idx[:, -1], ends)  # (B,)

@@ -5,30 +5,33 @@ This page is the table of contents: what each operation promises, and the file t
 those of DeepSeek-V3.2-Exp, section 2. All are registered with torch.library as torch.ops.dsa.*, so that
 torch.compile(model, fullgraph=True) passes through them.
 
-What runs when
-    operation              regime                                               kernel                          why
-    select                 up to 2048 keys                                      scores, top-k of all            a row is its own candidate list
-                           more                                                 scores, guessed threshold       one reading of a row
-    dense_attention        causal, one document, 16-bit heads that cuDNN knows  cuDNN                           the best there is
-                           else; few queries: keys in parts                     flash, then combine             documents, MQA, odd sizes
-    sparse_attention       Hopper, bf16, latents 512 + 64, 64 heads and more    Gluon                           warps with different work
-                           else; heads up to 32: queries share a union          flash over the union            one gather serves several queries
-                           few queries: lists in parts                          flash, then combine             fill the GPU
-                           FP8 cache                                            flash over 128-wide pieces      scales go into S and P
-    indexer_loss_dense     Hopper, bf16, 16 heads and more of 64, 128, 192      Gluon target, the rest in Triton
+Which kernel runs
+    select               on up to 2048 keys a row is its own list of candidates; on more, two passes over the
+                         scores find them: guess a threshold from a sample, gather what is above it
+      64K keys and more  of few heads, 256 queries and more: filter; a bit per key says whether it may be
+                         among the best, and no score is kept. Bound by memory, where scores are cheap
+    dense_attention      causal over one document, 16-bit heads of a size that it knows: cuDNN, the fastest
+      else               flash: documents, MQA on latents, odd sizes, float32; few queries: keys in parts
+    sparse_attention     the published shape (bf16, latents 512 + 64, 64 heads and more) on Hopper: Gluon,
+                         warps that gather beside warps that multiply
+      up to 32 heads     flash over the union of neighbouring queries' selections: one gather serves several
+      up to 8 queries    flash, each list in parts: decoding fills the GPU, and no kernel runs before it
+      FP8 cache          flash over pieces of 128 values: their scale goes into S and P, nothing is decoded
+      backward           latents up to 128: P, dS and dq in one kernel; wider: a kernel each
+    indexer_loss_dense   the target by Gluon on Hopper (bf16, 16 heads and more of 64, 128 or 192), else by
+                         Triton; the rest by Triton
+    indexer_loss_sparse  over the same unions as sparse_attention
     Portable from Ampere on: tiles follow the device's shared memory, and below sm_89, which has no FP8
-    products, e4m3 becomes fp16 in registers.
+    products, e4m3 becomes fp16 in registers. triton_kernels/hopper.py alone needs sm_90.
 
 Letters
-    B sequences        S queries          T keys             K slots of a selection   U tokens of a union of selections
-    H attention heads  HI indexer heads   D dimensions of a query and a key   DI of the indexer's   V of a value   R of the rope part
-    BLOCK_x  extent of a tile along x       N rows (query, head) of a tile     m, l running maximum and sum of a softmax
+    B  sequences         S  queries            T  keys                   K  slots of a selection
+    H  attention heads   D  their dimensions   V  dimensions of a value  R  rope dimensions
+    HI indexer heads     DI their dimensions   U  tokens of a union      N  rows (query, head) of a tile
+    m, l  running maximum and sum of a softmax         BLOCK_x  extent of a tile along x
 """
-import torch
-
 from triton_kernels import cross_entropy as _cross_entropy
 from triton_kernels import dense, index, loss, sparse
-from triton_kernels.common import has_fp8, limits
 
 
 # ---- the lightning indexer: triton_kernels/index.py ----
@@ -106,7 +109,8 @@ def sparse_attention(q, latents, indices, scale, value_dim):
 # ---- how the indexer learns: triton_kernels/loss.py ----
 
 def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=None):
-    """Warm-up loss, KL(p_t || softmax(I_t)) over all visible tokens   (eq. 3), p the mean over heads of exp(scale q.k - lse).
+    """Warm-up loss, KL(p_t || softmax(I_t)) over all visible tokens   (eq. 3)
+    p the mean over heads of exp(scale q.k - lse).
 
     q (B,S,H,D), k (B,T,H or 1,D), lse (B,S,H) natural logarithm, of the frozen attention: no gradient.
     q_index (B,S,HI,DI), k_index (B,T,DI), w (B,S,HI) float32 receive one -> kl (B,S), kl_uniform (B,S)
@@ -116,7 +120,8 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
 
 
 def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
-    """Sparse-stage loss, KL(p_{t,S_t} || softmax(I_{t,S_t})) over the selection only   (eq. 4), p the mean over heads of exp(scale q.latent - lse).
+    """Sparse-stage loss, KL(p_{t,S_t} || softmax(I_{t,S_t})) over the selection only   (eq. 4)
+    p the mean over heads of exp(scale q.latent - lse).
 
     q (B,S,H,D) absorbed, latents (B,T,D), lse (B,S,H) natural logarithm over the selection, indices (B,S,K)
     int32 ascending, then -1, as from `select`. Gradients to q_index (B,S,HI,DI), k_index (B,T,DI) (float32

@@ -504,9 +504,10 @@ class Transformer(nn.Module):
         -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target
         counts) if targets are given, and with index_loss "kl", "kl_uniform" (nats, mean over tokens and over
         layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
-        return_logits=False gives None for them, see `next_token_loss`. caches: one Cache per layer;
-        `position` (S,) int64 of these tokens, all earlier ones being cached. With `last` (B,S) given, lengths
-        are read on the device (CUDA graphs). ValueError: sequence longer than max_position_embeddings."""
+        return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone. caches:
+        one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached. With `last`
+        (B,S) given, lengths are read on the device (CUDA graphs). ValueError: sequence longer than
+        max_position_embeddings."""
         backend = self.backend_on(idx.device)
         run = self.run(backend, idx, first, index_loss, caches, position, last)
         h = self.model.embed_tokens(idx)  # (B, S, hidden)
@@ -527,7 +528,9 @@ class Transformer(nn.Module):
                 losses[name] = torch.stack(layers).mean()
         if targets is not None:
             losses["lm"] = next_token_loss(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), backend)
-        logits = self.lm_head(h) if return_logits else None  # (B, S, vocab)
+        if return_logits == "last":
+            h = h[:, -1:]
+        logits = self.lm_head(h) if return_logits else None  # (B, S or 1, vocab)
         return logits, losses
 
     def run(self, backend, idx, first, index_loss, caches, position, last):

@@ -38,8 +38,9 @@ def options(argv):
         "(default true)")
     add("--cache", choices=["auto", "fp8"], default="auto", help="latent cache in the model's precision, or "
         "in the published FP8 layout")
-    add("--chunk", type=int, default=1024, help="prompt tokens that enter the cache at once (default "
-        "%(default)s)")
+    add("--chunk", type=int, help="prompt tokens that enter the cache at once (default: on a GPU what its "
+        "memory allows, else 1024)")
+    add("--compile", action="store_true", help="torch.compile the steps: on a GPU faster, and later to start")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: bfloat16 on a GPU, else "
         "float32)")
@@ -48,10 +49,11 @@ def options(argv):
     o = parser.parse_args(argv)
     if sum(source is not None for source in (o.stdin, o.prompt, o.prompt_file)) > 1:
         raise ValueError("give one of --prompt, --prompt_file and -, not several")
-    cli.check_ranges(o, ("num_tokens", 1, math.inf), ("count", 1, math.inf), ("chunk", 1, math.inf),
-                     ("temperature", 0, math.inf), ("seed", 0, 2**63 - 1))
-    if o.top_k is not None:
-        cli.check_ranges(o, ("top_k", 1, math.inf))
+    cli.check_ranges(o, ("num_tokens", 1, math.inf), ("count", 1, math.inf), ("temperature", 0, math.inf),
+                     ("seed", 0, 2**63 - 1))
+    for name in ("top_k", "chunk"):
+        if getattr(o, name) is not None:
+            cli.check_ranges(o, (name, 1, math.inf))
     if o.top_p is not None and not 0 < o.top_p <= 1:
         raise ValueError(f"--top_p={o.top_p}: a probability above 0 and up to 1")
     return o
@@ -135,7 +137,7 @@ def main():
     printer = Printer(text, tokens_of, ids, o.count, stops=not o.ignore_eos)
     rows = stream(
         model, prompt, o.num_tokens, o.temperature, o.top_k, o.top_p, generator, o.chunk, o.cache == "fp8",
-        tokens_of.end_ids, o.ignore_eos)
+        tokens_of.end_ids, o.ignore_eos, o.compile)
     began = time.perf_counter()
     times = []
     for row in rows:

@@ -4,9 +4,9 @@ import torch
 from config import Config
 from model import Transformer
 
-# Allowed between float32 and float64, or two orders of summing in float32 (whole tensor, worst row). A product
-# is off by 2^-24 of itself, a sum of n <= 64 of them by some sqrt(n) 2^-24 = 5e-7 of its terms; a layer chains
-# ten such sums, with random signs 1.5e-6. A row may cancel to a tenth of its terms.
+# Allowed between float32 and float64, or two orders of summing in float32 (whole tensor, worst row). A
+# product is off by 2^-24 of itself, a sum of n <= 64 of them by some sqrt(n) 2^-24 = 5e-7 of its terms; a
+# layer chains ten such sums, with random signs 1.5e-6. A row may cancel to a tenth of its terms.
 FLOAT32 = (5e-6, 5e-5)
 ROW_FLOOR = 0.1  # of the mean row, what a row counts at least: where it cancels to nothing, all is rounding
 MEAN_ROW = 1.0  # the floor for gradients of attention: in rows that look at one key alone dP - delta cancels

@@ -349,7 +349,8 @@ def small(monkeypatch):
         heads = (4, 2)
         sizes = dict(CHUNK=16, CONTEXTS=(32, 48), SEQUENCE=24, MATMUL=32, BATCH=8, STEP_TOKENS=32)
     sizes |= dict(
-        V32=shape, SMALL=few, HEADS=heads, VOCABULARY=300, SMALL_CONFIG=Config(vocab_size=300, **(TINY | dict(max_position_embeddings=2048))),
+        V32=shape, SMALL=few, HEADS=heads, VOCABULARY=300,
+        SMALL_CONFIG=Config(vocab_size=300, **(TINY | dict(max_position_embeddings=2048))),
         DECODED=((1, 32), (2, 24)), LONG=(24, 48))
     for name, value in sizes.items():
         monkeypatch.setattr(bench, name, value)
@@ -440,7 +441,7 @@ def test_decode_part(small):
     bench.bench_decode(small)
     check_rows(small, "decoding step, 124M, batch 1, context 32, dense",
                "decoding step, 124M, batch 2, context 24, sparse",
-               "decoding step, 124M, batch 1, context 32, sparse, launches")
+               "decoding step, 124M, batch 1, context 32, sparse, --compile, launches")
 
 
 def test_prefill_part(small):

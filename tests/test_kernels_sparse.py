@@ -467,7 +467,8 @@ def test_fp8_cache(shape, ue8m0):
     want, lse64 = attend(q.detach().double(), meaning, indices, scale, V)
     assert out.dtype == HALF and out.is_contiguous() and lse.is_contiguous()
     assert_close(out, want, *bounds("out", shape, HALF), "out")
-    rounded = 0 if ue8m0 else torch.finfo(HALF).eps / 4  # Hopper's kernel reads bf16: values times such a scale
+    # Hopper's kernel reads values times their scale in bf16
+    rounded = 0 if ue8m0 else torch.finfo(HALF).eps / 4
     assert_lse(lse, lse64, shape, rounded=rounded)
 
 

@@ -194,6 +194,30 @@ def test_a_document_is_a_prompt_of_its_own(attention, chunk):
             assert greedy(model, before + [62] + own, 12) != alone
 
 
+def test_compiled_steps(monkeypatch):
+    """torch.compile changes nothing but the speed of a step."""
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **more: compile_with(*args, backend="aot_eager", **more))
+    model = tiny()
+    prompt = texts(3, 15)[0]
+    assert greedy(model, prompt, 12, compiled=True) == greedy(model, prompt, 12)
+
+
+def test_default_chunk(monkeypatch):
+    """What a GPU's free memory allows, what the allocator holds back counted in."""
+    config = tiny().config
+    assert generate.default_chunk(config, 1, torch.device("cpu")) == 1024
+    gpu = torch.device("cuda")
+    for name, value in dict(memory_reserved=3 * 10**9, memory_allocated=10**9).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    chunks = []
+    for free in (0, 6 * 10**9, 10**12):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+        chunks.append([generate.default_chunk(config, B, gpu) for B in (1, 40, 10**6)])
+    assert chunks[0][0] > chunks[0][2] == 1024 and chunks[2][0] == 32768
+    assert chunks[1][1] == pytest.approx(4 * chunks[0][1], abs=4)
+
+
 def test_rows_with_documents_of_their_own():
     """Two prompts side by side, only one of which holds an end of text."""
     model = tiny()

@@ -63,7 +63,8 @@ def fit(**tensors):
     """name=(tensor or None, shape): ValueError naming the first tensor that has another shape."""
     for name, (x, shape) in tensors.items():
         if x is not None and x.shape != shape:
-            raise ValueError(f"{name} is {tuple(x.shape)} and should be {tuple(shape)} to fit the other arguments")
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} and should be {tuple(shape)} to fit the other arguments")
 
 
 def check_indices(indices):
@@ -146,8 +147,10 @@ def e4m3_to_fp16(x):
 
 
 @triton.jit
-def delta_kernel(out_ptr, dout_ptr, delta_ptr, lse_ptr, lse2_ptr, rows, S, H, V: tl.constexpr, BLOCK_V: tl.constexpr,
-                 BLOCK_ROWS: tl.constexpr, HEADS_FIRST: tl.constexpr):
+def delta_kernel(
+        out_ptr, dout_ptr, delta_ptr, lse_ptr, lse2_ptr,
+        rows, S, H,
+        V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, HEADS_FIRST: tl.constexpr):
     """delta = out . dout per (query, head), what softmax's backward subtracts, of out and dout (B,S,H,V);
     with lse_ptr also lse in base 2. Written as (B,S,H), or HEADS_FIRST as (B,H,S)."""
     r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -181,8 +184,10 @@ def launch_delta(out, dout, lse=None, heads_first=False):
 
 
 @triton.jit
-def combine_kernel(part_ptr, part_lse_ptr, out_ptr, lse_ptr, rows, parts, V: tl.constexpr, BLOCK_V: tl.constexpr,
-                   BLOCK_PARTS: tl.constexpr):
+def combine_kernel(
+        part_ptr, part_lse_ptr, out_ptr, lse_ptr,
+        rows, parts,
+        V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_PARTS: tl.constexpr):
     """out = sum_i exp(lse_i - lse) out_i over the parts of one row (query, head); nothing in any part: out 0,
     lse -inf."""
     row = tl.program_id(0).to(tl.int64)

@@ -11,10 +11,11 @@ from triton_kernels.common import operation
 # ---- cross_entropy ----
 # contract    kernels.cross_entropy
 # in PyTorch  nats = F.cross_entropy(x, y, reduction="none");  x = softmax(x) - F.one_hot(y)
-# equation    nats[t] = log sum_s exp(x[t,s]) - x[t,y_t];  dx[t,s] = softmax(x[t])_s - [s = y_t], in place of x
-# tiling      a program per row walks it twice, BLOCK_V logits at a time: a maximum and a sum per lane, then the gradient
+# equation    nats[t] = log sum_s exp(x[t,s]) - x[t,y_t];  dx[t,s] = softmax(x[t])_s - [s = y_t], in x's place
+# tiling      a program per row walks it twice, BLOCK_V logits at a time: a maximum and a sum per lane, then
+#             the gradient
+# FLOPs       some 3 exponentials per logit: bound by memory
 # bytes       per logit its size read, read again (half of the rows are still in L2) and written
-# operations  some 3 exponentials per logit: bound by memory
 
 
 @triton.jit
@@ -27,7 +28,8 @@ def cross_entropy_kernel(
     v = tl.arange(0, BLOCK_V)
     y = tl.load(y_ptr + row)
     known = (y >= 0) & (y < V)
-    target = tl.load(x_row + y, mask=known, other=float("nan")).to(tl.float32)  # before anything is overwritten
+    # before anything is overwritten
+    target = tl.load(x_row + y, mask=known, other=float("nan")).to(tl.float32)
 
     # the maximum, and the sum of exponentials less it
     m = tl.full([BLOCK_V], -3.4028235e38, tl.float32)
