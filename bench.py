@@ -77,6 +77,7 @@ SMALL = Shape(heads=12, rank=128, rope=32, nope=64, value=64, index_heads=4, ind
 HEADS = (128, 64, 16)  # of the published shape
 CHUNK = 4096  # queries of a long prompt that are computed at a time
 CONTEXTS = (32768, 131072)  # behind which they come
+LONGEST = 2**20  # behind which selection filters
 SEQUENCE = 8192  # tokens of a sequence that is trained on, in the rows of one layer
 BATCH = 128  # sequences that decode at a time
 MATMUL = 8192  # rows and columns of the matrices that the baselines multiply
@@ -312,6 +313,7 @@ def bench_select(table):
     for what, shape, B, S, T in (
             ("", V32, 1, CHUNK, CONTEXTS[1]),
             (", few heads", SMALL, 1, CHUNK, CONTEXTS[1]),
+            (", few heads, filtered", SMALL, 1, CHUNK // 4, LONGEST),
             (", a training step", SMALL, STEP_TOKENS // CHUNK, CHUNK, CHUNK),
             (", few keys", SMALL, 2 * STEP_TOKENS // CHUNK, CHUNK // 2, CHUNK // 2),
             (", decoding", V32, BATCH // 2, 1, CONTEXTS[1]),

@@ -10,9 +10,15 @@ if not torch.cuda.is_available():
     torch.set_num_threads(1)  # tensors are small: threads that wait for each other cost more than they bring
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """pytest -n auto: a process per core, on a GPU no more than share its memory."""
+    return min(os.cpu_count(), 8) if torch.cuda.is_available() else os.cpu_count()
+
+
 @pytest.fixture(autouse=True)
 def give_memory_back():
-    """So that several test processes (pytest -n 8) fit on one GPU."""
+    """So that several test processes fit on one GPU."""
     yield
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
