@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from tests.common import poison
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # tensors are small: threads that wait for each other cost more than they bring
@@ -17,8 +19,11 @@ def pytest_xdist_auto_num_workers(config):
 
 
 @pytest.fixture(autouse=True)
-def give_memory_back():
-    """So that several test processes fit on one GPU."""
+def fresh():
+    """The same random numbers whatever ran before, and memory that holds NaN; given back afterwards, so that
+    several test processes fit on one GPU."""
+    torch.manual_seed(0)
+    poison()
     yield
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

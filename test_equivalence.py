@@ -24,12 +24,6 @@ YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=64, beta_f
             mscale=1.0, mscale_all_dim=0.707)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    poison()
-
-
 # ---- the layer, once more, from the paper's formulas: numpy, float64, one query and one head at a time ----
 
 def rotate(x, position, frequencies, interleaved):

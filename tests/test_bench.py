@@ -343,7 +343,8 @@ def small(monkeypatch):
         few = bench.SMALL._replace(topk=32)
         heads = (128, 64, 16)
         sizes = dict(
-            CHUNK=256, CONTEXTS=(768, 1024), LONGEST=2048, SEQUENCE=512, MATMUL=512, BATCH=16, STEP_TOKENS=512)
+            CHUNK=256, CONTEXTS=(768, 1024), LONGEST=2048, SEQUENCE=512, MATMUL=512, BATCH=16,
+            STEP_TOKENS=512)
     else:
         shape = Shape(heads=4, rank=16, rope=16, nope=16, value=16, index_heads=4, index_dim=16, topk=8)
         few = shape._replace(heads=2, index_heads=2)

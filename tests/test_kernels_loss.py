@@ -15,13 +15,6 @@ from triton_kernels import loss
 NAMES = ("dq_index", "dk_index", "dw")
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    poison()
-
-
 # ---- in float64 ----
 
 def exact_kl(p, scores, seen):

@@ -386,7 +386,7 @@ def test_not_finite(place):
     code, _, err = train(place, "boom", "--dense_lr=1e30", "--grad_clip=1e30", "--ramp_steps=0",
                          "--save_interval=1", "--dense_steps=20")
     assert code == 1
-    assert re.search(r"dense step \d+, batch \d+: not finite.*last good checkpoint: .*state-0-", err)
+    assert re.search(r"dense step \d+, batches \d+\.\.\d+: not finite.*last good checkpoint: .*state-0-", err)
     assert all(json.dumps(r).count("NaN") == 0 for r in metrics(place / "boom"))
 
 
