@@ -402,6 +402,20 @@ def brute_select(scores, first, last, topk):
     return rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_index_scores(dtype):
+    """(T5, T6) Equation 1 in float64: products and sums are float32 whatever the operands are."""
+    q = torch.randn(2, 9, 3, 16).to(dtype)
+    k = torch.randn(2, 14, 16).to(dtype)
+    w = torch.randn(2, 9, 3)
+    dots = torch.einsum("bshd,btd->bsht", q.double(), k.double())
+    expected = torch.einsum("bsht,bsh->bst", dots.relu(), w.double())
+    seen = torch.ones(9, 14).tril(5).bool()
+    got = indexer.index_scores(q, k, w)
+    assert (got[:, ~seen] == float("-inf")).all()
+    assert_close(got.masked_fill(~seen, 0), expected.masked_fill(~seen, 0), *FLOAT32)
+
+
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "huge", "tiny"])
 @pytest.mark.parametrize(
     "S,T,topk", [(33, 33, 8), (5, 40, 12), (40, 40, 64), (1, 1, 1), (1, 30, 7), (64, 64, 1)])
