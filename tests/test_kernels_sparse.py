@@ -232,6 +232,21 @@ def test_magnitudes(size):
     check((1, 9, 60, 4, 32, 16, 24), HALF, size=size, worst=2 * WORST)
 
 
+def test_latent_gradients_are_summed_in_float32():
+    """(T24) 60 queries with lists of their own add to the same four tokens, all with one sign: in 16 bits the
+    sum would lose most of the last addends."""
+    q, latents, indices, scale, V, dout = draw((1, 60, 4, 40, 16, 16, 4), HALF)
+    indices[:] = torch.arange(4)
+    dout = dout.abs()
+    out, _ = sparse_attention(q, latents, indices, scale, V)
+    dlatents, = torch.autograd.grad(out, latents, dout)
+    latents64 = latents.detach().double().requires_grad_()
+    out64, _ = attend(q.detach().double(), latents64, indices, scale, V)
+    want, = torch.autograd.grad(out64, latents64, dout.double())
+    eps = torch.finfo(HALF).eps
+    assert_close(dlatents[..., :V], want[..., :V], eps / 2, eps / 2, "dlatents")
+
+
 @pytest.mark.parametrize("S,T,K", [(0, 20, 4), (5, 20, 0), (5, 0, 0), (12, 0, 3)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_to_do(S, T, K, packed):
