@@ -57,8 +57,8 @@ def queries_seeing(first_ptr, last_ptr, b, t0, t1, s0, s1, S, T):
 
 # ---- dense_attention ----
 # contract    kernels.dense_attention
-# in PyTorch  logits = einsum("bshd,bthd->bsht", q, k) * scale, masked;  out = einsum("bsht,bthd->bshd",
-# softmax(logits), v)
+# in PyTorch  logits = einsum("bshd,bthd->bsht", q, k) * scale, masked
+#             out = einsum("bsht,bthd->bshd", softmax(logits), v)
 # equation    out[t] = sum_s p[t,s] v[s],  p[t,s] = exp(scale q[t].k[s] - lse[t]),  first[t] <= s <= last[t]
 #             dv = p^T dout,  ds = p (dout v^T - out.dout),  dq = scale ds k,  dk = scale ds^T q
 # tiling      a program keeps N rows and streams the keys that any of them sees, BLOCK_T at a time. A row is a
@@ -149,7 +149,9 @@ def flash_forward_kernel(
             acc = matmul(p.to(v.dtype), v, acc * alpha[:, None])
             m = m_new
 
-    # out and lse of this part; a row without a visible key gives 0 and -inf, one of NaN keeps its NaN
+    # out and lse of this part; a row without a visible key gives 0 and -inf, one of NaN keeps its NaN. One
+    # part: by the bounds, so that a row of scores that are all -inf stays NaN as in the reference; a part
+    # cannot know what the others see
     if PARTS == 1:
         empty = first > last
     else:

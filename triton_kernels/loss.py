@@ -110,7 +110,8 @@ def loss_row_kernel(
 # bytes       per pair, written and read within a chunk: p 4, I 4, g 2, bits HI / 8
 # backward    the incoming gradient dkl[t] scales rows of dq and dw. dk sums over rows: it is c dk, c the
 #             median of dkl, plus a second sweep weighted by dkl - c, in which every block of queries with
-#             dkl = c returns at once: free when the loss is a mean over queries, exact for any dkl
+#             dkl = c returns at once; the row pass only writes zeros to g. Cheap when the loss is a mean over
+#             queries, exact for any dkl
 
 
 @triton.jit
@@ -518,8 +519,7 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
 
 # ---- indexer_loss_sparse ----
 # contract    kernels.indexer_loss_sparse
-# in PyTorch  as indexer_loss_dense over latents[indices] and k_index[indices], see
-# indexer.indexer_loss_sparse
+# in PyTorch  indexer.indexer_loss_sparse
 # equation    as indexer_loss_dense, s in S_t
 # tiling      a program takes BLOCK_S neighbouring queries with all heads, or BLOCK_H of them, and walks over
 #             the union of their selections (sparse.py), BLOCK_U gathered tokens at a time as the M operand;
@@ -572,10 +572,11 @@ def loss_sparse_target_kernel(
     used = tl.zeros([BLOCK_S], tl.int32)
     for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
         token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
+        every = bits >= 0  # all true: also tokens without bits may be read, see union_tokens
         at = token.to(tl.int64) * stride_lt
-        logits = matmul(load_tile(latents_ptr, at, bits >= 0, 0, D, D1), tl.trans(q1))
+        logits = matmul(load_tile(latents_ptr, at, every, 0, D, D1), tl.trans(q1))
         if D2 > 0:
-            logits = matmul(load_tile(latents_ptr, at, bits >= 0, D1, D, D2), tl.trans(q2), logits)
+            logits = matmul(load_tile(latents_ptr, at, every, D1, D, D2), tl.trans(q2), logits)
         p = tl.exp2(logits * scale_log2 - lse2[None, :])
         p = tl.sum(tl.reshape(p, [BLOCK_U, BLOCK_S, BLOCK_H]), 2) * (1.0 / H)
         chosen, slot, used = slots_of(bits, used, BLOCK_S)
@@ -601,7 +602,9 @@ def loss_sparse_scores_kernel(
     used = tl.zeros([BLOCK_S], tl.int32)
     for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
         token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
-        dots = matmul(load_tile(k_ptr, token.to(tl.int64) * stride_kt, bits >= 0, 0, D, BLOCK_D), tl.trans(q))
+        every = bits >= 0  # all true, as in the target
+        k = load_tile(k_ptr, token.to(tl.int64) * stride_kt, every, 0, D, BLOCK_D)
+        dots = matmul(k, tl.trans(q))
         chosen, slot, used = slots_of(bits, used, BLOCK_S)
         relu = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
         score = tl.sum(tl.reshape(relu * w[None, :], [BLOCK_U, BLOCK_S, BLOCK_H]), 2)
@@ -639,7 +642,8 @@ def loss_sparse_backward_kernel(
         g = tl.load(g_ptr + tl.arange(0, BLOCK_S)[None, :] * K + slot, mask=chosen, other=0.0).to(tl.float32)
         g = tl.broadcast_to(g[:, :, None], [BLOCK_U, BLOCK_S, BLOCK_H])
         g = tl.reshape(g, [BLOCK_U, BLOCK_S * BLOCK_H])
-        k = load_tile(k_ptr, token.to(tl.int64) * stride_kt, bits >= 0, 0, D, BLOCK_D)
+        every = bits >= 0  # all true, as in the target
+        k = load_tile(k_ptr, token.to(tl.int64) * stride_kt, every, 0, D, BLOCK_D)
         g = tl.where(matmul(k, tl.trans(q)) > 0, g, 0.0).to(k.dtype)
         a = matmul(tl.trans(k), g, a)
         tl.atomic_add(

@@ -135,8 +135,8 @@ def union(indices, T, block_s):
     lists[b, :length[b]] are the tokens, ascending, bit i of bits[b, u] says that query i of the block chose
     lists[b, u]; UNION_PAD entries follow that repeat the last token without bits. block_s = 1: lists and bits
     are the indices themselves, length is that of a list up to its last token; `union_tokens` reads both. No
-    host synchronisation, hence memory for the longest lists, 8 bytes for each of S * K entries, and at most
-    64 MB of scratch."""
+    host synchronisation, hence memory for the longest lists, 8 bytes for each of S * K entries, and scratch:
+    at most 64 MB of bits up to 2^20 tokens, and 8 * width bytes for each program (UNION_PROGRAMS at most)."""
     B, S, K = indices.shape
     blocks = triton.cdiv(S, block_s)
     int32 = dict(dtype=torch.int32, device=indices.device)
@@ -719,8 +719,8 @@ def latent_tiles(V, dtype, device):
 @operation("sparse_attention_backward")
 def sparse_backward(q: Tensor, latents: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
                     scale: float) -> tuple[Tensor, Tensor]:
-    """What went into sparse_forward and came out of it, and the gradient of out -> dq, dlatents in q's and
-    latents' dtypes."""
+    """What went into sparse_forward and came out of it, and the gradient of out -> dq, dlatents in q's dtype,
+    which is latents', too."""
     B, S, H, D = q.shape
     T = latents.shape[1]
     value_dim = out.shape[-1]
@@ -733,7 +733,7 @@ def sparse_backward(q: Tensor, latents: Tensor, indices: Tensor, out: Tensor, ls
     hopper = hopper_chapter(q, latents, indices, value_dim)
     if hopper is not None:
         dq, dlatents = hopper.sparse_backward(q, latents, indices, out, lse, dout, scale)
-        return dq.contiguous(), dlatents.to(latents.dtype)
+        return dq.contiguous(), dlatents.to(q.dtype)
     delta, _ = launch_delta(out, dout)  # (B, S, H)
 
     # odd sizes
