@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.common import operation
+from triton_kernels.common import LOWEST, operation
 
 # ---- cross_entropy ----
 # contract    kernels.cross_entropy
@@ -32,7 +32,7 @@ def cross_entropy_kernel(
     target = tl.load(x_row + y, mask=known, other=float("nan")).to(tl.float32)
 
     # the maximum, and the sum of exponentials less it
-    m = tl.full([BLOCK_V], -3.4028235e38, tl.float32)
+    m = tl.full([BLOCK_V], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, V, BLOCK_V):
         x = tl.load(x_row + start + v, mask=start + v < V, other=float("-inf")).to(tl.float32)

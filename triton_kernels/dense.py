@@ -9,11 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.common import (
-    LOG2E, fit, full_bounds, launch_combine, launch_delta, limits, load_bounds, load_tile, matmul, operation,
-    power_of_two, two_powers, unit_stride, visible_range)
-
-LOWEST = tl.constexpr(-3.4028235e38)  # running maxima begin here: finite, so that they never make inf - inf
-QUERIES_AT_ONCE = tl.constexpr(1024)  # whose bounds `queries_seeing` compares in one step
+    LOG2E, LOWEST, fit, full_bounds, launch_combine, launch_delta, load_bounds, load_tile, matmul,
+    multiprocessors, operation, power_of_two, queries_seeing, shared_memory, store_tile, two_powers,
+    unit_stride, visible_range)
 
 WIDE = 512  # columns of q and v together beyond which tiles are small
 NARROW = 192  # columns up to which the backward holds half as much and streams twice as much
@@ -21,7 +19,7 @@ PART_KEYS = 256  # keys that a part has at least, where few rows split the keys 
 MOST_PARTS = 128
 
 
-# ---- which keys a tile of queries sees, and which queries see a tile of keys ----
+# ---- which keys a tile of queries sees ----
 
 @triton.jit
 def whole_tiles(first, last, ok, lo, hi, BLOCK_T: tl.constexpr):
@@ -32,27 +30,6 @@ def whole_tiles(first, last, ok, lo, hi, BLOCK_T: tl.constexpr):
     full = tl.minimum(tl.min(tl.where(ok, last + 1, hi)), hi)
     return begin, begin + tl.maximum(full - begin, 0) // BLOCK_T * BLOCK_T
 
-
-@triton.jit
-def queries_seeing(first_ptr, last_ptr, b, t0, t1, s0, s1, S, T):
-    """The smallest range [lo, hi) of queries within [s0, s1) that holds every query of sequence b seeing any
-    of the keys [t0, t1), and mid: from there on all see all."""
-    lo = s1
-    hi = s0
-    mid = s0
-    for start in range(s0, s1, QUERIES_AT_ONCE):
-        s = start + tl.arange(0, QUERIES_AT_ONCE)
-        first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
-        sees = (s < s1) & (first <= last) & (first < t1) & (last >= t0)
-        lo = tl.minimum(lo, tl.min(tl.where(sees, s, s1)))
-        block_hi = tl.max(tl.where(sees, s + 1, s0))
-        # queries that see nothing do not count behind the last that sees, but between others
-        if block_hi > s0:
-            mid = tl.where((hi > s0) & (hi < start), start, mid)
-            hi = block_hi
-            all_of_them = sees & (first <= t0) & (last >= t1 - 1)
-            mid = tl.maximum(mid, tl.max(tl.where(all_of_them | (s >= block_hi), s0, s + 1)))
-    return lo, hi, mid
 
 
 # ---- dense_attention ----
@@ -87,13 +64,6 @@ def load_and_multiply(held1, held2, ptr, row, ok, D: tl.constexpr, D1: tl.conste
         x2 = load_tile(ptr, row, ok, D1, D, D2)
         product = matmul(held2, tl.trans(x2), product)
     return x1, x2, product
-
-
-@triton.jit
-def store_tile(ptr, row, ok, start, D: tl.constexpr, BLOCK_D: tl.constexpr, x):
-    """x (rows, BLOCK_D) -> ptr[row, start : start + BLOCK_D], where the row is ok and the column below D"""
-    d = start + tl.arange(0, BLOCK_D)
-    tl.store(ptr + row[:, None] + d[None, :], x.to(ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -292,7 +262,7 @@ def flash_tiles(x, width, backward):
     else:
         tiles = FlashTiles(64, 128, 2, 4) if width <= NARROW else FlashTiles(128, 64, 2, 8)
     held, streamed, num_stages, num_warps = tiles
-    while streamed > 16 and 2 * (held + num_stages * streamed) * width > limits(x.device)[0]:
+    while streamed > 16 and 2 * (held + num_stages * streamed) * width > shared_memory(x.device):
         held = max(16, held // 2)
         if num_stages == 1:
             streamed //= 2
@@ -318,7 +288,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor
     tiles = flash_tiles(q, D1 + D2 + power_of_two(V), backward=False)
     N = min(tiles.held, power_of_two(S * group))
     blocks = triton.cdiv(S * group, N)
-    parts = max(1, min(2 * limits(q.device)[1] // (blocks * B * Hk), T // PART_KEYS, MOST_PARTS))
+    parts = max(1, min(2 * multiprocessors(q.device) // (blocks * B * Hk), T // PART_KEYS, MOST_PARTS))
     part = out
     part_lse = lse
     if parts > 1:

@@ -55,7 +55,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait)
 
-from triton_kernels.common import LN2, LOG2E, is_hopper, launch_delta, limits, load_bounds, visible_range
+from triton_kernels.common import (
+    LN2, LOG2E, LOWEST_LSE, SCALE_BLOCK, launch_delta, load_bounds, multiprocessors, tile_of_program,
+    visible_range)
 
 # ---- sizes ----
 
@@ -63,13 +65,13 @@ V = gl.constexpr(512)  # dimensions of a value, which is the latent,
 R = gl.constexpr(64)  # of the rope part,
 D = gl.constexpr(V.value + R.value)  # of a key: both
 HALF = gl.constexpr(V.value // 2)  # of a latent: left, right
-GROUP = gl.constexpr(128)  # e4m3 values that share a scale in the FP8 cache
-ENTRY = gl.constexpr(V.value + 4 * (V.value // GROUP.value) + 2 * R.value)  # its bytes per token
+ENTRY = gl.constexpr(V.value + 4 * (V.value // SCALE_BLOCK.value) + 2 * R.value)  # bytes of the FP8 cache
 HEADS = gl.constexpr(64)  # of a work item: the rows of a wgmma
 PAIR = gl.constexpr(128)  # heads of two items, which dq and dlatents take together
 PIECE = gl.constexpr(64)  # columns: 128 bytes, the widest row that wgmma reads
 THREADS = gl.constexpr(128)  # of a warpgroup
 
+GROWTH = gl.constexpr(12.0)  # of a row's maximum, in log2 units, below which alpha stays 1
 SLOTS = gl.constexpr(64)  # of a tile
 SCORE_SLOTS = gl.constexpr(128)  # of a tile of the backward's scores
 SCORE_STAGES = gl.constexpr(5)
@@ -220,7 +222,7 @@ def forward_producer(
 @gluon.jit
 def load_values(entry_ptr, INDEX: gl.constexpr):
     """Group INDEX of the values of these entries of the cache, four e4m3 to a word -> (64, 32)."""
-    word = gl.arange(0, GROUP // 4, gl.SliceLayout(0, WORDS)) + INDEX * (GROUP // 4)
+    word = gl.arange(0, SCALE_BLOCK // 4, gl.SliceLayout(0, WORDS)) + INDEX * (SCALE_BLOCK // 4)
     entry_ptr = gl.multiple_of(entry_ptr.to(gl.pointer_type(gl.int32)), 16)
     return gl.load(gl.expand_dims(entry_ptr, 1) + gl.expand_dims(word, 0))
 
@@ -245,8 +247,8 @@ def store_values(to, words, entry_ptr, INDEX: gl.constexpr):
         cvt.rn.bf16x2.f32 $0, f1, f0;   cvt.rn.bf16x2.f32 $1, f3, f2;
         }""",
         "=r,=r,r,f", [words, gl.expand_dims(scale, 1)], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
-    pairs = gl.reshape(gl.join(low, high), [SLOTS, GROUP // 2])
-    to.slice((INDEX % 2) * (GROUP // 2), GROUP // 2, 1).store(pairs)
+    pairs = gl.reshape(gl.join(low, high), [SLOTS, SCALE_BLOCK // 2])
+    to.slice((INDEX % 2) * (SCALE_BLOCK // 2), SCALE_BLOCK // 2, 1).store(pairs)
 
 
 @gluon.jit
@@ -323,7 +325,7 @@ def forward_scores(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         mbarrier.wait(full_q, q_phase)
         q_phase ^= 1
-        m = gl.full([HEADS], -1e30, gl.float32, ROW)  # in log2 units; finite: no inf - inf
+        m = gl.full([HEADS], LOWEST_LSE, gl.float32, ROW)  # in log2 units
         l = gl.full([HEADS], 0.0, gl.float32, ROW)
         highest = gl.full([SLOTS], -1, gl.int32, EVERY_WARP_64)  # token selected so far
         zero = gl.zeros([HEADS, SLOTS], gl.float32, WGMMA_64)
@@ -351,7 +353,7 @@ def forward_scores(
                 selected = tokens.index(stage).load(gl.SliceLayout(0, WGMMA_64)) >= 0
                 x = gl.where(gl.expand_dims(selected, 0), x, float("-inf"))
             top = gl.max(x, 1) * scale_log2
-            m_new = gl.where(top > m + 12.0, top, m)
+            m_new = gl.where(top > m + GROWTH, top, m)
             alpha = gl.exp2(m - m_new)
             p = gl.exp2(x * scale_log2 - gl.expand_dims(m_new, 1))
             m = m_new
@@ -471,10 +473,10 @@ def sparse_forward_kernel(
 
 
 def supported(q, latents, indices, value_dim):
-    """Do the attention kernels take q (B,S,H,D), latents (B,T,D or bytes), indices (B,S,K)? On a Hopper GPU:
+    """Do the attention kernels take, on a Hopper GPU, q (B,S,H,D), latents (B,T,D or bytes), indices (B,S,K)?
     bf16, latents also as the packed FP8 cache, 512 + 64 dimensions, at least 64 heads, T and K not 0."""
     widths = {torch.bfloat16: D.value, torch.uint8: ENTRY.value}
-    if not is_hopper(q) or q.dtype != torch.bfloat16 or latents.dtype not in widths:
+    if q.dtype != torch.bfloat16 or latents.dtype not in widths:
         return False
     if value_dim != V.value or q.shape[3] != D.value or latents.shape[2] != widths[latents.dtype]:
         return False
@@ -501,7 +503,7 @@ def sparse_forward(q, latents, indices, scale):
     lse = torch.empty(B, S, HP, dtype=torch.float32, device=q.device)
     items = B * S * HP // HEADS.value
     if items:
-        sparse_forward_kernel[(min(items, limits(q.device)[1]),)](
+        sparse_forward_kernel[(min(items, multiprocessors(q.device)),)](
             q_ptr=q, latents_ptr=latents.contiguous(), indices_ptr=indices, out_ptr=out, lse_ptr=lse,
             scale_log2=scale * LOG2E.value, items=items, S=S, T=latents.shape[1],
             H=HP, K=indices.shape[2], FP8=latents.dtype == torch.uint8,
@@ -976,10 +978,10 @@ def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SC
     delta, _ = launch_delta(out, dout)  # (B, S, HP)
 
     # a chunk of queries at a time, in whole waves of programs
-    multiprocessors = limits(q.device)[1]
+    programs = multiprocessors(q.device)
     chunk = scratch_bytes // (4 * HP * K)
-    if chunk > multiprocessors:
-        chunk -= chunk % multiprocessors
+    if chunk > programs:
+        chunk -= chunk % programs
     chunk = max(1, min(chunk, B * S))
     p = torch.empty(chunk, HP, K, dtype=q.dtype, device=q.device)
     ds = torch.empty_like(p)
@@ -989,7 +991,7 @@ def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SC
         dout_rows = dout.flatten(0, 1)[rows]  # (chunk, HP, 512)
         indices_rows = indices.flatten(0, 1)[rows]  # (chunk, K)
         items = len(q_rows) * HP // HEADS.value
-        grid = (min(items, multiprocessors),)
+        grid = (min(items, programs),)
         backward_scores_kernel[grid](
             q_ptr=q_rows, dout_ptr=dout_rows, latents_ptr=latents, indices_ptr=indices_rows,
             lse_ptr=lse.flatten(0, 1)[rows], delta_ptr=delta.flatten(0, 1)[rows], p_ptr=p, ds_ptr=ds,
@@ -1093,14 +1095,9 @@ def loss_target_kernel(
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh,
         PIECES: gl.constexpr):
     # this program's tile: block of queries `block` of the chunk, keys from t0 on
-    pid = gl.program_id(0)
-    group = pid // (TARGET_GROUP * key_blocks) * TARGET_GROUP
-    size = gl.minimum(TARGET_GROUP, blocks - group)
-    block = group + pid % (TARGET_GROUP * key_blocks) % size
-    t0 = pid % (TARGET_GROUP * key_blocks) // size * TARGET_BLOCK
-    per_sequence = (S + TARGET_BLOCK - 1) // TARGET_BLOCK
-    b = ((block0 + block) // per_sequence).to(gl.int64)
-    s0 = (block0 + block) % per_sequence * TARGET_BLOCK
+    block, b, s0, t0 = tile_of_program(
+        S, block0, blocks, key_blocks, TARGET_BLOCK, TARGET_BLOCK, TARGET_GROUP)
+    b = b.to(gl.int64)
 
     # nothing to do where none of its queries sees one of its keys
     s = s0 + gl.arange(0, TARGET_BLOCK, ONE)
@@ -1140,9 +1137,9 @@ def loss_target_kernel(
 
 
 def target_supported(q):
-    """Does loss_target take these queries (B,S,H,D)? bf16 on a Hopper GPU, heads of 64, 128 or 192
+    """Does loss_target take, on a Hopper GPU, these queries (B,S,H,D)? bf16, heads of 64, 128 or 192
     dimensions, and 16 of them or more, enough to fill the ring."""
-    return is_hopper(q) and q.dtype == torch.bfloat16 and q.shape[3] in (64, 128, 192) and q.shape[2] >= 16
+    return q.dtype == torch.bfloat16 and q.shape[3] in (64, 128, 192) and q.shape[2] >= 16
 
 
 def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):

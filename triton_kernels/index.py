@@ -10,15 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.common import (
-    e4m3_to_fp16, fit, full_bounds, has_fp8, limits, load_bounds, operation, power_of_two, unit_stride,
-    visible_range)
+    e4m3_to_fp16, fit, full_bounds, has_fp8, load_bounds, multiprocessors, operation, power_of_two,
+    shared_memory, unit_stride, visible_range)
 
 # float32 as integers of the same order, see `ordered`
 INFINITY = tl.constexpr(0x7f800000)
 MINUS_INFINITY = tl.constexpr(-0x7f800001)
 LEAST = tl.constexpr(-0x7f800000)  # finite
 HIGHEST = tl.constexpr(0x7fffffff)  # every NaN
-LOWEST = tl.constexpr(-0x80000000)  # less than any float: not a score
+NOT_A_SCORE = tl.constexpr(-0x80000000)  # less than any float
 
 # quantise
 QUANTISE_ELEMENTS = 4096  # of a program
@@ -32,14 +32,21 @@ FLOAT_TILE_BYTES = 140 * 1024  # of shared memory, that a float32 tile of 64 key
 
 # topk
 DIRECT_ROW = 2048  # scores up to which all of a row are candidates
+ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to TILE: 64 bytes
 SHORT_ROW = 16384  # up to which a row is sampled, and scanned, in smaller pieces
 MIDDLE_ROW = 65536
 LEAST_CAP = 1024  # candidates that a program has room for
 GUESS_SIGMAS = tl.constexpr(4.0)  # by which a row's sample may err without another guess
 GUESSES = tl.constexpr(3)  # by the sample
+SKEWNESS = tl.constexpr(3)  # hits more than sigmas say, where few are expected
+SAMPLE_RUN = tl.constexpr(8)  # neighbouring scores of a sample, as many as memory reads at once
+LARGEST_RANK = tl.constexpr(0.9)  # of the sample
+SMALL_TILE = 2048  # scores that are compared at once: few candidates
+TILE = 4096  # else
 
 # select
 SELECT_CHUNK = 2**28  # scores that are held at a time, 1 GB; processors idle at the end of each chunk
+CHUNK_QUERIES = 256  # of a sequence that a chunk of several sequences has at least
 SIGMAS = tl.constexpr(4.5)  # by which the filter's sample may err before the row is left over
 SAMPLED_HITS = 32  # of the K best that this sample should hold
 SAMPLED_STRIDE = 8  # keys of which at most one is sampled
@@ -153,7 +160,7 @@ def launch_quantise(x: Tensor, block: int, rotate: bool, ue8m0: bool) -> tuple[T
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((*x.shape[:-1], blocks), dtype=torch.float32, device=x.device)
     if rows:
-        share = triton.next_power_of_2(max(1, rows // (4 * limits(x.device)[1])))
+        share = triton.next_power_of_2(max(1, rows // (4 * multiprocessors(x.device))))
         block_rows = max(1, min(QUANTISE_ELEMENTS // padded_d, share))
         quantise_kernel[(triton.cdiv(rows, block_rows),)](
             x_ptr=x, values_ptr=values.view(torch.uint8), scales_ptr=scales,
@@ -343,7 +350,7 @@ def score_tiles(q, rows):
     block_d = power_of_two(DI, 32 if size == 1 else 16)
     columns = max(block_h, COLUMNS if size * block_d <= 128 else COLUMNS // size)
     block_s = max(16 // block_h, 1, min(columns // block_h, triton.next_power_of_2(rows)))
-    small = size == 4 and limits(q.device)[0] < FLOAT_TILE_BYTES
+    small = size == 4 and shared_memory(q.device) < FLOAT_TILE_BYTES
     return ScoreTiles(
         block_s, block_h, block_d,
         block_t=32 if small else 64,
@@ -360,7 +367,7 @@ def launch_scores(out, q, k, w, k_scale, first, last, row0, rows, fill=False, th
     T = k.shape[1]
     tiles = score_tiles(q, rows)
     blocks = triton.cdiv(rows, tiles.block_s)
-    span = triton.cdiv(B * blocks * T, PROGRAMS * limits(q.device)[1])
+    span = triton.cdiv(B * blocks * T, PROGRAMS * multiprocessors(q.device))
     span = min(max(triton.cdiv(span, tiles.block_t) * tiles.block_t, LEAST_SPAN), LONGEST_SPAN)
     stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
     scores_kernel[(blocks, triton.cdiv(T, span), B)](
@@ -619,8 +626,8 @@ def empty_slots(out, n, K, BLOCK_K: tl.constexpr):
 @triton.jit
 def write_best(out, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
     """Write to out, of K slots, those of the positions p (ascending) that have the K highest values v
-    (ordered), equal ones by position; then -1. A value of -inf or LOWEST is not selected. WIDE: more than
-    2^15 values."""
+    (ordered), equal ones by position; then -1. A value of -inf or NOT_A_SCORE is not selected. WIDE: more
+    than 2^15 values."""
     ok = v > MINUS_INFINITY
     n = tl.sum(ok.to(tl.int32), 0)
     t, _ = kth_value(v, K, tl.min(tl.where(ok, v, HIGHEST), 0), tl.max(v, 0), n, n * 0)
@@ -672,15 +679,14 @@ def topk_kernel(
                 tries = n * 0
                 done = n * 0
                 mean = SAMPLE * (K / n)  # hits of the K best in the sample
-                rank = tl.minimum(mean + GUESS_SIGMAS * tl.sqrt(mean) + 3, SAMPLE * 0.9)
+                rank = tl.minimum(mean + GUESS_SIGMAS * tl.sqrt(mean) + SKEWNESS, SAMPLE * LARGEST_RANK)
                 while done == 0:
                     # guess: by the sample, where it is not tied first without regard to ties; then 0, relu's
                     # own value; then the middle of the range
                     tied = tries * 0 + 1
                     if tries < GUESSES:
-                        # runs of 8, as many as memory reads at once
-                        run = (j // 8).to(tl.int64) * (n - 8) // (SAMPLE // 8)
-                        sample = ordered(tl.load(x + first + run.to(tl.int32) + j % 8))
+                        run = (j // SAMPLE_RUN).to(tl.int64) * (n - SAMPLE_RUN) // (SAMPLE // SAMPLE_RUN)
+                        sample = ordered(tl.load(x + first + run.to(tl.int32) + j % SAMPLE_RUN))
                         r = rank.to(tl.int32)
                         t, at_t = kth_value(
                             sample, r, tl.min(sample, 0), tl.max(sample, 0), n * 0 + SAMPLE, r // 16)
@@ -717,7 +723,8 @@ def topk_kernel(
                             tries += GUESSES
                         else:
                             done += 1
-                    rank = tl.minimum(tl.maximum(rank * ((K + CAP) * 0.5 / (reach + 1)), 1.0), SAMPLE * 0.9)
+                    rank = tl.maximum(rank * ((K + CAP) * 0.5 / (reach + 1)), 1.0)
+                    rank = tl.minimum(rank, SAMPLE * LARGEST_RANK)
                     tries += 1
                 tl.debug_barrier()
 
@@ -744,12 +751,12 @@ class TopkTiles(NamedTuple):
 
 def topk_tiles(T, K, rows, device):
     """Tiles for `rows` rows of T scores."""
-    processors = limits(device)[1]
+    processors = multiprocessors(device)
     if T <= DIRECT_ROW:
         cap = triton.next_power_of_2(T)
         num_warps = max(1, cap // 1024)
         programs = min(rows, processors * (32 // num_warps))
-        return TopkTiles(True, cap, 1024, 512, 4096, num_warps, programs)
+        return TopkTiles(True, cap, 1024, 512, TILE, num_warps, programs)
     if T <= SHORT_ROW:
         sample = 1024
         words = 512
@@ -758,12 +765,12 @@ def topk_tiles(T, K, rows, device):
         words = 1024
     # as in the kernel, for the longest row: the expected candidates and 2.5 standard deviations fit
     mean = sample * min(K, T) / T
-    rank = mean + GUESS_SIGMAS.value * mean**0.5 + 3
+    rank = mean + GUESS_SIGMAS.value * mean**0.5 + SKEWNESS.value
     cap = triton.next_power_of_2(max(LEAST_CAP, int((rank + 2.5 * rank**0.5) * T / sample)))
     small = cap <= 2 * LEAST_CAP and rows > 2 * processors  # few rows: none of them should take long
     num_warps = 4 if small else max(8, min(32, cap // 512))
     programs = min(rows, processors * (32 // num_warps))
-    return TopkTiles(False, cap, sample, words, 2048 if small else 4096, num_warps, programs)
+    return TopkTiles(False, cap, sample, words, SMALL_TILE if small else TILE, num_warps, programs)
 
 
 def launch_topk(out, scores, T, first, last, row0, rows):
@@ -837,7 +844,7 @@ def threshold_kernel(
         begin = tl.cdiv(first, stride)
         n = last // stride - begin + 1
         mean = n * (K / (last - first + 1))
-        rank = (mean + SIGMAS * tl.sqrt(mean) + 3).to(tl.int32)
+        rank = (mean + SIGMAS * tl.sqrt(mean) + SKEWNESS).to(tl.int32)
         if rank < n:
             j = tl.arange(0, SAMPLE)
             sample_row = sample_ptr + row.to(tl.int64) * width + begin
@@ -920,7 +927,7 @@ def collect_kernel(
                 # the best of them
                 ok = slot < higher
                 p = tl.load(scratch + slot, mask=ok, other=0, cache_modifier=".cg")
-                v = tl.load(scratch + CAP + slot, mask=ok, other=LOWEST, cache_modifier=".cg")
+                v = tl.load(scratch + CAP + slot, mask=ok, other=NOT_A_SCORE, cache_modifier=".cg")
                 write_best(out, p, v, K, BLOCK_K, False)
         tl.debug_barrier()  # scratch is used again
         tl.store(left_over_ptr + at, left_over.to(tl.int8))
@@ -945,8 +952,8 @@ def filter_tiles(q, T, K):
     anywhere, the sample holds about Poisson(K / stride) of the K best and Poisson(CAP / stride) of the CAP
     best: means m and M, standard deviations their roots. The threshold lets at least K through unless `rank`
     or more of the K best are sampled, and at most CAP unless fewer than rank of the CAP best are. So
-        m + SIGMAS sqrt(m) + 3 = rank,    17/16 rank <= M - SIGMAS sqrt(M)
-    (3 for the skewness of a small m, 17/16 as the threshold is taken only so exactly); the expected
+        m + SIGMAS sqrt(m) + SKEWNESS = rank,    17/16 rank <= M - SIGMAS sqrt(M)
+    (SKEWNESS for that of a small m, 17/16 as the threshold is taken only so exactly); the expected
     candidates are rank * stride. The second is met by a large enough CAP, the first by definition: some 8 of
     10^6 rows fail. A longer stride saves scores, but lets more candidates through, 2 K with m near 32
     (SAMPLED_HITS). At K 512 and 64K keys: stride 17, m 30, rank 57, 970 candidates, CAP 2048; at 2^20 keys,
@@ -955,7 +962,7 @@ def filter_tiles(q, T, K):
     # odd: what is aligned in the keys must not be sampled alone
     stride = max(K // SAMPLED_HITS, SAMPLED_STRIDE, triton.cdiv(T, LARGEST_SAMPLE)) | 1
     mean = K / stride
-    rank = mean + SIGMAS.value * mean**0.5 + 3
+    rank = mean + SIGMAS.value * mean**0.5 + SKEWNESS.value
     cap = LEAST_CAP
     while cap / stride - SIGMAS.value * (cap / stride)**0.5 < rank * 17 / 16:
         cap *= 2
@@ -975,7 +982,7 @@ def take(x, index):
 def chunks(B, S, elements):
     """Cut B x S rows so that SELECT_CHUNK holds `elements` elements for each -> sequences (a slice), first
     query, queries."""
-    batch = max(1, min(B, SELECT_CHUNK // (elements * min(S, 256))))
+    batch = max(1, min(B, SELECT_CHUNK // (elements * min(S, CHUNK_QUERIES))))
     rows = max(1, min(S, SELECT_CHUNK // (elements * batch)))
     for b in range(0, B, batch):
         for row0 in range(0, S, rows):
@@ -986,7 +993,7 @@ def select_exact(out, q, k, w, k_scale, first, last):
     """`select` into out (B,S,K) by scores that are kept, a chunk at a time."""
     B, S, _ = out.shape
     T = k.shape[1]
-    multiple = 16 if T <= DIRECT_ROW else 4096
+    multiple = ALIGNED_ROW if T <= DIRECT_ROW else TILE
     width = triton.cdiv(T, multiple) * multiple
     for batch, row0, rows in chunks(B, S, width):
         n = batch.stop - batch.start
@@ -1048,7 +1055,7 @@ def select_filtered(out, q, k, w, k_scale, first, last):
 
         # the best of what passed
         resident = max(1, REGISTERS // (32 * tiles.num_warps * tiles.registers))
-        programs = min(n * rows, limits(q.device)[1] * resident)
+        programs = min(n * rows, multiprocessors(q.device) * resident)
         scratch = torch.empty(programs * (2 * tiles.cap + 1), dtype=torch.int32, device=q.device)
         stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
         collect_kernel[(programs,)](

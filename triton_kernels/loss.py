@@ -10,15 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.common import (
-    LOG2E, check_indices, fit, full_bounds, is_hopper, limits, load_bounds, load_tile, matmul, operation,
-    power_of_two, two_powers, unit_stride, visible_range)
-from triton_kernels.dense import LOWEST, queries_seeing, store_tile
+    H100_SHARED_MEMORY, LOG2E, LOWEST, check_indices, fit, full_bounds, is_hopper, load_bounds, load_tile,
+    matmul, multiprocessors, operation, power_of_two, queries_seeing, shared_memory, store_tile,
+    tile_of_program, two_powers, unit_stride, visible_range)
 from triton_kernels.sparse import union, union_tokens
 
 LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk holds at a time: 18 bytes each at 64 indexer heads
-LARGE_SHARED_MEMORY = 200_000  # bytes that a program may use from which tiles are large: H100, not A100
-HOPPER_BLOCK = 128  # queries in a block of hopper.loss_target
+BLOCKS_TOGETHER = tl.constexpr(8)  # of queries that programs take side by side
 G_SCALE = tl.constexpr(64.0)  # gradients of scores are kept times this: float16 would lose those of long rows
+LEAST_P = tl.constexpr(1e-37)  # whose logarithm is taken: p log p of p = 0 is 0
 ALIGNED = tl.constexpr(128)  # rows of a chunk's buffers are so many elements long, or a multiple
 
 
@@ -73,7 +73,7 @@ def loss_row_kernel(
         p = tl.zeros([BLOCK_T], tl.float32)
         for i in tl.static_range(PLANES):
             p += tl.load(p_ptr + i * plane + t, mask=seen, other=0.0)
-        plogp = p * tl.log(tl.maximum(p, 1e-37))
+        plogp = p * tl.log(tl.maximum(p, LEAST_P))
         entropy += plogp
         cross += tl.where(seen, plogp - p * log_q, 0.0)
         if g_ptr is not None:
@@ -115,21 +115,6 @@ def loss_row_kernel(
 
 
 @triton.jit
-def tile_of_program(S, block0, blocks, key_tiles, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Which tile of a chunk this program makes -> block of the chunk, sequence, first query, first key. 8
-    blocks of queries go side by side, so that their keys come from L2."""
-    pid = tl.program_id(0)
-    group = pid // (8 * key_tiles) * 8
-    size = tl.minimum(8, blocks - group)
-    block = group + pid % (8 * key_tiles) % size
-    per_sequence = tl.cdiv(S, BLOCK_S)
-    b = (block0 + block) // per_sequence
-    s0 = (block0 + block) % per_sequence * BLOCK_S
-    t0 = pid % (8 * key_tiles) // size * BLOCK_T
-    return block, b, s0, t0
-
-
-@triton.jit
 def loss_target_kernel(
         q_ptr, k_ptr, lse2_ptr, p_ptr, first_ptr, last_ptr,
         scale_log2, S, T, width, block0, blocks, key_tiles,
@@ -138,7 +123,8 @@ def loss_target_kernel(
         STAGES: tl.constexpr):
     """p of one tile. Heads and their columns, BLOCK_D at a time, are one loop, so that loads never drain."""
     STEPS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    block, b, s0, t0 = tile_of_program(S, block0, blocks, key_tiles, BLOCK_S, BLOCK_T)
+    block, b, s0, t0 = tile_of_program(
+        S, block0, blocks, key_tiles, BLOCK_S, BLOCK_T, BLOCKS_TOGETHER)
     first, last = load_bounds(first_ptr, last_ptr, b, s0 + tl.arange(0, BLOCK_S), S, T)
     lo, hi = visible_range(first, last, T)
     if (lo >= t0 + BLOCK_T) | (hi <= t0):
@@ -173,7 +159,8 @@ def loss_scores_kernel(
         BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
     """I of one tile, and for each group of 8 heads a plane of bytes: bit 7 - j % 8 says that the relu of head
     j is open (at exactly 0 it is closed). w (B,HI,S)."""
-    block, b, s0, t0 = tile_of_program(S, block0, blocks, key_tiles, BLOCK_S, BLOCK_T)
+    block, b, s0, t0 = tile_of_program(
+        S, block0, blocks, key_tiles, BLOCK_S, BLOCK_T, BLOCKS_TOGETHER)
     first, last = load_bounds(first_ptr, last_ptr, b, s0 + tl.arange(0, BLOCK_S), S, T)
     lo, hi = visible_range(first, last, T)
     if (lo >= t0 + BLOCK_T) | (hi <= t0):
@@ -300,16 +287,16 @@ def loss_tiles(q, q_index):
     """Tiles of the dense loss for these dtypes and this device."""
     if torch.float32 in (q.dtype, q_index.dtype):
         return LossTiles(32, 32, 1, 4)
-    if limits(q.device)[0] > LARGE_SHARED_MEMORY:
+    if shared_memory(q.device) > H100_SHARED_MEMORY:
         return LossTiles(128, 128, 3, 8)
     return LossTiles(128, 64, 2, 8)
 
 
 def loss_target(tiles, q, k, lse2, p, scale, first, last, block0, blocks):
     """p (rows,width) of the chunk of `blocks` blocks from block0 on; lse2 (B,H,S) in base 2"""
-    if is_hopper(q) and tiles.block_s == HOPPER_BLOCK:
+    if is_hopper(q):
         from triton_kernels import hopper
-        if hopper.target_supported(q):
+        if tiles.block_s == hopper.TARGET_BLOCK.value and hopper.target_supported(q):
             hopper.loss_target(q, k, lse2, p, scale, first, last, block0, blocks)
             return
     S, H, D = q.shape[1:]
@@ -352,7 +339,8 @@ def loss_query_grad(tiles, q_index, k_index, w_heads, g, bits, dq, dw, first, la
     block_s = tiles.block_s
     num_warps = tiles.num_warps
     # few heads: smaller tiles, to fill the device
-    while block_s > 16 and head_pairs * blocks * (tiles.block_s // block_s) < 2 * limits(q_index.device)[1]:
+    enough = 2 * multiprocessors(q_index.device)  # programs
+    while block_s > 16 and head_pairs * blocks * (tiles.block_s // block_s) < enough:
         block_s //= 2
         num_warps = 4
     loss_dq_kernel[(head_pairs, blocks * (tiles.block_s // block_s))](
@@ -667,7 +655,7 @@ def sparse_loss_tiles(x, S, H, HI, D1):
     """Tiles for S queries of H heads, whose first D1 columns are one product, and HI indexer heads, in x's
     dtype. As many queries share a list as make 64 rows (query, head), at most 16; in float32, one."""
     half = x.element_size() == 2
-    large = half and limits(x.device)[0] > LARGE_SHARED_MEMORY
+    large = half and shared_memory(x.device) > H100_SHARED_MEMORY
     block_s = min(16, max(1, 64 // power_of_two(max(H, HI), 1))) if half and S > 1 else 1
     most = 128 if large and D1 <= 256 else 64  # rows of the program that computes p
     block_u = 16

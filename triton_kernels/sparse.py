@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.common import (
-    LN2, LOG2E, check_indices, e4m3_to_fp16, fit, has_fp8, is_hopper, launch_combine, launch_delta, limits,
-    matmul, operation, power_of_two)
+    A100_SHARED_MEMORY, LN2, LOG2E, SCALE_BLOCK, check_indices, e4m3_to_fp16, fit, has_fp8, is_hopper,
+    launch_combine, launch_delta, matmul, multiprocessors, operation, power_of_two, shared_memory)
 
-LOWEST = tl.constexpr(-1e38)  # where a running maximum starts; finite, so that no inf - inf arises
+LOWEST_LOGIT = tl.constexpr(-1e38)  # where a running maximum starts; finite, so that no inf - inf arises
+HIGHEST_TOKEN = tl.constexpr(2147483647)  # where a running minimum of tokens starts
 SHARED_ROWS = 64  # rows (query, head) that share a list: 64 // H queries
 MOST_SHARING = 31  # queries that share a list, a bit of an int32 each
 FEW_QUERIES = 8  # up to so many (decoding) read their own lists: no kernel runs before the attention
-LARGE_MEMORY = 160_000  # bytes of shared memory that only data-centre GPUs have: A100, H100, B200
 SMALL_VALUE = 128  # dimensions of a value; up to here q, dout and dq of 64 rows stay in registers together
 MEDIUM_VALUE = 256  # up to here the output of 64 rows does, on four warps
 LARGE_VALUE = 512  # up to here a tile of 64 latents fits into the memory of a data-centre GPU twice
@@ -30,7 +30,6 @@ UNION_PROGRAMS = 1056  # of the union's kernel at most: eight per multiprocessor
 UNION_PROGRAMS_LEAST = 16
 UNION_SCRATCH = 2**24  # words of scratch memory of all these programs: 64 MB
 UNION_PAD = 128  # entries without bits behind each list, for tiles that reach beyond its end
-SCALE_BLOCK = 128  # values of an FP8 cache entry to a scale
 P_SCALE = tl.constexpr(256.0)  # brings P times a scale near the largest of 128 values: fp16 keeps its digits
 
 
@@ -68,7 +67,7 @@ def union_kernel(
         block = program + step * tl.num_programs(0)
 
         # scatter: set the bit of every (token, query)
-        low = 2147483647
+        low = HIGHEST_TOKEN
         high = -1
         s = (block % blocks) * BLOCK_S
         for i in range(tl.minimum(BLOCK_S, S - s)):
@@ -77,7 +76,7 @@ def union_kernel(
                 t = tl.load(selection + j + k, mask=j + k < K, other=-1)
                 bit = 1 << (t % PER_WORD * BLOCK_S + i)
                 tl.atomic_or(row + t // PER_WORD, bit, mask=t >= 0, sem="relaxed")
-                low = tl.minimum(low, tl.min(tl.where(t < 0, 2147483647, t)))
+                low = tl.minimum(low, tl.min(tl.where(t < 0, HIGHEST_TOKEN, t)))
                 high = tl.maximum(high, tl.max(t))
         tl.debug_barrier()
 
@@ -245,7 +244,7 @@ def share_rows(S, H, block_n, queries):
 
 def list_parts(programs, tiles, device):
     """-> parts per list, so that few queries still fill the GPU; at least two tiles each."""
-    return max(1, min(tiles // 2, limits(device)[1] // programs))
+    return max(1, min(tiles // 2, multiprocessors(device) // programs))
 
 
 def part_buffers(parts, out, lse):
@@ -313,7 +312,7 @@ def flash_kernel(
     q_rope = tl.load(q_ptr + row[:, None] * D + V + r[None, :], mask=ok[:, None], other=0.0)
 
     # online softmax over this part of the list
-    m = tl.full([BLOCK_N], LOWEST, tl.float32)
+    m = tl.full([BLOCK_N], LOWEST_LOGIT, tl.float32)
     l = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, V], tl.float32)
     length = union_length(length_ptr, block, width)
@@ -366,7 +365,7 @@ def is_blackwell(device):
 def flash_tiles(H, V, dtype, device):
     if dtype == torch.float32 or V > LARGE_VALUE:
         return FlashTiles(block_n=16, block_u=16, num_stages=1, num_warps=4, maxnreg=None)
-    if limits(device)[0] > LARGE_MEMORY:
+    if shared_memory(device) > A100_SHARED_MEMORY:
         if V <= MEDIUM_VALUE:
             maxnreg = 168 if V <= SMALL_VALUE else None  # three programs per multiprocessor
             return FlashTiles(block_n=64, block_u=64, num_stages=3, num_warps=4, maxnreg=maxnreg)
@@ -681,12 +680,12 @@ def backward_rows(H, dtype, device):
     """-> rows (query, head) of a tile, the same in all kernels of the backward, which share P and dS."""
     if dtype == torch.float32:
         return 16
-    return 128 if limits(device)[0] > LARGE_MEMORY and H > MANY_HEADS else 64
+    return 128 if shared_memory(device) > A100_SHARED_MEMORY and H > MANY_HEADS else 64
 
 
 def fused_tiles(V, dtype, device):
     """-> FusedTiles, or None where scores and queries take a kernel each."""
-    if dtype == torch.float32 or V > SMALL_VALUE or limits(device)[0] <= LARGE_MEMORY:
+    if dtype == torch.float32 or V > SMALL_VALUE or shared_memory(device) <= A100_SHARED_MEMORY:
         return None
     return FusedTiles(block_u=64, num_stages=2, num_warps=4)
 
@@ -694,7 +693,7 @@ def fused_tiles(V, dtype, device):
 def score_tiles(H, V, dtype, device):
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
-    if limits(device)[0] > LARGE_MEMORY:
+    if shared_memory(device) > A100_SHARED_MEMORY:
         num_warps = 8 if H > MANY_HEADS else 4
         return ProductTiles(block_v=min(32, V), block_u=128, num_stages=4, num_warps=num_warps)
     return ProductTiles(block_v=min(32, V), block_u=64, num_stages=3, num_warps=4)
@@ -703,7 +702,7 @@ def score_tiles(H, V, dtype, device):
 def query_tiles(V, dtype, device):
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
-    if limits(device)[0] > LARGE_MEMORY:
+    if shared_memory(device) > A100_SHARED_MEMORY:
         return ProductTiles(block_v=min(128, V), block_u=64, num_stages=3, num_warps=4)
     return ProductTiles(block_v=min(128, V), block_u=32, num_stages=2, num_warps=4)
 
@@ -711,7 +710,7 @@ def query_tiles(V, dtype, device):
 def latent_tiles(V, dtype, device):
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
-    if limits(device)[0] > LARGE_MEMORY:
+    if shared_memory(device) > A100_SHARED_MEMORY:
         return ProductTiles(block_v=min(128, V), block_u=64, num_stages=3, num_warps=4)
     return ProductTiles(block_v=min(64, V), block_u=32, num_stages=2, num_warps=4)
 
@@ -868,7 +867,7 @@ def fp8_kernel(
     q_rope = tl.load(
         q_ptr + row[:, None] * D + V + r[None, :], mask=ok[:, None] & (r < R)[None, :], other=0.0)
     q0 = fp8_query(q_ptr, row, ok, D, V, BLOCK_V, 0)
-    m = tl.full([BLOCK_N], LOWEST, tl.float32)
+    m = tl.full([BLOCK_N], LOWEST_LOGIT, tl.float32)
     l = tl.zeros([BLOCK_N], tl.float32)
     acc0 = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if PIECES > 1:
@@ -942,7 +941,7 @@ class Fp8Tiles(NamedTuple):
 def fp8_tiles(H, V, dtype, device):
     if dtype == torch.float32:
         return Fp8Tiles(block_n=16, block_u=16, num_stages=1, num_warps=4)
-    if limits(device)[0] > LARGE_MEMORY:
+    if shared_memory(device) > A100_SHARED_MEMORY:
         block_n = min(64, power_of_two(H))
         if H <= FEW_HEADS:
             return Fp8Tiles(block_n, block_u=64, num_stages=2, num_warps=4)
@@ -976,14 +975,15 @@ def sparse_forward_fp8(q: Tensor, packed: Tensor, indices: Tensor, scale: float,
     indices = indices.contiguous()
     hopper = hopper_chapter(q, packed, indices, value_dim)
     programs = B * S * triton.cdiv(H, 64)
-    if hopper is not None and programs >= limits(q.device)[1] // 2:  # fewer: only lists in parts fill the GPU
+    enough = multiprocessors(q.device) // 2  # programs; fewer: only lists in parts fill the GPU
+    if hopper is not None and programs >= enough:
         out, lse = hopper.sparse_forward(q, packed, indices, scale)
         return out.contiguous(), lse.contiguous()
 
     tiles = fp8_tiles(H, value_dim, q.dtype, q.device)
     groups = triton.cdiv(H, tiles.block_n)
     parts = list_parts(B * S * groups, triton.cdiv(K, tiles.block_u), q.device)
-    scales = triton.cdiv(value_dim, SCALE_BLOCK)
+    scales = triton.cdiv(value_dim, SCALE_BLOCK.value)
     out = q.new_empty(B, S, H, value_dim)
     lse = q.new_empty(B, S, H, dtype=torch.float32)
     part, part_lse = part_buffers(parts, out, lse)
@@ -992,8 +992,9 @@ def sparse_forward_fp8(q: Tensor, packed: Tensor, indices: Tensor, scale: float,
         rope_ptr=packed.view(torch.bfloat16), indices_ptr=indices, out_ptr=part, lse_ptr=part_lse,
         scale_log2=scale * LOG2E.value, S=S, T=T, H=H, K=K, rows=B * S * H, parts=parts,
         V=value_dim, R=D - value_dim, BLOCK_R=power_of_two(D - value_dim),
-        BLOCK_V=min(SCALE_BLOCK, power_of_two(value_dim)), PIECES=4 if scales == 3 else scales, SCALES=scales,
-        BYTES=packed.shape[-1], BLOCK_N=tiles.block_n, BLOCK_U=tiles.block_u, NUM_STAGES=tiles.num_stages,
+        BLOCK_V=min(SCALE_BLOCK.value, power_of_two(value_dim)), PIECES=4 if scales == 3 else scales,
+        SCALES=scales, BYTES=packed.shape[-1], BLOCK_N=tiles.block_n, BLOCK_U=tiles.block_u,
+        NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
     if parts > 1:
         launch_combine(part, part_lse, out, lse)
@@ -1020,7 +1021,7 @@ def check_arguments(q, latents, indices, value_dim):
         raise ValueError(f"value_dim={value_dim} should lie within 1..{D}, the width of q")
     entry = D
     if latents.dtype == torch.uint8:
-        entry = value_dim + 4 * -(-value_dim // SCALE_BLOCK) + 2 * (D - value_dim)
+        entry = value_dim + 4 * -(-value_dim // SCALE_BLOCK.value) + 2 * (D - value_dim)
         if entry % 4 or value_dim % 4 or value_dim > 512:
             raise ValueError(f"value_dim={value_dim}, entries of {entry} bytes: an FP8 cache takes a "
                              "value_dim that is a multiple of 4 up to 512, and entries of 4 n bytes")
