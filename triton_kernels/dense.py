@@ -73,7 +73,7 @@ def flash_forward_kernel(
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
         V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
-        PARTS: tl.constexpr, V_IN_K: tl.constexpr, STAGES: tl.constexpr):
+        PARTS: tl.constexpr, V_IN_K: tl.constexpr, NUM_STAGES: tl.constexpr):
     b = tl.program_id(1) // (H // GROUP)
     key_head = tl.program_id(1) % (H // GROUP)
     s, h = query_and_head(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
@@ -102,7 +102,7 @@ def flash_forward_kernel(
     begin, end = whole_tiles(first, last, ok, lo, hi, BLOCK_T)
     cuts = (lo, begin, end, hi)
     for i in tl.static_range(3):
-        for t0 in tl.range(cuts[i], cuts[i + 1], BLOCK_T, num_stages=STAGES):
+        for t0 in tl.range(cuts[i], cuts[i + 1], BLOCK_T, num_stages=NUM_STAGES):
             t = t0 + tl.arange(0, BLOCK_T)
             k1, _, logits = load_and_multiply(q1, q2, k_ptr, t.to(tl.int64) * stride_kt, t < hi, D, D1, D2)
             logits *= scale_log2
@@ -137,7 +137,8 @@ def flash_dkdv_kernel(
         scale, S, T,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
+        NUM_STAGES: tl.constexpr):
     """dk and dv of BLOCK_T keys; all products transposed, (BLOCK_T, N). lse2, delta (B,H,S)."""
     b = tl.program_id(1) // (H // GROUP)
     key_head = tl.program_id(1) % (H // GROUP)
@@ -164,7 +165,7 @@ def flash_dkdv_kernel(
     starts = (lo, mid)
     stops = (tl.minimum(mid, hi), hi)
     for i in tl.static_range(2):
-        for row0 in tl.range(starts[i], stops[i], N, num_stages=STAGES):
+        for row0 in tl.range(starts[i], stops[i], N, num_stages=NUM_STAGES):
             row = row0 + tl.arange(0, N)
             ok = row < hi
             s, h = query_and_head(row, key_head, GROUP)
@@ -198,7 +199,8 @@ def flash_dq_kernel(
         scale, S, T,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
+        NUM_STAGES: tl.constexpr):
     """dq of N rows. lse2, delta (B,H,S)."""
     b = tl.program_id(1) // (H // GROUP)
     key_head = tl.program_id(1) % (H // GROUP)
@@ -226,7 +228,7 @@ def flash_dq_kernel(
     begin, end = whole_tiles(first, last, ok, lo, hi, BLOCK_T)
     cuts = (lo, begin, end, hi)
     for i in tl.static_range(3):
-        for t0 in tl.range(cuts[i], cuts[i + 1], BLOCK_T, num_stages=STAGES):
+        for t0 in tl.range(cuts[i], cuts[i + 1], BLOCK_T, num_stages=NUM_STAGES):
             t = t0 + tl.arange(0, BLOCK_T)
             k1, k2, logits = load_and_multiply(q1, q2, k_ptr, t.to(tl.int64) * stride_kt, t < hi, D, D1, D2)
             p = tl.exp2(logits * (scale * LOG2E) - lse2[:, None])
@@ -243,31 +245,39 @@ def flash_dq_kernel(
         store_tile(dq_ptr, row * D, ok, D1, D, D2, dq2 * scale)
 
 
-class FlashTiles(NamedTuple):
-    held: int  # extent of the side that a program keeps: rows, in the dkdv kernel keys
-    streamed: int  # extent of a step along the other side
+class DenseTiles(NamedTuple):
+    block_kept: int  # of the side that a program keeps: rows, in the dkdv kernel keys
+    block_streamed: int  # of a step along the other side
     num_stages: int
     num_warps: int
 
 
-def flash_tiles(x, width, backward):
-    """Tiles for q, k, v in x's dtype, of `width` padded columns in all; smaller where shared memory is
-    short."""
-    if x.dtype == torch.float32:  # larger ones of many columns keep ptxas busy for minutes, and spill
-        tiles = FlashTiles(16, 16, 1, 8) if width > WIDE else FlashTiles(32, 32, 1, 4)
+def dense_tiles(width, backward, dtype, device):
+    """Tiles for q, k, v of `width` padded columns in all; smaller where shared memory is short."""
+    if dtype == torch.float32:  # larger ones of many columns keep ptxas busy for minutes, and spill
+        if width > WIDE:
+            tiles = DenseTiles(block_kept=16, block_streamed=16, num_stages=1, num_warps=8)
+        else:
+            tiles = DenseTiles(block_kept=32, block_streamed=32, num_stages=1, num_warps=4)
     elif width > WIDE:
-        tiles = FlashTiles(32, 32, 1, 8) if backward else FlashTiles(64, 32, 2, 8)
+        if backward:
+            tiles = DenseTiles(block_kept=32, block_streamed=32, num_stages=1, num_warps=8)
+        else:
+            tiles = DenseTiles(block_kept=64, block_streamed=32, num_stages=2, num_warps=8)
     elif not backward:
-        tiles = FlashTiles(128, 64, 3, 8)
+        tiles = DenseTiles(block_kept=128, block_streamed=64, num_stages=3, num_warps=8)
+    elif width <= NARROW:
+        tiles = DenseTiles(block_kept=64, block_streamed=128, num_stages=2, num_warps=4)
     else:
-        tiles = FlashTiles(64, 128, 2, 4) if width <= NARROW else FlashTiles(128, 64, 2, 8)
-    held, streamed, num_stages, num_warps = tiles
-    while streamed > 16 and 2 * (held + num_stages * streamed) * width > shared_memory(x.device):
-        held = max(16, held // 2)
+        tiles = DenseTiles(block_kept=128, block_streamed=64, num_stages=2, num_warps=8)
+
+    kept, streamed, num_stages, num_warps = tiles
+    while streamed > 16 and 2 * (kept + num_stages * streamed) * width > shared_memory(device):
+        kept = max(16, kept // 2)
         if num_stages == 1:
             streamed //= 2
         num_stages = max(1, num_stages - 1)
-    return FlashTiles(held, streamed, num_stages, num_warps)
+    return DenseTiles(block_kept=kept, block_streamed=streamed, num_stages=num_stages, num_warps=num_warps)
 
 
 @operation("flash_attention")
@@ -285,8 +295,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor
         return out, lse
 
     # few rows: the keys are split into parts, so that two programs per multiprocessor have something to do
-    tiles = flash_tiles(q, D1 + D2 + power_of_two(V), backward=False)
-    N = min(tiles.held, power_of_two(S * group))
+    tiles = dense_tiles(D1 + D2 + power_of_two(V), False, q.dtype, q.device)
+    N = min(tiles.block_kept, power_of_two(S * group))
     blocks = triton.cdiv(S * group, N)
     parts = max(1, min(2 * multiprocessors(q.device) // (blocks * B * Hk), T // PART_KEYS, MOST_PARTS))
     part = out
@@ -301,9 +311,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor
         stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
         stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
         stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2),
-        H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V), N=N, BLOCK_T=tiles.streamed,
+        H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V), N=N, BLOCK_T=tiles.block_streamed,
         PARTS=parts, V_IN_K=v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and V == D1,
-        STAGES=tiles.num_stages,
+        NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
     if parts > 1:
         launch_combine(part, part_lse, out, lse)
@@ -325,7 +335,7 @@ def flash_attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
     T, Hk, V = v.shape[1:]
     group = H // Hk
     D1, D2 = two_powers(D)
-    tiles = flash_tiles(q, D1 + D2 + power_of_two(V), backward=True)
+    tiles = dense_tiles(D1 + D2 + power_of_two(V), True, q.dtype, q.device)
     dout = dout.contiguous()
     delta, lse2 = launch_delta(out, dout, lse, heads_first=True)  # (B, H, S)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -339,12 +349,12 @@ def flash_attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
         stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
         stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2),
         H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V),
-        STAGES=tiles.num_stages,
+        NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
-    flash_dkdv_kernel[(triton.cdiv(T, tiles.held), B * Hk)](
-        dk_ptr=dk, dv_ptr=dv, N=tiles.streamed, BLOCK_T=tiles.held, **shared)
-    flash_dq_kernel[(triton.cdiv(S * group, tiles.held), B * Hk)](
-        dq_ptr=dq, N=tiles.held, BLOCK_T=tiles.streamed, **shared)
+    flash_dkdv_kernel[(triton.cdiv(T, tiles.block_kept), B * Hk)](
+        dk_ptr=dk, dv_ptr=dv, N=tiles.block_streamed, BLOCK_T=tiles.block_kept, **shared)
+    flash_dq_kernel[(triton.cdiv(S * group, tiles.block_kept), B * Hk)](
+        dq_ptr=dq, N=tiles.block_kept, BLOCK_T=tiles.block_streamed, **shared)
     return dq, dk, dv
 
 

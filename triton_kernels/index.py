@@ -332,31 +332,29 @@ def scores_kernel(
             tl.store(out[None, :] + t[:, None], score, mask=ok[None, :] & (t < T)[:, None])
 
 
-class ScoreTiles(NamedTuple):
+class IndexTiles(NamedTuple):
     block_s: int  # queries
     block_h: int  # heads of each
     block_d: int
     block_t: int  # keys of a step
     turn: int  # queries that take turns, see the picture
-    num_warps: int
     num_stages: int
+    num_warps: int
 
 
-def score_tiles(q, rows):
+def index_tiles(HI, DI, rows, dtype, device):
     """Tiles for q (B,S,HI,DI), `rows` of its S queries at a time; e4m3 that is decoded comes as uint8."""
-    HI, DI = q.shape[2:]
-    size = 2 if q.dtype == torch.uint8 else q.element_size()  # of an operand, in bytes
+    size = 2 if dtype == torch.uint8 else dtype.itemsize  # of an operand, in bytes
     block_h = power_of_two(HI, 2)
     block_d = power_of_two(DI, 32 if size == 1 else 16)
     columns = max(block_h, COLUMNS if size * block_d <= 128 else COLUMNS // size)
     block_s = max(16 // block_h, 1, min(columns // block_h, triton.next_power_of_2(rows)))
-    small = size == 4 and shared_memory(q.device) < FLOAT_TILE_BYTES
-    return ScoreTiles(
-        block_s, block_h, block_d,
-        block_t=32 if small else 64,
+    small = size == 4 and shared_memory(device) < FLOAT_TILE_BYTES
+    return IndexTiles(
+        block_s=block_s, block_h=block_h, block_d=block_d, block_t=32 if small else 64,
         turn=max(1, min(4, block_s, 128 // block_h)),
-        num_warps=8 if block_s * block_h == COLUMNS else 4,
-        num_stages=4 if size == 1 else 3)
+        num_stages=4 if size == 1 else 3,
+        num_warps=8 if block_s * block_h == COLUMNS else 4)
 
 
 def launch_scores(out, q, k, w, k_scale, first, last, row0, rows, fill=False, threshold=None):
@@ -365,7 +363,7 @@ def launch_scores(out, q, k, w, k_scale, first, last, row0, rows, fill=False, th
     the order sequence, tile of block_s queries, tile of block_t keys, query, word."""
     B, S, HI, DI = q.shape
     T = k.shape[1]
-    tiles = score_tiles(q, rows)
+    tiles = index_tiles(HI, DI, rows, q.dtype, q.device)
     blocks = triton.cdiv(rows, tiles.block_s)
     span = triton.cdiv(B * blocks * T, PROGRAMS * multiprocessors(q.device))
     span = min(max(triton.cdiv(span, tiles.block_t) * tiles.block_t, LEAST_SPAN), LONGEST_SPAN)
@@ -378,7 +376,7 @@ def launch_scores(out, q, k, w, k_scale, first, last, row0, rows, fill=False, th
         HI=HI, DI=DI, BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_h, BLOCK_D=tiles.block_d,
         BLOCK_T=tiles.block_t, TURN=tiles.turn, DECODE_E4M3=q.dtype == torch.uint8, FILL=fill,
         WHOLE=T % tiles.block_t == 0 and DI == tiles.block_d,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        num_stages=tiles.num_stages, num_warps=tiles.num_warps)
 
 
 def check_inputs(q, k, w, k_scale):
@@ -746,6 +744,7 @@ class TopkTiles(NamedTuple):
     words: int  # of the bitmap
     tile: int  # scores that are compared at once
     num_warps: int
+    maxnreg: int  # registers of a thread
     programs: int
 
 
@@ -756,7 +755,9 @@ def topk_tiles(T, K, rows, device):
         cap = triton.next_power_of_2(T)
         num_warps = max(1, cap // 1024)
         programs = min(rows, processors * (32 // num_warps))
-        return TopkTiles(True, cap, 1024, 512, TILE, num_warps, programs)
+        return TopkTiles(
+            direct=True, cap=cap, sample=1024, words=512, tile=TILE, num_warps=num_warps, maxnreg=64,
+            programs=programs)
     if T <= SHORT_ROW:
         sample = 1024
         words = 512
@@ -770,7 +771,9 @@ def topk_tiles(T, K, rows, device):
     small = cap <= 2 * LEAST_CAP and rows > 2 * processors  # few rows: none of them should take long
     num_warps = 4 if small else max(8, min(32, cap // 512))
     programs = min(rows, processors * (32 // num_warps))
-    return TopkTiles(False, cap, sample, words, SMALL_TILE if small else TILE, num_warps, programs)
+    return TopkTiles(
+        direct=False, cap=cap, sample=sample, words=words, tile=SMALL_TILE if small else TILE,
+        num_warps=num_warps, maxnreg=64, programs=programs)
 
 
 def launch_topk(out, scores, T, first, last, row0, rows):
@@ -785,7 +788,7 @@ def launch_topk(out, scores, T, first, last, row0, rows):
         total=B * rows, S=S, T=T, row0=row0, rows=rows, width=width, K=K,
         BLOCK_K=triton.next_power_of_2(K), CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words,
         TILE=tiles.tile, DIRECT=tiles.direct, MASKED=width % tiles.tile != 0, WIDE=tiles.cap > 32768,
-        num_warps=tiles.num_warps, maxnreg=64)
+        num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
 
 
 @operation("topk")
@@ -940,12 +943,12 @@ class FilterTiles(NamedTuple):
     cap: int  # candidates
     block_h: int
     block_c: int  # candidates that are scored at once
-    num_warps: int
     num_stages: int
-    registers: int  # of a thread, at most
+    num_warps: int
+    maxnreg: int  # registers of a thread
 
 
-def filter_tiles(q, T, K):
+def filter_tiles(HI, DI, T, K, dtype):
     """Sample and candidates of `select_filtered`.
 
     A row's threshold is the rank-th highest of its sampled scores, every stride-th. If the best keys lie
@@ -966,12 +969,12 @@ def filter_tiles(q, T, K):
     cap = LEAST_CAP
     while cap / stride - SIGMAS.value * (cap / stride)**0.5 < rank * 17 / 16:
         cap *= 2
-    narrow = q.shape[3] * q.element_size() <= 128
+    narrow = DI * dtype.itemsize <= 128
     sample = triton.next_power_of_2(triton.cdiv(T, stride))
     return FilterTiles(
         stride=stride, sample=sample, sample_warps=max(1, min(16, sample // 512), sample // 1024), cap=cap,
-        block_h=power_of_two(q.shape[2]), block_c=128 if narrow else 64,
-        num_warps=max(4, cap // 512), num_stages=3, registers=128)
+        block_h=power_of_two(HI), block_c=128 if narrow else 64,
+        num_stages=3, num_warps=max(4, cap // 512), maxnreg=128)
 
 
 def take(x, index):
@@ -1018,7 +1021,7 @@ def select_filtered(out, q, k, w, k_scale, first, last):
     B, S, HI, DI = q.shape
     T = k.shape[1]
     K = out.shape[2]
-    tiles = filter_tiles(q, T, K)
+    tiles = filter_tiles(HI, DI, T, K, q.dtype)
     sampled = triton.cdiv(T, tiles.stride * 16) * 16  # keys
     width = triton.cdiv(T, 128) * 8  # words
     every = (slice(None), slice(None, None, tiles.stride))
@@ -1047,14 +1050,14 @@ def select_filtered(out, q, k, w, k_scale, first, last):
             num_warps=tiles.sample_warps)
 
         # two bits per score
-        score = score_tiles(q, rows)
+        score = index_tiles(HI, DI, rows, q.dtype, q.device)
         queries = triton.cdiv(rows, score.block_s) * score.block_s
         bits = torch.empty(n, queries, width, dtype=torch.int32, device=q.device)
         launch_scores(
             bits, q_part, k_part, w_part, scale_part, first_part, last_part, row0, rows, threshold=threshold)
 
         # the best of what passed
-        resident = max(1, REGISTERS // (32 * tiles.num_warps * tiles.registers))
+        resident = max(1, REGISTERS // (32 * tiles.num_warps * tiles.maxnreg))
         programs = min(n * rows, multiprocessors(q.device) * resident)
         scratch = torch.empty(programs * (2 * tiles.cap + 1), dtype=torch.int32, device=q.device)
         stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
@@ -1067,7 +1070,7 @@ def select_filtered(out, q, k, w, k_scale, first, last):
             HI=HI, DI=DI, BLOCK_H=tiles.block_h, BLOCK_D=score.block_d, BLOCK_K=triton.next_power_of_2(K),
             CAP=tiles.cap, BLOCK_C=tiles.block_c, BLOCK_S=score.block_s, BLOCK_T=score.block_t,
             DECODE_E4M3=q.dtype == torch.uint8,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.registers)
+            num_stages=tiles.num_stages, num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
     return left_over.bool()
 
 

@@ -120,7 +120,7 @@ def loss_target_kernel(
         scale_log2, S, T, width, block0, blocks, key_tiles,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh,
         H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
-        STAGES: tl.constexpr):
+        NUM_STAGES: tl.constexpr):
     """p of one tile. Heads and their columns, BLOCK_D at a time, are one loop, so that loads never drain."""
     STEPS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     block, b, s0, t0 = tile_of_program(
@@ -136,7 +136,7 @@ def loss_target_kernel(
     lse2_ptr += b.to(tl.int64) * H * S + s0 + s
     p = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
     logits = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
-    for step in tl.range(0, H * STEPS, num_stages=STAGES):
+    for step in tl.range(0, H * STEPS, num_stages=NUM_STAGES):
         h = step // STEPS
         d = step % STEPS * BLOCK_D + tl.arange(0, BLOCK_D)
         ok = (d < D)[None, :]
@@ -156,7 +156,7 @@ def loss_scores_kernel(
         S, T, width, plane, block0, blocks, key_tiles,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
         HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-        BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+        BLOCK_T: tl.constexpr, NUM_STAGES: tl.constexpr):
     """I of one tile, and for each group of 8 heads a plane of bytes: bit 7 - j % 8 says that the relu of head
     j is open (at exactly 0 it is closed). w (B,HI,S)."""
     block, b, s0, t0 = tile_of_program(
@@ -177,7 +177,7 @@ def loss_scores_kernel(
     at = row + t0 + tl.arange(0, BLOCK_T)[None, :]
     score = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
     bits = tl.zeros([BLOCK_S, BLOCK_T], tl.uint32)
-    for j in tl.range(0, HI, num_stages=STAGES):
+    for j in tl.range(0, HI, num_stages=NUM_STAGES):
         q = tl.load(q_ptr + s[:, None] * stride_qs + (j * stride_qh + d)[None, :], mask=ok, other=0.0)
         dots = matmul(q, tl.trans(k))
         relu = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -210,7 +210,7 @@ def loss_dq_kernel(
         S, T, width, plane, block0,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
         HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, BLOCK_S: tl.constexpr,
-        BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+        BLOCK_T: tl.constexpr, NUM_STAGES: tl.constexpr):
     """dq, dw of two heads (of one, if there is one) of BLOCK_S queries, which divide the chunk's blocks of
     PAD, for dkl = 1"""
     j = tl.program_id(0) * 2
@@ -225,7 +225,7 @@ def loss_dq_kernel(
     bits_ptr += (j // 8).to(tl.int64) * plane
     a0 = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     a1 = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    for t0 in tl.range(lo // BLOCK_T * BLOCK_T, hi, BLOCK_T, num_stages=STAGES):
+    for t0 in tl.range(lo // BLOCK_T * BLOCK_T, hi, BLOCK_T, num_stages=NUM_STAGES):
         t = t0 + tl.arange(0, BLOCK_T)
         k = load_tile(k_ptr, t.to(tl.int64) * stride_kt, t < T, 0, D, BLOCK_D)
         g = tl.load(g_ptr + row[:, None] + t[None, :])
@@ -245,7 +245,7 @@ def loss_dk_kernel(
         wq_ptr, g_ptr, bits_ptr, dk_ptr, first_ptr, last_ptr,
         B, S, T, width, plane, block0, blocks,
         HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, HEADS: tl.constexpr,
-        BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+        BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, NUM_STAGES: tl.constexpr):
     """dk of a tile of keys from one group of HEADS <= 8 heads, added to what earlier chunks left. wq = dkl w
     q of the chunk's queries, padded as they are."""
     group = tl.program_id(1)
@@ -261,7 +261,7 @@ def loss_dk_kernel(
     if lo < hi:
         bits_ptr += group.to(tl.int64) * plane
         acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        for start in tl.range(lo // BLOCK_S * BLOCK_S, hi, BLOCK_S, num_stages=STAGES):
+        for start in tl.range(lo // BLOCK_S * BLOCK_S, hi, BLOCK_S, num_stages=NUM_STAGES):
             s = start + tl.arange(0, BLOCK_S)
             x = (x0 + s).to(tl.int64)
             g = tl.load(g_ptr + x[None, :] * width + t[:, None])
@@ -277,19 +277,53 @@ def loss_dk_kernel(
 
 
 class LossTiles(NamedTuple):
-    block_s: int  # queries of a block, to a multiple of which sequences are padded
-    block_t: int
+    """Of a kernel of the dense loss."""
+    block_s: int  # queries; in p and I a block, to a multiple of which sequences are padded
+    block_t: int  # keys
     num_stages: int
     num_warps: int
 
 
-def loss_tiles(q, q_index):
-    """Tiles of the dense loss for these dtypes and this device."""
-    if torch.float32 in (q.dtype, q_index.dtype):
-        return LossTiles(32, 32, 1, 4)
-    if shared_memory(q.device) > H100_SHARED_MEMORY:
-        return LossTiles(128, 128, 3, 8)
-    return LossTiles(128, 64, 2, 8)
+def loss_target_tiles(dtype, device):
+    if dtype == torch.float32:
+        return LossTiles(block_s=32, block_t=32, num_stages=2, num_warps=4)
+    if shared_memory(device) > H100_SHARED_MEMORY:
+        return LossTiles(block_s=128, block_t=128, num_stages=4, num_warps=8)
+    return LossTiles(block_s=128, block_t=64, num_stages=3, num_warps=8)
+
+
+def loss_scores_tiles(dtype, device):
+    if dtype == torch.float32:
+        return LossTiles(block_s=32, block_t=32, num_stages=1, num_warps=4)
+    if shared_memory(device) > H100_SHARED_MEMORY:
+        return LossTiles(block_s=128, block_t=128, num_stages=3, num_warps=8)
+    return LossTiles(block_s=128, block_t=64, num_stages=2, num_warps=8)
+
+
+def loss_dq_tiles(head_pairs, queries, dtype, device):
+    """Tiles for so many pairs of heads and padded queries; few: smaller ones, to fill the device."""
+    if dtype == torch.float32:
+        tiles = LossTiles(block_s=32, block_t=32, num_stages=1, num_warps=4)
+    elif shared_memory(device) > H100_SHARED_MEMORY:
+        tiles = LossTiles(block_s=128, block_t=64, num_stages=3, num_warps=8)
+    else:
+        tiles = LossTiles(block_s=128, block_t=64, num_stages=2, num_warps=8)
+    while tiles.block_s > 16 and head_pairs * (queries // tiles.block_s) < 2 * multiprocessors(device):
+        tiles = tiles._replace(block_s=tiles.block_s // 2, num_warps=4)
+    return tiles
+
+
+def loss_dk_tiles(dtype, device):
+    if dtype == torch.float32:
+        return LossTiles(block_s=32, block_t=32, num_stages=0, num_warps=4)
+    if shared_memory(device) > H100_SHARED_MEMORY:
+        return LossTiles(block_s=32, block_t=128, num_stages=2, num_warps=8)
+    return LossTiles(block_s=32, block_t=64, num_stages=1, num_warps=8)
+
+
+def loss_dtype(q, q_index):
+    """The dtype that decides about the tiles of the dense loss: float32 if there is any."""
+    return torch.float32 if q_index.dtype == torch.float32 else q.dtype
 
 
 def loss_target(tiles, q, k, lse2, p, scale, first, last, block0, blocks):
@@ -309,7 +343,7 @@ def loss_target(tiles, q, k, lse2, p, scale, first, last, block0, blocks):
         stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
         stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=0 if k.shape[2] == 1 else k.stride(2),
         H=H, D=D, BLOCK_D=min(64, power_of_two(D)), BLOCK_S=tiles.block_s, BLOCK_T=tiles.block_t,
-        STAGES=tiles.num_stages + 1,
+        NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
 
 
@@ -326,46 +360,42 @@ def loss_scores(tiles, q_index, k_index, w_heads, score, bits, first, last, bloc
         stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
         stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
         HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=tiles.block_s, BLOCK_T=tiles.block_t,
-        STAGES=tiles.num_stages,
+        NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
 
 
-def loss_query_grad(tiles, q_index, k_index, w_heads, g, bits, dq, dw, first, last, block0, blocks):
-    """dq, dw (dkl = 1) of the queries of a chunk; w_heads (B,HI,S)"""
+def loss_query_grad(query_block, dtype, q_index, k_index, w_heads, g, bits, dq, dw, first, last, block0,
+                    blocks):
+    """dq, dw (dkl = 1) of the queries of a chunk, blocks of query_block; w_heads (B,HI,S)"""
     S, HI, DI = q_index.shape[1:]
     T = k_index.shape[1]
     rows, width = g.shape
     head_pairs = triton.cdiv(HI, 2)
-    block_s = tiles.block_s
-    num_warps = tiles.num_warps
-    # few heads: smaller tiles, to fill the device
-    enough = 2 * multiprocessors(q_index.device)  # programs
-    while block_s > 16 and head_pairs * blocks * (tiles.block_s // block_s) < enough:
-        block_s //= 2
-        num_warps = 4
-    loss_dq_kernel[(head_pairs, blocks * (tiles.block_s // block_s))](
+    tiles = loss_dq_tiles(head_pairs, blocks * query_block, dtype, q_index.device)
+    loss_dq_kernel[(head_pairs, blocks * query_block // tiles.block_s)](
         q_ptr=q_index, k_ptr=k_index, w_ptr=w_heads, g_ptr=g, bits_ptr=bits, dq_ptr=dq, dw_ptr=dw,
         first_ptr=first, last_ptr=last,
         S=S, T=T, width=width, plane=rows * width, block0=block0,
         stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
         stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
-        HI=HI, D=DI, BLOCK_D=power_of_two(DI), PAD=tiles.block_s, BLOCK_S=block_s,
-        BLOCK_T=min(tiles.block_t, 64), STAGES=tiles.num_stages,
-        num_warps=num_warps)
+        HI=HI, D=DI, BLOCK_D=power_of_two(DI), PAD=query_block, BLOCK_S=tiles.block_s,
+        BLOCK_T=tiles.block_t, NUM_STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps)
 
 
-def loss_key_grad(tiles, wq, g, bits, dk, first, last, S, block0, blocks):
-    """dk (groups,B,T,DI) += what the queries of a chunk contribute; wq (rows,HI,DI)"""
+def loss_key_grad(query_block, dtype, wq, g, bits, dk, first, last, S, block0, blocks):
+    """dk (groups,B,T,DI) += what the queries of a chunk contribute, blocks of query_block; wq (rows,HI,DI)"""
     HI, DI = wq.shape[1:]
     groups, B, T, _ = dk.shape
     rows, width = g.shape
-    per_sequence = triton.cdiv(S, tiles.block_s)
+    per_sequence = triton.cdiv(S, query_block)
+    tiles = loss_dk_tiles(dtype, wq.device)
     sequences = (block0 + blocks - 1) // per_sequence + 1 - block0 // per_sequence
     loss_dk_kernel[(triton.cdiv(T, tiles.block_t), groups, sequences)](
         wq_ptr=wq, g_ptr=g, bits_ptr=bits, dk_ptr=dk, first_ptr=first, last_ptr=last,
         B=B, S=S, T=T, width=width, plane=rows * width, block0=block0, blocks=blocks,
-        HI=HI, D=DI, BLOCK_D=power_of_two(DI), PAD=tiles.block_s, HEADS=min(8, HI), BLOCK_S=32,
-        BLOCK_T=tiles.block_t, STAGES=tiles.num_stages - 1,
+        HI=HI, D=DI, BLOCK_D=power_of_two(DI), PAD=query_block, HEADS=min(8, HI), BLOCK_S=tiles.block_s,
+        BLOCK_T=tiles.block_t, NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
 
 
@@ -377,8 +407,10 @@ def dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, query_g
     HI, DI = q_index.shape[2:]
     groups = triton.cdiv(HI, 8)
     device = q.device
-    tiles = loss_tiles(q, q_index)
-    block_s = tiles.block_s
+    dtype = loss_dtype(q, q_index)
+    target = loss_target_tiles(dtype, device)
+    scores = loss_scores_tiles(dtype, device)
+    block_s = scores.block_s
     per_sequence = triton.cdiv(S, block_s)
     all_blocks = B * per_sequence
     width = triton.cdiv(T, ALIGNED.value) * ALIGNED.value
@@ -406,8 +438,8 @@ def dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, query_g
 
     for block0 in range(0, all_blocks, chunk):
         blocks = min(chunk, all_blocks - block0)
-        loss_target(tiles, q, k, lse2, p, scale, first, last, block0, blocks)
-        loss_scores(tiles, q_index, k_index, w_heads, score, bits, first, last, block0, blocks)
+        loss_target(target, q, k, lse2, p, scale, first, last, block0, blocks)
+        loss_scores(scores, q_index, k_index, w_heads, score, bits, first, last, block0, blocks)
         loss_row_kernel[(blocks * block_s,)](
             p_ptr=p, score_ptr=score, g_ptr=g, kl_ptr=kl, uniform_ptr=kl_uniform,
             first_ptr=first, last_ptr=last,
@@ -415,7 +447,8 @@ def dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, query_g
             BLOCK_S=block_s, PLANES=1, BLOCK_T=1024,
             num_warps=4)
         if query_gradients:
-            loss_query_grad(tiles, q_index, k_index, w_heads, g, bits, dq, dw, first, last, block0, blocks)
+            loss_query_grad(
+                block_s, dtype, q_index, k_index, w_heads, g, bits, dq, dw, first, last, block0, blocks)
         if dkl is None:
             continue
         for b in range(block0 // per_sequence, (block0 + blocks - 1) // per_sequence + 1):
@@ -424,7 +457,7 @@ def dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, query_g
             hi = min(S, blocks * block_s - x0)
             weight = w[b, lo:hi] * dkl[b, lo:hi, None]  # (hi - lo, HI)
             torch.mul(q_index[b, lo:hi], weight[..., None], out=wq[x0 + lo:x0 + hi])
-        loss_key_grad(tiles, wq, g, bits, dk, first, last, S, block0, blocks)
+        loss_key_grad(block_s, dtype, wq, g, bits, dk, first, last, S, block0, blocks)
     return kl, kl_uniform, dq, None if dk is None else dk.sum(0), dw
 
 
@@ -542,7 +575,7 @@ def loss_sparse_target_kernel(
         scale_log2, S, K, blocks, list_width, block0, plane,
         stride_qb, stride_qs, stride_qh, stride_lb, stride_lt,
         H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_S: tl.constexpr,
-        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, STAGES: tl.constexpr):
+        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
     """The share of BLOCK_H heads in p, of one block of queries: one plane of p."""
     local = tl.program_id(0)
     group = tl.program_id(1)
@@ -558,10 +591,10 @@ def loss_sparse_target_kernel(
     latents_ptr += b * stride_lb
     p_ptr += group.to(tl.int64) * plane + local.to(tl.int64) * BLOCK_S * K
     used = tl.zeros([BLOCK_S], tl.int32)
-    for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
+    for u0 in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
         token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
-        every = bits >= 0  # all true: also tokens without bits may be read, see union_tokens
         at = token.to(tl.int64) * stride_lt
+        every = bits >= 0  # all true: also tokens without bits may be read, see union_tokens
         logits = matmul(load_tile(latents_ptr, at, every, 0, D, D1), tl.trans(q1))
         if D2 > 0:
             logits = matmul(load_tile(latents_ptr, at, every, D1, D, D2), tl.trans(q2), logits)
@@ -577,7 +610,7 @@ def loss_sparse_scores_kernel(
         S, K, blocks, list_width, block0,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
         HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, STAGES: tl.constexpr):
+        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
     """I of one block of queries."""
     block = block0 + tl.program_id(0)
     b, s, h, ok = union_rows(block, 0, blocks, S, HI, BLOCK_S, BLOCK_H)
@@ -588,10 +621,11 @@ def loss_sparse_scores_kernel(
     k_ptr += b * stride_kb
     score_ptr += tl.program_id(0).to(tl.int64) * BLOCK_S * K
     used = tl.zeros([BLOCK_S], tl.int32)
-    for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
+    for u0 in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
         token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
+        at = token.to(tl.int64) * stride_kt
         every = bits >= 0  # all true, as in the target
-        k = load_tile(k_ptr, token.to(tl.int64) * stride_kt, every, 0, D, BLOCK_D)
+        k = load_tile(k_ptr, at, every, 0, D, BLOCK_D)
         dots = matmul(k, tl.trans(q))
         chosen, slot, used = slots_of(bits, used, BLOCK_S)
         relu = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -606,7 +640,7 @@ def loss_sparse_backward_kernel(
         S, T, K, blocks, list_width, g_rows,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
         HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, STAGES: tl.constexpr):
+        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
     """dq, dw of one block of queries, and what it adds to dk. dkl: incoming gradients divided by the largest
     of them, so that dkl w q keeps its digits in fp16; g has g_rows rows per sequence."""
     block = tl.program_id(0)
@@ -624,14 +658,15 @@ def loss_sparse_backward_kernel(
     d = tl.arange(0, BLOCK_D)
     used = tl.zeros([BLOCK_S], tl.int32)
     a = tl.zeros([BLOCK_D, BLOCK_S * BLOCK_H], tl.float32)  # A transposed
-    for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
+    for u0 in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
         token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
         chosen, slot, used = slots_of(bits, used, BLOCK_S)
         g = tl.load(g_ptr + tl.arange(0, BLOCK_S)[None, :] * K + slot, mask=chosen, other=0.0).to(tl.float32)
         g = tl.broadcast_to(g[:, :, None], [BLOCK_U, BLOCK_S, BLOCK_H])
         g = tl.reshape(g, [BLOCK_U, BLOCK_S * BLOCK_H])
+        at = token.to(tl.int64) * stride_kt
         every = bits >= 0  # all true, as in the target
-        k = load_tile(k_ptr, token.to(tl.int64) * stride_kt, every, 0, D, BLOCK_D)
+        k = load_tile(k_ptr, at, every, 0, D, BLOCK_D)
         g = tl.where(matmul(k, tl.trans(q)) > 0, g, 0.0).to(k.dtype)
         a = matmul(tl.trans(k), g, a)
         tl.atomic_add(
@@ -645,27 +680,52 @@ def loss_sparse_backward_kernel(
 
 
 class SparseLossTiles(NamedTuple):
+    """Of a kernel of the sparse loss."""
     block_s: int  # queries that share a list
-    block_h: int  # heads of the attention in one program
-    block_hi: int  # indexer heads, all of them
-    block_u: int
+    block_h: int  # heads of a program
+    block_u: int  # tokens
+    num_stages: int
+    num_warps: int
 
 
-def sparse_loss_tiles(x, S, H, HI, D1):
-    """Tiles for S queries of H heads, whose first D1 columns are one product, and HI indexer heads, in x's
-    dtype. As many queries share a list as make 64 rows (query, head), at most 16; in float32, one."""
-    half = x.element_size() == 2
-    large = half and shared_memory(x.device) > H100_SHARED_MEMORY
-    block_s = min(16, max(1, 64 // power_of_two(max(H, HI), 1))) if half and S > 1 else 1
-    most = 128 if large and D1 <= 256 else 64  # rows of the program that computes p
-    block_u = 16
-    if half:
-        block_u = 64 if large else 32
+def list_queries(S, heads, dtype):
+    """How many queries share a list: as make 64 rows (query, head), at most 16; in float32, one."""
+    if dtype.itemsize != 2 or S <= 1:
+        return 1
+    return min(16, max(1, 64 // power_of_two(heads, 1)))
+
+
+def list_tokens(dtype, device):
+    """Tokens of a list at a time."""
+    if dtype.itemsize != 2:
+        return 16
+    return 64 if shared_memory(device) > H100_SHARED_MEMORY else 32
+
+
+def loss_sparse_target_tiles(S, H, HI, D1, dtype, device):
+    """Tiles for S queries of H heads, whose first D1 columns are one product, and HI indexer heads."""
+    block_s = list_queries(S, max(H, HI), dtype)
+    large = dtype.itemsize == 2 and shared_memory(device) > H100_SHARED_MEMORY and D1 <= 256
+    block_h = max(16 // block_s, min(128 if large else 64, power_of_two(H, 1)))
     return SparseLossTiles(
-        block_s=block_s,
-        block_h=max(16 // block_s, min(most, power_of_two(H, 1))),
-        block_hi=max(16 // block_s, power_of_two(HI, 1)),
-        block_u=block_u)
+        block_s=block_s, block_h=block_h, block_u=list_tokens(dtype, device),
+        num_stages=2 if dtype.itemsize == 2 else 1, num_warps=4)
+
+
+def loss_sparse_scores_tiles(S, H, HI, dtype, device):
+    """Tiles for the same queries, all HI indexer heads in a program."""
+    block_s = list_queries(S, max(H, HI), dtype)
+    return SparseLossTiles(
+        block_s=block_s, block_h=max(16 // block_s, power_of_two(HI, 1)), block_u=list_tokens(dtype, device),
+        num_stages=3 if dtype.itemsize == 2 else 1, num_warps=4)
+
+
+def loss_sparse_backward_tiles(S, HI, dtype, device):
+    """More queries share a list than forward, where the heads of the attention are many."""
+    block_s = list_queries(S, HI, dtype)
+    return SparseLossTiles(
+        block_s=block_s, block_h=max(16 // block_s, power_of_two(HI, 1)), block_u=list_tokens(dtype, device),
+        num_stages=2, num_warps=4)
 
 
 @operation("indexer_loss_sparse")
@@ -678,11 +738,11 @@ def loss_sparse(q: Tensor, latents: Tensor, lse: Tensor, indices: Tensor, scale:
     K = indices.shape[2]
     HI, DI = q_index.shape[2:]
     D1, D2 = two_powers(D)
-    half = q.element_size() == 2
-    tiles = sparse_loss_tiles(q, S, H, HI, D1)
-    block_s = tiles.block_s
+    target = loss_sparse_target_tiles(S, H, HI, D1, q.dtype, q.device)
+    scores = loss_sparse_scores_tiles(S, H, HI, q.dtype, q.device)
+    block_s = target.block_s
     blocks = triton.cdiv(S, block_s)
-    planes = triton.cdiv(H, tiles.block_h)
+    planes = triton.cdiv(H, target.block_h)
     g = torch.empty((B, blocks * block_s, K) if learns else 0, dtype=q_index.dtype, device=q.device)
     if T == 0 or indices.numel() == 0:
         kl = torch.zeros(B, S, dtype=torch.float32, device=q.device)
@@ -705,18 +765,18 @@ def loss_sparse(q: Tensor, latents: Tensor, lse: Tensor, indices: Tensor, scale:
             block0=block0, plane=plane,
             stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
             stride_lb=latents.stride(0), stride_lt=latents.stride(1),
-            H=H, D=D, D1=D1, D2=D2, BLOCK_S=block_s, BLOCK_H=tiles.block_h, BLOCK_U=tiles.block_u,
-            STAGES=2 if half else 1,
-            num_warps=4)
+            H=H, D=D, D1=D1, D2=D2, BLOCK_S=block_s, BLOCK_H=target.block_h, BLOCK_U=target.block_u,
+            NUM_STAGES=target.num_stages,
+            num_warps=target.num_warps)
         loss_sparse_scores_kernel[(n,)](
             q_ptr=q_index, k_ptr=k_index, w_ptr=w, lists_ptr=lists, bits_ptr=bits, length_ptr=length,
             score_ptr=score,
             S=S, K=K, blocks=blocks, list_width=lists.shape[-1], block0=block0,
             stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
             stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
-            HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=block_s, BLOCK_H=tiles.block_hi,
-            BLOCK_U=tiles.block_u, STAGES=3 if half else 1,
-            num_warps=4)
+            HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=block_s, BLOCK_H=scores.block_h,
+            BLOCK_U=scores.block_u, NUM_STAGES=scores.num_stages,
+            num_warps=scores.num_warps)
         loss_row_kernel[(n * block_s,)](
             p_ptr=p, score_ptr=score, g_ptr=g.view(-1, K)[block0 * block_s:] if learns else None,
             kl_ptr=kl, uniform_ptr=kl_uniform, first_ptr=None, last_ptr=last_slot,
@@ -728,8 +788,8 @@ def loss_sparse(q: Tensor, latents: Tensor, lse: Tensor, indices: Tensor, scale:
 
 @loss_sparse.register_fake
 def _(q, latents, lse, indices, scale, q_index, k_index, w, learns):
-    B, S, H, D = q.shape
-    block_s = sparse_loss_tiles(q, S, H, q_index.shape[2], two_powers(D)[0]).block_s
+    B, S, H, _ = q.shape
+    block_s = list_queries(S, max(H, q_index.shape[2]), q.dtype)
     padded = triton.cdiv(S, block_s) * block_s
     kl = q.new_empty((B, S), dtype=torch.float32)
     g = q_index.new_empty((B, padded, indices.shape[2]) if learns else 0)
@@ -748,8 +808,7 @@ def loss_sparse_backward(dkl: Tensor, indices: Tensor, q_index: Tensor, k_index:
     if T == 0 or indices.numel() == 0:
         return q_index.new_zeros(q_index.shape), dk.to(k_index.dtype), w.new_zeros(w.shape)
 
-    # more queries share a list than forward, where the heads of the attention are many
-    tiles = sparse_loss_tiles(q_index, S, HI, HI, DI)
+    tiles = loss_sparse_backward_tiles(S, HI, q_index.dtype, device)
     blocks = triton.cdiv(S, tiles.block_s)
     lists, bits, length = union(indices, T, tiles.block_s)
     largest = dkl.abs().max().float().clamp(min=1e-30)
@@ -762,9 +821,9 @@ def loss_sparse_backward(dkl: Tensor, indices: Tensor, q_index: Tensor, k_index:
         S=S, T=T, K=K, blocks=blocks, list_width=lists.shape[-1], g_rows=g.shape[1],
         stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
         stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
-        HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_hi,
-        BLOCK_U=tiles.block_u, STAGES=2,
-        num_warps=4)
+        HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_h,
+        BLOCK_U=tiles.block_u, NUM_STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps)
     return dq, dk.to(k_index.dtype), dw
 
 

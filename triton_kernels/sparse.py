@@ -944,16 +944,16 @@ def fp8_tiles(H, V, dtype, device):
     if shared_memory(device) > A100_SHARED_MEMORY:
         block_n = min(64, power_of_two(H))
         if H <= FEW_HEADS:
-            return Fp8Tiles(block_n, block_u=64, num_stages=2, num_warps=4)
+            return Fp8Tiles(block_n=block_n, block_u=64, num_stages=2, num_warps=4)
         if H <= SOME_HEADS:
-            return Fp8Tiles(block_n, block_u=32, num_stages=2, num_warps=4)
-        return Fp8Tiles(block_n, block_u=32, num_stages=3, num_warps=8)
+            return Fp8Tiles(block_n=block_n, block_u=32, num_stages=2, num_warps=4)
+        return Fp8Tiles(block_n=block_n, block_u=32, num_stages=3, num_warps=8)
     most = 16
     if V <= SMALL_VALUE:
         most = 64
     elif V <= MEDIUM_VALUE:
         most = 32
-    return Fp8Tiles(min(most, power_of_two(H)), block_u=16, num_stages=2, num_warps=4)
+    return Fp8Tiles(block_n=min(most, power_of_two(H)), block_u=16, num_stages=2, num_warps=4)
 
 
 def fp8_dtype(device):
