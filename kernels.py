@@ -29,6 +29,8 @@ Letters
     H  attention heads   D  their dimensions   V  dimensions of a value  R  rope dimensions
     HI indexer heads     DI their dimensions   U  tokens of a union      N  rows (query, head) of a tile
     m, l  running maximum and sum of a softmax         BLOCK_x  extent of a tile along x
+    Equations keep the paper's indices, t a query and s a token that it may see; code counts queries by s < S
+    and keys by t < T.
 """
 from triton_kernels import cross_entropy as _cross_entropy
 from triton_kernels import dense, index, loss, sparse
@@ -59,7 +61,7 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 
 def select(q, k, w, topk, k_scale=None, first=None, last=None):
     """S_t = the topk visible keys with the highest index score   (section 2.1)
-    -> (B,S,topk) int32: ascending positions, then -1 in unused slots.
+    -> (B,S,K) int32, K = topk: ascending positions, then -1 in unused slots.
 
     Arguments as `index_scores`. Equal scores go to the lower position (-0.0 equals 0.0), NaN ranks above all,
     and what scores -inf counts as not visible; the same bits in every run. topk may exceed T. Memory: the
@@ -70,7 +72,7 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
 
 
 def topk(scores, topk, first=None, last=None):
-    """`select` from scores (B,S,T) float32 that exist -> (B,S,topk) int32. Not differentiable. ValueError:
+    """`select` from scores (B,S,T) float32 that exist -> (B,S,K) int32. Not differentiable. ValueError:
     topk < 1."""
     return index.topk(scores, topk, first, last)
 

@@ -602,7 +602,7 @@ def test_filter_threshold(T, topk):
     threshold = torch.full((R,), NAN, device=DEVICE)
     index.threshold_kernel[(R,)](
         sample_ptr=sample, first_ptr=None, last_ptr=last, threshold_ptr=threshold,
-        S=R, T=T, row0=0, rows=R, width=sample.shape[1], K=topk, stride=tiles.stride,
+        S=R, T=T, first_row=0, rows=R, width=sample.shape[1], K=topk, stride=tiles.stride,
         SAMPLE=tiles.sample,
         num_warps=tiles.sample_warps)
     for row in range(R):

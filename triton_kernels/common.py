@@ -117,18 +117,21 @@ def matmul(a, b, acc=None):
 
 
 @triton.jit
-def load_tile(ptr, row, ok, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """ptr[row, start : start + BLOCK_D], zero where the row is not ok or the column is not below D -> (rows,
-    BLOCK_D)"""
+def load_tile(ptr, offset, ok, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Elements start : start + BLOCK_D of the rows that begin at ptr + offset, zero where the row is not ok
+    or the column is not below D -> (rows, BLOCK_D)"""
     d = start + tl.arange(0, BLOCK_D)
-    return tl.load(ptr + row[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(ptr + offset[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def store_tile(ptr, row, ok, start, D: tl.constexpr, BLOCK_D: tl.constexpr, x):
-    """x (rows, BLOCK_D) -> ptr[row, start : start + BLOCK_D], where the row is ok and the column below D"""
+def store_tile(ptr, offset, ok, start, D: tl.constexpr, BLOCK_D: tl.constexpr, x):
+    """x (rows, BLOCK_D) -> elements start : start + BLOCK_D of the rows that begin at ptr + offset, where the
+    row is ok and the column below D"""
     d = start + tl.arange(0, BLOCK_D)
-    tl.store(ptr + row[:, None] + d[None, :], x.to(ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+    tl.store(
+        ptr + offset[:, None] + d[None, :], x.to(ptr.dtype.element_ty),
+        mask=ok[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -211,17 +214,17 @@ def delta_kernel(
         V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, HEADS_FIRST: tl.constexpr):
     """delta = out . dout per (query, head), what softmax's backward subtracts, of out and dout (B,S,H,V);
     with lse_ptr also lse in base 2. Written as (B,S,H), or HEADS_FIRST as (B,H,S)."""
-    r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    ok = r < rows
-    row = r.to(tl.int64) * V
-    out = load_tile(out_ptr, row, ok, 0, V, BLOCK_V).to(tl.float32)
-    dout = load_tile(dout_ptr, row, ok, 0, V, BLOCK_V).to(tl.float32)
-    to = r
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    ok = row < rows
+    offset = row.to(tl.int64) * V
+    out = load_tile(out_ptr, offset, ok, 0, V, BLOCK_V).to(tl.float32)
+    dout = load_tile(dout_ptr, offset, ok, 0, V, BLOCK_V).to(tl.float32)
+    to = row
     if HEADS_FIRST:
-        to = (r // H // S * H + r % H) * S + r // H % S
+        to = (row // H // S * H + row % H) * S + row // H % S
     tl.store(delta_ptr + to, tl.sum(out * dout, 1), mask=ok)
     if lse_ptr is not None:
-        tl.store(lse2_ptr + to, tl.load(lse_ptr + r, mask=ok, other=0.0) * LOG2E, mask=ok)
+        tl.store(lse2_ptr + to, tl.load(lse_ptr + row, mask=ok, other=0.0) * LOG2E, mask=ok)
 
 
 def launch_delta(out, dout, lse=None, heads_first=False):

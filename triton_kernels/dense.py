@@ -49,19 +49,19 @@ def whole_tiles(first, last, ok, lo, hi, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def query_and_head(row, key_head, GROUP: tl.constexpr):
+def dense_rows(row, key_head, GROUP: tl.constexpr):
     """Rows of one key head: its GROUP heads of query 0, then of query 1, ..."""
     return row // GROUP, key_head * GROUP + row % GROUP
 
 
 @triton.jit
-def load_and_multiply(held1, held2, ptr, row, ok, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+def load_and_multiply(held1, held2, ptr, offset, ok, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
     """Load a tile x (rows, D) as its first D1 columns and its other D2 -> x1, x2, and held x^T."""
-    x1 = load_tile(ptr, row, ok, 0, D, D1)
+    x1 = load_tile(ptr, offset, ok, 0, D, D1)
     x2 = x1
     product = matmul(held1, tl.trans(x1))
     if D2 > 0:
-        x2 = load_tile(ptr, row, ok, D1, D, D2)
+        x2 = load_tile(ptr, offset, ok, D1, D, D2)
         product = matmul(held2, tl.trans(x2), product)
     return x1, x2, product
 
@@ -76,7 +76,7 @@ def flash_forward_kernel(
         PARTS: tl.constexpr, V_IN_K: tl.constexpr, NUM_STAGES: tl.constexpr):
     b = tl.program_id(1) // (H // GROUP)
     key_head = tl.program_id(1) % (H // GROUP)
-    s, h = query_and_head(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
+    s, h = dense_rows(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
     ok = s < S
     first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
     lo, hi = visible_range(first, last, T)
@@ -87,11 +87,11 @@ def flash_forward_kernel(
     hi = tl.minimum(hi, lo + part_keys)
 
     # what is kept
-    row = s.to(tl.int64) * stride_qs + h * stride_qh + b.to(tl.int64) * stride_qb
-    q1 = load_tile(q_ptr, row, ok, 0, D, D1)
+    q_offset = s.to(tl.int64) * stride_qs + h * stride_qh + b.to(tl.int64) * stride_qb
+    q1 = load_tile(q_ptr, q_offset, ok, 0, D, D1)
     q2 = q1
     if D2 > 0:
-        q2 = load_tile(q_ptr, row, ok, D1, D, D2)
+        q2 = load_tile(q_ptr, q_offset, ok, D1, D, D2)
     k_ptr += b.to(tl.int64) * stride_kb + key_head * stride_kh
     v_ptr += b.to(tl.int64) * stride_vb + key_head * stride_vh
     m = tl.full([N], LOWEST, tl.float32)
@@ -146,15 +146,15 @@ def flash_dkdv_kernel(
     t = t0 + tl.arange(0, BLOCK_T)
 
     # what is kept
-    key = b.to(tl.int64) * stride_kb + key_head * stride_kh + t.to(tl.int64) * stride_kt
-    k1 = load_tile(k_ptr, key, t < T, 0, D, D1)
+    k_offset = b.to(tl.int64) * stride_kb + key_head * stride_kh + t.to(tl.int64) * stride_kt
+    k1 = load_tile(k_ptr, k_offset, t < T, 0, D, D1)
     k2 = k1
-    value = b.to(tl.int64) * stride_vb + key_head * stride_vh + t.to(tl.int64) * stride_vt
-    v = load_tile(v_ptr, value, t < T, 0, V, BLOCK_V)
+    v_offset = b.to(tl.int64) * stride_vb + key_head * stride_vh + t.to(tl.int64) * stride_vt
+    v = load_tile(v_ptr, v_offset, t < T, 0, V, BLOCK_V)
     dk1 = tl.zeros([BLOCK_T, D1], tl.float32)
     dv = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     if D2 > 0:
-        k2 = load_tile(k_ptr, key, t < T, D1, D, D2)
+        k2 = load_tile(k_ptr, k_offset, t < T, D1, D, D2)
         dk2 = tl.zeros([BLOCK_T, D2], tl.float32)
 
     # the rows that see any of these keys; from mid on they see all and need no mask
@@ -165,13 +165,13 @@ def flash_dkdv_kernel(
     starts = (lo, mid)
     stops = (tl.minimum(mid, hi), hi)
     for i in tl.static_range(2):
-        for row0 in tl.range(starts[i], stops[i], N, num_stages=NUM_STAGES):
-            row = row0 + tl.arange(0, N)
+        for first_row in tl.range(starts[i], stops[i], N, num_stages=NUM_STAGES):
+            row = first_row + tl.arange(0, N)
             ok = row < hi
-            s, h = query_and_head(row, key_head, GROUP)
-            query = b.to(tl.int64) * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
+            s, h = dense_rows(row, key_head, GROUP)
+            q_offset = b.to(tl.int64) * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
             statistic = (b * H + h) * S + s
-            q1, q2, logits = load_and_multiply(k1, k2, q_ptr, query, ok, D, D1, D2)
+            q1, q2, logits = load_and_multiply(k1, k2, q_ptr, q_offset, ok, D, D1, D2)
             lse2 = tl.load(lse2_ptr + statistic, mask=ok, other=float("inf"))
             p = tl.exp2(logits * (scale * LOG2E) - lse2[None, :])
             if i == 0:
@@ -204,22 +204,22 @@ def flash_dq_kernel(
     """dq of N rows. lse2, delta (B,H,S)."""
     b = tl.program_id(1) // (H // GROUP)
     key_head = tl.program_id(1) % (H // GROUP)
-    s, h = query_and_head(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
+    s, h = dense_rows(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
     ok = s < S
     first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
     lo, hi = visible_range(first, last, T)
 
     # what is kept
     row = (b.to(tl.int64) * S + s) * H + h
-    query = b.to(tl.int64) * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
-    q1 = load_tile(q_ptr, query, ok, 0, D, D1)
+    q_offset = b.to(tl.int64) * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
+    q1 = load_tile(q_ptr, q_offset, ok, 0, D, D1)
     q2 = q1
     dout = load_tile(dout_ptr, row * V, ok, 0, V, BLOCK_V)
     lse2 = tl.load(lse2_ptr + (b * H + h) * S + s, mask=ok, other=0.0)
     delta = tl.load(delta_ptr + (b * H + h) * S + s, mask=ok, other=0.0)
     dq1 = tl.zeros([N, D1], tl.float32)
     if D2 > 0:
-        q2 = load_tile(q_ptr, query, ok, D1, D, D2)
+        q2 = load_tile(q_ptr, q_offset, ok, D1, D, D2)
         dq2 = tl.zeros([N, D2], tl.float32)
     k_ptr += b.to(tl.int64) * stride_kb + key_head * stride_kh
     v_ptr += b.to(tl.int64) * stride_vb + key_head * stride_vh
@@ -341,20 +341,28 @@ def flash_attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=q.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=q.device)
-    shared = dict(
+    pointers = dict(
         q_ptr=q, k_ptr=k, v_ptr=v, dout_ptr=dout, lse2_ptr=lse2, delta_ptr=delta,
-        first_ptr=first, last_ptr=last,
-        scale=scale, S=S, T=T,
+        first_ptr=first, last_ptr=last)
+    sizes = dict(scale=scale, S=S, T=T)
+    strides = dict(
         stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
         stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
-        stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2),
-        H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V),
-        NUM_STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps)
+        stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2))
+    constants = dict(
+        H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V), NUM_STAGES=tiles.num_stages)
     flash_dkdv_kernel[(triton.cdiv(T, tiles.block_kept), B * Hk)](
-        dk_ptr=dk, dv_ptr=dv, N=tiles.block_streamed, BLOCK_T=tiles.block_kept, **shared)
+        **pointers, dk_ptr=dk, dv_ptr=dv,
+        **sizes,
+        **strides,
+        **constants, N=tiles.block_streamed, BLOCK_T=tiles.block_kept,
+        num_warps=tiles.num_warps)
     flash_dq_kernel[(triton.cdiv(S * group, tiles.block_kept), B * Hk)](
-        dq_ptr=dq, N=tiles.block_kept, BLOCK_T=tiles.block_streamed, **shared)
+        **pointers, dq_ptr=dq,
+        **sizes,
+        **strides,
+        **constants, N=tiles.block_kept, BLOCK_T=tiles.block_streamed,
+        num_warps=tiles.num_warps)
     return dq, dk, dv
 
 
@@ -363,19 +371,19 @@ def _(dout, q, k, v, out, lse, scale, first, last):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def keep_inputs(ctx, inputs, output):
+def keep_flash_attention(ctx, inputs, output):
     q, k, v, ctx.scale, first, last = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, first, last)
 
 
-def differentiate(ctx, dout, dlse):
+def differentiate_flash_attention(ctx, dout, dlse):
     q, k, v, out, lse, first, last = ctx.saved_tensors
     dq, dk, dv = flash_attention_backward(dout, q, k, v, out, lse, ctx.scale, first, last)
     return dq, dk, dv, None, None, None
 
 
-flash_attention.register_autograd(differentiate, setup_context=keep_inputs)
+flash_attention.register_autograd(differentiate_flash_attention, setup_context=keep_flash_attention)
 
 
 def cudnn_takes(q, v, first, last):

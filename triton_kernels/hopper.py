@@ -5,12 +5,12 @@ cores idle while latents are gathered and the softmax runs. Here every warpgroup
 program has one role, and they meet only at barriers:
 
     operation        result                     warpgroups of a program
-    sparse_forward   out, lse                   producer | scores | pv left | pv right
-    sparse_backward  dq, dlatents               three kernels: the accumulators do not fit one register file
+    gluon_forward    out, lse                   producer | scores | pv left | pv right
+    gluon_backward   dq, dlatents               three kernels: the accumulators do not fit one register file
         1  scores    P and dS, in bf16          producer | consumer | consumer
         2  dq        dS K                       producer | consumer | consumer
         3  dlatents  dS^T Q + [P^T dO | 0]      producer | consumer | consumer
-    loss_target      p of the warm-up loss      producer | consumer | consumer
+    gluon_target     p of the warm-up loss      producer | consumer | consumer
 
 Regime: sm_90, bf16, the published latents of 512 + 64 (the forward also from the packed FP8 cache), 64 heads
 and more; the target: 16 heads and more of 64, 128 or 192 dimensions. The rest is for the portable chapters.
@@ -144,10 +144,10 @@ def copy_rows(to, row_ptr, COLUMN: gl.constexpr):
     async_copy.async_copy_global_to_shared(to, row_ptr + gl.expand_dims(d, 0))
 
 
-# ---- sparse_forward ----
+# ---- gluon_forward ----
 # contract    kernels.sparse_attention; an FP8 entry enters as bf16(value x scale), exact for powers of two
 # in PyTorch  x = scale * q @ k[idx].T;  out = softmax(x, -1) @ k[idx, :512]
-# equation    out[s,h] = sum_j p_j k[idx_j, :512], p = softmax_j(scale q[s,h] . k[idx_j])
+# equation    out[t,h] = sum_j p_j k[idx_j, :512], p = softmax_j(scale q[t,h] . k[idx_j])
 # tiling      an item is 64 heads of a query, a tile 64 slots in three pieces: rope (64 columns), left and
 #             right (256 each). Two stages. What passes between the four warpgroups:
 #
@@ -336,26 +336,27 @@ def forward_scores(
             # S
             mbarrier.wait(full_left.index(stage), phase)
             fence_async_shared()
-            x = warpgroup_mma(q_rope, k_rope.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-            x = warpgroup_mma(q_left, k_left.index(stage).permute((1, 0)), x, is_async=True)
+            logits = warpgroup_mma(
+                q_rope, k_rope.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            logits = warpgroup_mma(q_left, k_left.index(stage).permute((1, 0)), logits, is_async=True)
             mbarrier.wait(full_right.index(stage), phase)
             fence_async_shared()
-            x = warpgroup_mma(q_right, k_right.index(stage).permute((1, 0)), x, is_async=True)
+            logits = warpgroup_mma(q_right, k_right.index(stage).permute((1, 0)), logits, is_async=True)
             token = tokens.index(stage).load(EVERY_WARP_64)
             holes = gl.min(token, 0) < 0
             highest = gl.maximum(highest, token)
-            x = warpgroup_mma_wait(0, deps=[x])
+            logits = warpgroup_mma_wait(0, deps=[logits])
             if tile + 1 == K // SLOTS:
                 mbarrier.arrive(empty_q)  # before the last softmax, under which the next Q arrives
 
             # the softmax so far
             if holes:
                 selected = tokens.index(stage).load(gl.SliceLayout(0, WGMMA_64)) >= 0
-                x = gl.where(gl.expand_dims(selected, 0), x, float("-inf"))
-            top = gl.max(x, 1) * scale_log2
+                logits = gl.where(gl.expand_dims(selected, 0), logits, float("-inf"))
+            top = gl.max(logits, 1) * scale_log2
             m_new = gl.where(top > m + GROWTH, top, m)
             alpha = gl.exp2(m - m_new)
-            p = gl.exp2(x * scale_log2 - gl.expand_dims(m_new, 1))
+            p = gl.exp2(logits * scale_log2 - gl.expand_dims(m_new, 1))
             m = m_new
 
             # P over the rope piece: Triton puts the warpgroup's own barrier between its last read and this
@@ -413,7 +414,7 @@ def forward_pv(
 
 
 @gluon.jit
-def sparse_forward_kernel(
+def gluon_forward_kernel(
         q_ptr, latents_ptr, indices_ptr, out_ptr, lse_ptr,
         scale_log2, items, S, T,
         H: gl.constexpr, K: gl.constexpr, FP8: gl.constexpr):
@@ -491,7 +492,7 @@ def padded(x, multiple, value=0.0):
     return x.contiguous()
 
 
-def sparse_forward(q, latents, indices, scale):
+def gluon_forward(q, latents, indices, scale):
     """q (B,S,H,576) bf16, latents (B,T,576) bf16 or the packed FP8 cache (B,T,656) uint8, indices (B,S,K)
     int32, -1 empty, as `supported` wants them -> out (B,S,H,512) bf16, lse (B,S,H) float32, natural
     logarithm, both contiguous. Deterministic."""
@@ -503,7 +504,7 @@ def sparse_forward(q, latents, indices, scale):
     lse = torch.empty(B, S, HP, dtype=torch.float32, device=q.device)
     items = B * S * HP // HEADS.value
     if items:
-        sparse_forward_kernel[(min(items, multiprocessors(q.device)),)](
+        gluon_forward_kernel[(min(items, multiprocessors(q.device)),)](
             q_ptr=q, latents_ptr=latents.contiguous(), indices_ptr=indices, out_ptr=out, lse_ptr=lse,
             scale_log2=scale * LOG2E.value, items=items, S=S, T=latents.shape[1],
             H=HP, K=indices.shape[2], FP8=latents.dtype == torch.uint8,
@@ -511,7 +512,7 @@ def sparse_forward(q, latents, indices, scale):
     return out[:, :, :H].contiguous(), lse[:, :, :H].contiguous()
 
 
-# ---- sparse_backward ----
+# ---- gluon_backward ----
 # contract    kernels.sparse_attention: its gradients
 # in PyTorch  p = softmax(x, -1);  ds = scale * p * (dout @ k[idx, :512].T - (out * dout).sum(-1))
 #             dq = ds @ k[idx];  dlatents[idx] += ds.T @ q;  dlatents[idx, :512] += p.T @ dout
@@ -519,8 +520,8 @@ def sparse_forward(q, latents, indices, scale):
 # FLOPs       2 S H K (3 D + 2 V)
 
 # ---- backward, 1: scores ----
-# equation    P[s,h,j] = exp(scale q[s,h] . k[idx_j] - lse[s,h]), dS = scale P (dout . v - delta),
-#             delta[s,h] = sum(out dout)
+# equation    P[t,h,j] = exp(scale q[t,h] . k[idx_j] - lse[t,h]), dS = scale P (dout . v - delta),
+#             delta[t,h] = sum(out dout)
 # tiling      an item is 64 heads of a query; their Q and dO stay in shared memory (136 KB). A tile is 128
 #             slots, which pass through the ring in pieces, 128 x 64 (16 KB): each serves S and dP and is
 #             gone. The consumers take turns, one in its softmax and its stores while the other multiplies:
@@ -553,7 +554,7 @@ def scores_producer(
         q_ptr, dout_ptr, latents_ptr, indices_ptr,
         q, dout, k,
         full_piece, empty_piece, empty_q,
-        start, items, S, T,
+        first_row, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
     """Gather the tiles, piece by piece, and with those of an item's first tile its Q and dO: full_piece
     speaks for all copies before it."""
@@ -565,7 +566,7 @@ def scores_producer(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         s = (item // (H // HEADS)).to(gl.int64)
         index_ptr = indices_ptr + s * K + slot
-        base_ptr = latents_ptr + ((s + start) // S) * T * D
+        base_ptr = latents_ptr + ((s + first_row) // S) * T * D
         row = item.to(gl.int64) * HEADS + r
         following = gl.load(index_ptr)
         for tile in range(K // SCORE_SLOTS):
@@ -614,7 +615,7 @@ def scores_consumer(
             holes = gl.min(gl.load(tile_ptr + gl.arange(0, SCORE_SLOTS, EVERY_WARP_128)), 0) < 0
 
             # S and dP, from the same pieces; a piece is given back once the next one's products are under way
-            x = zero
+            logits = zero
             dp = zero
             mbarrier.wait(turn.index(WHO), turn_phase)
             turn_phase ^= 1
@@ -623,19 +624,19 @@ def scores_consumer(
                 mbarrier.wait(full_piece.index(stage), ((n + c) // SCORE_STAGES) & 1)
                 fence_async_shared()
                 piece = k.index(stage).permute((1, 0))
-                x = warpgroup_mma(q.index(c), piece, x, use_acc=c > 0, is_async=True)
+                logits = warpgroup_mma(q.index(c), piece, logits, use_acc=c > 0, is_async=True)
                 if c < PIECES - 1:
                     dp = warpgroup_mma(dout.index(c), piece, dp, use_acc=c > 0, is_async=True)
                 if c == PIECES - 1:
                     mbarrier.arrive(turn.index(1 - WHO))
-                    x, dp = warpgroup_mma_wait(1, deps=[x, dp])
+                    logits, dp = warpgroup_mma_wait(1, deps=[logits, dp])
                 elif c > 0:
-                    x, dp = warpgroup_mma_wait(2, deps=[x, dp])
+                    logits, dp = warpgroup_mma_wait(2, deps=[logits, dp])
                 if c > 0:
                     mbarrier.arrive(empty_piece.index((n + c - 1) % SCORE_STAGES))
                     if tile + 2 >= K // SCORE_SLOTS:
                         mbarrier.arrive(empty_q.index(c - 1))
-            x, dp = warpgroup_mma_wait(0, deps=[x, dp])
+            logits, dp = warpgroup_mma_wait(0, deps=[logits, dp])
             mbarrier.arrive(empty_piece.index((n + PIECES - 1) % SCORE_STAGES))
             if tile + 2 >= K // SCORE_SLOTS:
                 mbarrier.arrive(empty_q.index(PIECES - 1))
@@ -643,8 +644,8 @@ def scores_consumer(
 
             # P and dS
             if holes:
-                x = gl.where(gl.expand_dims(gl.load(tile_ptr + slot) >= 0, 0), x, float("-inf"))
-            p = gl.exp2(x * (scale * LOG2E) - gl.expand_dims(lse2, 1))
+                logits = gl.where(gl.expand_dims(gl.load(tile_ptr + slot) >= 0, 0), logits, float("-inf"))
+            p = gl.exp2(logits * (scale * LOG2E) - gl.expand_dims(lse2, 1))
             ds = p * (dp * scale - gl.expand_dims(delta, 1))
             p = in_slot_order(p.to(gl.bfloat16))
             ds = in_slot_order(ds.to(gl.bfloat16))
@@ -658,7 +659,7 @@ def scores_consumer(
 @gluon.jit
 def backward_scores_kernel(
         q_ptr, dout_ptr, latents_ptr, indices_ptr, lse_ptr, delta_ptr, p_ptr, ds_ptr,
-        scale, start, items, S, T,
+        scale, first_row, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
     q = gl.allocate_shared_memory(gl.bfloat16, [D // PIECE, HEADS, PIECE], SHARED_128)
     dout = gl.allocate_shared_memory(gl.bfloat16, [V // PIECE, HEADS, PIECE], SHARED_128)
@@ -681,7 +682,7 @@ def backward_scores_kernel(
             q_ptr, dout_ptr, latents_ptr, indices_ptr,
             q, dout, k,
             full_piece, empty_piece, empty_q,
-            start, items, S, T, H, K)),
+            first_row, items, S, T, H, K)),
         (scores_consumer, (
             p_ptr, ds_ptr, indices_ptr, lse_ptr, delta_ptr, scale,
             q, dout, k,
@@ -696,7 +697,7 @@ def backward_scores_kernel(
 
 
 # ---- backward, 2: dq ----
-# equation    dq[s,h] = sum_j dS[s,h,j] k[idx_j]
+# equation    dq[t,h] = sum_j dS[t,h,j] k[idx_j]
 # tiling      items 2 i and 2 i + 1 are the same 128 heads of a query and either half of the columns: 256 of
 #             the latent, 32 of the rope part. A tile is 64 slots, gathered half rows (36 KB) and dS (16 KB),
 #             in four stages. Each consumer has 64 heads: 144 registers of accumulator a thread
@@ -709,7 +710,7 @@ def dq_producer(
         latents_ptr, indices_ptr, ds_ptr,
         ds, k, k_rope,
         full_tile, empty_tile,
-        start, items, S, T,
+        first_row, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
     """Gather half rows of the tiles, and dS of both consumers."""
     r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
@@ -719,7 +720,7 @@ def dq_producer(
         half = item % 2
         s = (item // (H // HEADS)).to(gl.int64)  # H // 128 pairs x 2 halves
         index_ptr = indices_ptr + s * K + r
-        base_ptr = latents_ptr + ((s + start) // S) * T * D + half * HALF
+        base_ptr = latents_ptr + ((s + first_row) // S) * T * D + half * HALF
         row = (item // 2).to(gl.int64) * PAIR + r
         following = gl.load(index_ptr)
         for tile in range(K // SLOTS):
@@ -777,7 +778,7 @@ def dq_consumer(
 @gluon.jit
 def backward_dq_kernel(
         latents_ptr, indices_ptr, ds_ptr, dq_ptr,
-        start, items, S, T,
+        first_row, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
     ds = gl.allocate_shared_memory(gl.bfloat16, [2 * DQ_STAGES, HEADS, SLOTS], SHARED_128)
     k = gl.allocate_shared_memory(gl.bfloat16, [DQ_STAGES, SLOTS, HALF], SHARED_128)
@@ -794,7 +795,7 @@ def backward_dq_kernel(
             latents_ptr, indices_ptr, ds_ptr,
             ds, k, k_rope,
             full_tile, empty_tile,
-            start, items, S, T, H, K)),
+            first_row, items, S, T, H, K)),
         (dq_consumer, (
             dq_ptr,
             ds, k, k_rope,
@@ -809,7 +810,7 @@ def backward_dq_kernel(
 
 
 # ---- backward, 3: dlatents ----
-# equation    dlatents[idx_j] += sum_h dS[s,h,j] q[s,h] + [P[s,h,j] dout[s,h] | 0]
+# equation    dlatents[idx_j] += sum_h dS[t,h,j] q[t,h] + [P[t,h,j] dout[t,h] | 0]
 # tiling      items as in dq; their Q and dO stay in shared memory (136 KB). A tile is 64 slots of P and dS
 #             (32 KB), one stage for each consumer; they alternate: one sends its atomics while the other
 #             multiplies. All 128 heads are summed before they leave: it is bound by the atomics
@@ -879,7 +880,7 @@ def dlatents_consumer(
         dlatents_ptr, indices_ptr,
         q, q_rope, dout, p, ds,
         full_q, empty_q, full_tile, empty_tile,
-        start, items, S, T,
+        first_row, items, S, T,
         WHO: gl.constexpr, H: gl.constexpr, K: gl.constexpr):
     """Gradients of every second tile, from tile WHO on."""
     r = gl.arange(0, SLOTS, gl.SliceLayout(1, WGMMA_256))
@@ -911,7 +912,7 @@ def dlatents_consumer(
                 mbarrier.arrive(empty_q)
 
             # the atomics
-            row = ((s + start) // S * T + gl.maximum(token, 0)) * D
+            row = ((s + first_row) // S * T + gl.maximum(token, 0)) * D
             add_rows(dlatents_ptr + half * HALF, row, token >= 0, x, BY_4)
             add_rows(dlatents_ptr + V + half * (R // 2), row, token >= 0, rope, BY_4_ROPE)
 
@@ -919,7 +920,7 @@ def dlatents_consumer(
 @gluon.jit
 def backward_dlatents_kernel(
         q_ptr, dout_ptr, p_ptr, ds_ptr, indices_ptr, dlatents_ptr,
-        start, items, S, T,
+        first_row, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
     q = gl.allocate_shared_memory(gl.bfloat16, [PAIR, HALF], SHARED_128)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [PAIR, R // 2], SHARED_64)
@@ -947,17 +948,17 @@ def backward_dlatents_kernel(
             dlatents_ptr, indices_ptr,
             q, q_rope, dout, p, ds,
             full_q, empty_q, full_tile, empty_tile,
-            start, items, S, T, 0, H, K)),
+            first_row, items, S, T, 0, H, K)),
         (dlatents_consumer, (
             dlatents_ptr, indices_ptr,
             q, q_rope, dout, p, ds,
             full_q, empty_q, full_tile, empty_tile,
-            start, items, S, T, 1, H, K)),
+            first_row, items, S, T, 1, H, K)),
     ], [4, 4], [DLATENTS_REGISTERS, DLATENTS_REGISTERS])
 
 
-def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SCRATCH_BYTES):
-    """The gradients of sparse_forward's out, bf16 latents only: its arguments and results, dout (B,S,H,512)
+def gluon_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SCRATCH_BYTES):
+    """The gradients of gluon_forward's out, bf16 latents only: its arguments and results, dout (B,S,H,512)
     bf16
     -> dq (B,S,H,576) bf16, dlatents (B,T,576) float32, both contiguous. lse is not differentiated.
 
@@ -985,8 +986,8 @@ def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SC
     chunk = max(1, min(chunk, B * S))
     p = torch.empty(chunk, HP, K, dtype=q.dtype, device=q.device)
     ds = torch.empty_like(p)
-    for start in range(0, B * S, chunk):
-        rows = slice(start, start + chunk)
+    for first_row in range(0, B * S, chunk):
+        rows = slice(first_row, first_row + chunk)
         q_rows = q.flatten(0, 1)[rows]  # (chunk, HP, 576)
         dout_rows = dout.flatten(0, 1)[rows]  # (chunk, HP, 512)
         indices_rows = indices.flatten(0, 1)[rows]  # (chunk, K)
@@ -995,24 +996,24 @@ def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SC
         backward_scores_kernel[grid](
             q_ptr=q_rows, dout_ptr=dout_rows, latents_ptr=latents, indices_ptr=indices_rows,
             lse_ptr=lse.flatten(0, 1)[rows], delta_ptr=delta.flatten(0, 1)[rows], p_ptr=p, ds_ptr=ds,
-            scale=scale, start=start, items=items, S=S, T=T,
+            scale=scale, first_row=first_row, items=items, S=S, T=T,
             H=HP, K=K,
             num_warps=4)
         backward_dq_kernel[grid](
             latents_ptr=latents, indices_ptr=indices_rows, ds_ptr=ds, dq_ptr=dq.flatten(0, 1)[rows],
-            start=start, items=items, S=S, T=T,
+            first_row=first_row, items=items, S=S, T=T,
             H=HP, K=K,
             num_warps=4)
         backward_dlatents_kernel[grid](
             q_ptr=q_rows, dout_ptr=dout_rows, p_ptr=p, ds_ptr=ds, indices_ptr=indices_rows,
             dlatents_ptr=dlatents,
-            start=start, items=items, S=S, T=T,
+            first_row=first_row, items=items, S=S, T=T,
             H=HP, K=K,
             num_warps=4)
     return dq[:, :, :H].contiguous(), dlatents
 
 
-# ---- loss_target ----
+# ---- gluon_target ----
 # contract    p of the warm-up loss (kernels.indexer_loss_dense), of a chunk of blocks of 128 queries
 # in PyTorch  p = torch.exp2(scale * LOG2E * q @ k.T - lse2).mean(heads)
 # equation    p[t,s] = 1 / H sum_h exp(scale q[t,h] . k[s,h] - lse[t,h])
@@ -1057,7 +1058,7 @@ def target_consumer(
         p_ptr, lse2_ptr,
         q, k,
         full_piece, empty_piece,
-        pieces, scale_log2, S, TP, queries, inverse,
+        pieces, scale_log2, S, width, queries, inverse,
         WHO: gl.constexpr, PIECES: gl.constexpr):
     """p of the queries 64 WHO ... of the block; without pieces it leaves p as it is."""
     i = WHO * TARGET_ROWS + gl.arange(0, TARGET_ROWS, gl.SliceLayout(1, WGMMA_128))
@@ -1068,35 +1069,36 @@ def target_consumer(
     for h in range(pieces // PIECES):
         lse2 = gl.load(row_ptr)
         row_ptr += S
-        x = zero
+        logits = zero
         for c in gl.static_range(PIECES):
             stage = (n + c) % TARGET_STAGES
             mbarrier.wait(full_piece.index(stage), ((n + c) // TARGET_STAGES) & 1)
             fence_async_shared()
-            x = warpgroup_mma(
-                q.index(2 * stage + WHO), k.index(stage).permute((1, 0)), x, use_acc=c > 0, is_async=True)
+            logits = warpgroup_mma(
+                q.index(2 * stage + WHO), k.index(stage).permute((1, 0)), logits, use_acc=c > 0,
+                is_async=True)
             if c > 0:
-                x = warpgroup_mma_wait(1, deps=[x])
+                logits = warpgroup_mma_wait(1, deps=[logits])
                 mbarrier.arrive(empty_piece.index((n + c - 1) % TARGET_STAGES))
-        x = warpgroup_mma_wait(0, deps=[x])
+        logits = warpgroup_mma_wait(0, deps=[logits])
         mbarrier.arrive(empty_piece.index((n + PIECES - 1) % TARGET_STAGES))
         n += PIECES
-        p += gl.exp2(x * scale_log2 - gl.expand_dims(lse2, 1))
+        p += gl.exp2(logits * scale_log2 - gl.expand_dims(lse2, 1))
     if pieces > 0:
-        at = gl.expand_dims(i.to(gl.int64) * TP, 1)
+        at = gl.expand_dims(i.to(gl.int64) * width, 1)
         at = at + gl.expand_dims(gl.arange(0, TARGET_BLOCK, gl.SliceLayout(0, WGMMA_128)), 0)
         gl.store(p_ptr + at, p * inverse)
 
 
 @gluon.jit
-def loss_target_kernel(
+def gluon_target_kernel(
         q_ptr, k_ptr, lse2_ptr, p_ptr, first_ptr, last_ptr,
-        scale_log2, inverse, S, T, TP, H, block0, blocks, key_blocks,
+        scale_log2, inverse, S, T, width, H, first_block, blocks, key_blocks,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh,
         PIECES: gl.constexpr):
     # this program's tile: block of queries `block` of the chunk, keys from t0 on
     block, b, s0, t0 = tile_of_program(
-        S, block0, blocks, key_blocks, TARGET_BLOCK, TARGET_BLOCK, TARGET_GROUP)
+        S, first_block, blocks, key_blocks, TARGET_BLOCK, TARGET_BLOCK, TARGET_GROUP)
     b = b.to(gl.int64)
 
     # nothing to do where none of its queries sees one of its keys
@@ -1115,7 +1117,7 @@ def loss_target_kernel(
 
     q_ptr += b * stride_qb + s0.to(gl.int64) * stride_qs
     k_ptr += b * stride_kb + t0.to(gl.int64) * stride_kt
-    p_ptr += block.to(gl.int64) * TARGET_BLOCK * TP + t0
+    p_ptr += block.to(gl.int64) * TARGET_BLOCK * width + t0
     lse2_ptr += b * H * S + s0
     gl.warp_specialize([
         (target_producer, (
@@ -1127,25 +1129,25 @@ def loss_target_kernel(
             p_ptr, lse2_ptr,
             q, k,
             full_piece, empty_piece,
-            pieces, scale_log2, S, TP, S - s0, inverse, 0, PIECES)),
+            pieces, scale_log2, S, width, S - s0, inverse, 0, PIECES)),
         (target_consumer, (
             p_ptr, lse2_ptr,
             q, k,
             full_piece, empty_piece,
-            pieces, scale_log2, S, TP, S - s0, inverse, 1, PIECES)),
+            pieces, scale_log2, S, width, S - s0, inverse, 1, PIECES)),
     ], [4, 4], [TARGET_REGISTERS, TARGET_REGISTERS])
 
 
 def target_supported(q):
-    """Does loss_target take, on a Hopper GPU, these queries (B,S,H,D)? bf16, heads of 64, 128 or 192
+    """Does gluon_target take, on a Hopper GPU, these queries (B,S,H,D)? bf16, heads of 64, 128 or 192
     dimensions, and 16 of them or more, enough to fill the ring."""
     return q.dtype == torch.bfloat16 and q.shape[3] in (64, 128, 192) and q.shape[2] >= 16
 
 
-def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
-    """Write p (128 blocks,TP) float32 of `blocks` blocks of 128 queries from block0 on, as target_supported
-    wants them. Blocks are numbered through the sequences, each of which begins a new one; TP is T rounded up
-    to 128.
+def gluon_target(q, k, lse2, p, scale, first, last, first_block, blocks):
+    """Write p (128 blocks,width) float32 of `blocks` blocks of 128 queries from first_block on, as
+    target_supported wants them. Blocks are numbered through the sequences, each of which begins a new one;
+    width is T rounded up to 128.
 
     q (B,S,H,D), k (B,T,H or 1,D) bf16, last dimension contiguous, lse2 (B,H,S) float32 contiguous, in base 2;
     first, last (B,S) int32 contiguous, the visible range, or None: 0 and T - S + i. Tiles that no query sees
@@ -1157,10 +1159,10 @@ def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
     stride_kb, stride_kt, stride_kh, _ = k.stride()
     if k.shape[2] == 1:
         stride_kh = 0
-    loss_target_kernel[(blocks * key_blocks,)](
+    gluon_target_kernel[(blocks * key_blocks,)](
         q_ptr=q, k_ptr=k, lse2_ptr=lse2, p_ptr=p, first_ptr=first, last_ptr=last,
-        scale_log2=scale * LOG2E.value, inverse=1 / H, S=S, T=T, TP=p.shape[1], H=H,
-        block0=block0, blocks=blocks, key_blocks=key_blocks,
+        scale_log2=scale * LOG2E.value, inverse=1 / H, S=S, T=T, width=p.shape[1], H=H,
+        first_block=first_block, blocks=blocks, key_blocks=key_blocks,
         stride_qb=stride_qb, stride_qs=stride_qs, stride_qh=stride_qh,
         stride_kb=stride_kb, stride_kt=stride_kt, stride_kh=stride_kh,
         PIECES=D // PIECE.value,

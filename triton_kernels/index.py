@@ -149,7 +149,7 @@ def quantise_kernel(
 
 
 @operation("quantise")
-def launch_quantise(x: Tensor, block: int, rotate: bool, ue8m0: bool) -> tuple[Tensor, Tensor]:
+def quantise_operation(x: Tensor, block: int, rotate: bool, ue8m0: bool) -> tuple[Tensor, Tensor]:
     """Arguments and results of kernels.quantise, block at most d"""
     x = x.contiguous()
     D = x.shape[-1]
@@ -171,7 +171,7 @@ def launch_quantise(x: Tensor, block: int, rotate: bool, ue8m0: bool) -> tuple[T
     return values, scales
 
 
-@launch_quantise.register_fake
+@quantise_operation.register_fake
 def _(x, block, rotate, ue8m0):
     blocks = -(-x.shape[-1] // block)
     values = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
@@ -187,7 +187,7 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
     block = min(block, D)
     if block < D and block & (block - 1):
         raise ValueError(f"block={block} is not a power of two and smaller than d={D}; choose 32, 64 or 128")
-    return launch_quantise(x, block, rotate, ue8m0)
+    return quantise_operation(x, block, rotate, ue8m0)
 
 
 # ---- index_scores ----
@@ -217,7 +217,7 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
 
 
 @triton.jit
-def query_and_head(BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, TURN: tl.constexpr):
+def dealt_columns(BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, TURN: tl.constexpr):
     """-> query, head of each column as in the picture, where TURN (here 4) queries take turns"""
     column = tl.arange(0, BLOCK_S * BLOCK_H)
     query = column // (TURN * BLOCK_H) * TURN + column // 2 % TURN
@@ -235,39 +235,40 @@ def score_keys(
     if DECODE_E4M3:
         k = e4m3_to_fp16(k)
     # float32 as three products of tf32: nearly its precision, on the tensor cores; "ieee" would leave them
-    x = tl.dot(k, tl.trans(q), input_precision="tf32x3")
-    x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    score = tl.dot(k, tl.trans(q), input_precision="tf32x3")
+    score = tl.maximum(score, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if HI != BLOCK_H:
-        x = tl.where((h < HI)[None, :], x, 0.0)  # no head: 0 times an infinite key would be NaN
-    x = x * w[None, :]
-    x = tl.permute(tl.reshape(x, [k.shape[0], BLOCK_S // TURN, BLOCK_H // 2, TURN, 2]), [0, 1, 3, 2, 4])
-    return tl.sum(tl.reshape(x, [k.shape[0], BLOCK_S, BLOCK_H]), 2)
+        score = tl.where((h < HI)[None, :], score, 0.0)  # no head: 0 times an infinite key would be NaN
+    score = score * w[None, :]
+    score = tl.reshape(score, [k.shape[0], BLOCK_S // TURN, BLOCK_H // 2, TURN, 2])
+    score = tl.permute(score, [0, 1, 3, 2, 4])
+    return tl.sum(tl.reshape(score, [k.shape[0], BLOCK_S, BLOCK_H]), 2)
 
 
 @triton.jit
-def fill_tiles(out, begin, end, stop, ok, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+def fill_tiles(out_row_ptr, begin, end, stop, ok, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """-inf to the tiles of keys that start in [begin, end), up to `stop`"""
     unseen = tl.full([BLOCK_T, BLOCK_S], float("-inf"), tl.float32)
     for t0 in range(begin, end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        tl.store(out[None, :] + t[:, None], unseen, mask=ok[None, :] & (t < stop)[:, None])
+        tl.store(out_row_ptr[None, :] + t[:, None], unseen, mask=ok[None, :] & (t < stop)[:, None])
 
 
 @triton.jit
 def scores_kernel(
         q_ptr, k_ptr, w_ptr, k_scale_ptr, threshold_ptr, first_ptr, last_ptr, out_ptr,
-        S, T, row0, rows, width, span,
+        S, T, first_row, rows, width, span,
         stride_kb, stride_kt, stride_sb, stride_st,
         HI: tl.constexpr, DI: tl.constexpr,
         BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
         TURN: tl.constexpr, DECODE_E4M3: tl.constexpr, FILL: tl.constexpr, WHOLE: tl.constexpr):
     b = tl.program_id(2).to(tl.int64)
     tile = tl.program_id(0) * BLOCK_S
-    end = tl.minimum(row0 + rows, S)
+    end = tl.minimum(first_row + rows, S)
 
     # what is kept: a column per query and head
-    s, h = query_and_head(BLOCK_S, BLOCK_H, TURN)
-    s += row0 + tile
+    s, h = dealt_columns(BLOCK_S, BLOCK_H, TURN)
+    s += first_row + tile
     d = tl.arange(0, BLOCK_D)
     ok = (s < end) & (h < HI)
     at = (b * S + s) * HI + h
@@ -278,7 +279,7 @@ def scores_kernel(
 
     # what the queries see, within this program's span
     r = tl.arange(0, BLOCK_S)
-    s = row0 + tile + r
+    s = first_row + tile + r
     ok = s < end
     first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
     lo, hi = visible_range(first, tl.where(ok, last, -1), T)
@@ -287,16 +288,16 @@ def scores_kernel(
     lo = tl.maximum(lo // BLOCK_T * BLOCK_T, begin)
     hi = tl.minimum(hi, stop)
 
-    out = out_ptr + (b * rows + tile + r) * width
+    out_row_ptr = out_ptr + (b * rows + tile + r) * width
     if threshold_ptr is not None:
         limit = tl.load(threshold_ptr + b * rows + tile + r, mask=ok, other=0.0)
         word = tl.arange(0, BLOCK_T // 16)
-        tile_words = out_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * width * BLOCK_S
-        words = tile_words + r[None, :] * (BLOCK_T // 16) + word[:, None]
+        tile_words_ptr = out_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * width * BLOCK_S
+        words_ptr = tile_words_ptr + r[None, :] * (BLOCK_T // 16) + word[:, None]
     if FILL:
         behind = lo + tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_T) * BLOCK_T
-        fill_tiles(out, begin, tl.minimum(lo, stop), stop, ok, BLOCK_T, BLOCK_S)
-        fill_tiles(out, tl.maximum(begin, behind), stop, stop, ok, BLOCK_T, BLOCK_S)
+        fill_tiles(out_row_ptr, begin, tl.minimum(lo, stop), stop, ok, BLOCK_T, BLOCK_S)
+        fill_tiles(out_row_ptr, tl.maximum(begin, behind), stop, stop, ok, BLOCK_T, BLOCK_S)
 
     # a tile of keys at a time; the scales of the next one are loaded behind this one's products, so that
     # nothing waits for them
@@ -324,12 +325,14 @@ def scores_kernel(
                 score <= limit[None, :],
                 tl.where(score < limit[None, :], 0, reaches),
                 reaches | (reaches << 16))
-            tl.store(words + t0 // 16 * BLOCK_S, tl.sum(tl.reshape(bits, [BLOCK_T // 16, 16, BLOCK_S]), 1))
+            tl.store(
+                words_ptr + t0 // 16 * BLOCK_S,
+                tl.sum(tl.reshape(bits, [BLOCK_T // 16, 16, BLOCK_S]), 1))
         else:
             if FILL:
                 seen = (t[:, None] >= first[None, :]) & (t[:, None] <= last[None, :])
                 score = tl.where(seen, score, float("-inf"))
-            tl.store(out[None, :] + t[:, None], score, mask=ok[None, :] & (t < T)[:, None])
+            tl.store(out_row_ptr[None, :] + t[:, None], score, mask=ok[None, :] & (t < T)[:, None])
 
 
 class IndexTiles(NamedTuple):
@@ -357,10 +360,10 @@ def index_tiles(HI, DI, rows, dtype, device):
         num_warps=8 if block_s * block_h == COLUMNS else 4)
 
 
-def launch_scores(out, q, k, w, k_scale, first, last, row0, rows, fill=False, threshold=None):
-    """Scores of the queries row0..row0+rows into out (B,rows,width >= T); without fill, what a query does not
-    see is undefined. With threshold (B,rows), bits instead: a word of out (B,queries,width) per 16 keys, in
-    the order sequence, tile of block_s queries, tile of block_t keys, query, word."""
+def launch_scores(out, q, k, w, k_scale, first, last, first_row, rows, fill=False, threshold=None):
+    """Scores of the queries first_row..first_row+rows into out (B,rows,width >= T); without fill, what a
+    query does not see is undefined. With threshold (B,rows), bits instead: a word of out (B,queries,width)
+    per 16 keys, in the order sequence, tile of block_s queries, tile of block_t keys, query, word."""
     B, S, HI, DI = q.shape
     T = k.shape[1]
     tiles = index_tiles(HI, DI, rows, q.dtype, q.device)
@@ -371,7 +374,7 @@ def launch_scores(out, q, k, w, k_scale, first, last, row0, rows, fill=False, th
     scores_kernel[(blocks, triton.cdiv(T, span), B)](
         q_ptr=q, k_ptr=k, w_ptr=w, k_scale_ptr=k_scale, threshold_ptr=threshold,
         first_ptr=first, last_ptr=last, out_ptr=out,
-        S=S, T=T, row0=row0, rows=rows, width=out.shape[2], span=span,
+        S=S, T=T, first_row=first_row, rows=rows, width=out.shape[2], span=span,
         stride_kb=k.stride(0), stride_kt=k.stride(1), stride_sb=stride_sb, stride_st=stride_st,
         HI=HI, DI=DI, BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_h, BLOCK_D=tiles.block_d,
         BLOCK_T=tiles.block_t, TURN=tiles.turn, DECODE_E4M3=q.dtype == torch.uint8, FILL=fill,
@@ -402,8 +405,9 @@ def operands(q, k, w):
 
 
 @operation("index_scores")
-def launch_index_scores(q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None, first: Tensor | None,
-                        last: Tensor | None) -> Tensor:
+def index_scores_operation(
+        q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None, first: Tensor | None,
+        last: Tensor | None) -> Tensor:
     """Arguments as kernels.index_scores, first and last (B,S) contiguous int32 -> (B,S,T) float32"""
     q, k, w = operands(q, k, w)
     B, S = q.shape[:2]
@@ -414,7 +418,7 @@ def launch_index_scores(q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None,
     return scores
 
 
-@launch_index_scores.register_fake
+@index_scores_operation.register_fake
 def _(q, k, w, k_scale, first, last):
     return q.new_empty(q.shape[0], q.shape[1], k.shape[1], dtype=torch.float32)
 
@@ -423,7 +427,7 @@ def _(q, k, w, k_scale, first, last):
 def index_scores(q, k, w, k_scale=None, first=None, last=None):
     check_inputs(q, k, w, k_scale)
     B, S = q.shape[:2]
-    return launch_index_scores(q, k, w, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))
+    return index_scores_operation(q, k, w, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))
 
 
 # ---- topk ----
@@ -518,11 +522,11 @@ def kth_value(v, k, lo, hi, at_lo, slack):
 
 
 @triton.jit
-def positions_of_bits(dst, p, above, ties, higher, equal, need, most):
+def positions_of_bits(to_ptr, p, above, ties, higher, equal, need, most):
     """Bit i of the words above[j] and ties[j] stands for position p[j] + i; positions ascend with j, and no
-    bit is set in both. Write to dst, ascending, the positions of all bits of `above` and of the first `need`
-    bits of `ties` (None: of none), the first `most` of them; higher and equal bits of either kind came before
-    -> higher, equal, these included."""
+    bit is set in both. Write at to_ptr, ascending, the positions of all bits of `above` and of the first
+    `need` bits of `ties` (None: of none), the first `most` of them; higher and equal bits of either kind came
+    before -> higher, equal, these included."""
     # where each word begins to write: behind the bits of all words before it
     if ties is None:
         word = above
@@ -546,12 +550,12 @@ def positions_of_bits(dst, p, above, ties, higher, equal, need, most):
         low = word & -word
         i = ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
         if ties is None:
-            tl.store(dst + at, p + i, mask=(word != 0) & (at < most))
+            tl.store(to_ptr + at, p + i, mask=(word != 0) & (at < most))
             at += 1
         else:
             tied = ((low & ties) != 0).to(tl.int32)
             ok = (word != 0) & ((tied == 0) | (ties_before < need))
-            tl.store(dst + at, p + i, mask=ok & (at < most))
+            tl.store(to_ptr + at, p + i, mask=ok & (at < most))
             at += ok.to(tl.int32)
             ties_before += tied
         word &= word - 1
@@ -573,12 +577,12 @@ def bits_between(first, last, p, BITS: tl.constexpr):
 
 @triton.jit
 def gather(
-        x, bitmap, dst,
+        scores_row_ptr, bitmap_ptr, to_ptr,
         first, last, width, t, need,
         CAP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, TIES: tl.constexpr):
-    """Write the positions of x[first..last] >= t to dst, ascending, the first CAP of them -> their number, 0.
-    TIES: all positions of x > t, and of x = t the first `need` -> the numbers of both. t is an ordered
-    integer, up to INFINITY without TIES."""
+    """Write the positions first..last of scores >= t at to_ptr, ascending, the first CAP of them -> their
+    number, 0. TIES: all positions of scores > t, and of scores = t the first `need` -> the numbers of both. t
+    is an ordered integer, up to INFINITY without TIES."""
     BITS: tl.constexpr = 16 if TIES else 32  # positions of a word
     bit = tl.arange(0, BITS)[None, :]
     group = tl.arange(0, TILE // BITS)
@@ -590,40 +594,40 @@ def gather(
         for piece in range(start, tl.minimum(start + BITS * WORDS, last + 1), TILE):
             p = tl.multiple_of(piece, TILE) + group[:, None] * BITS + bit  # (TILE / BITS, BITS)
             if MASKED:
-                v = tl.load(x + p, mask=p < width, other=float("-inf"))
+                v = tl.load(scores_row_ptr + p, mask=p < width, other=float("-inf"))
             else:
-                v = tl.load(x + p)
+                v = tl.load(scores_row_ptr + p)
             if TIES:
                 v = ordered(v)
                 flags = tl.where(v > t, 0x10000, tl.where(v == t, 1, 0))
             else:
                 flags = tl.where(v < limit, 0, 1)  # NaN is above any limit
-            tl.store(bitmap + (piece - start) // BITS + group, tl.sum(flags << bit, 1))
+            tl.store(bitmap_ptr + (piece - start) // BITS + group, tl.sum(flags << bit, 1))
         tl.debug_barrier()
 
         # write the positions, but none outside first..last
         p = start + tl.arange(0, WORDS) * BITS
-        word = tl.load(bitmap + tl.arange(0, WORDS), mask=p <= last, other=0, cache_modifier=".cg")
+        word = tl.load(bitmap_ptr + tl.arange(0, WORDS), mask=p <= last, other=0, cache_modifier=".cg")
         seen = bits_between(first, last, p, BITS)
         if TIES:
             higher, equal = positions_of_bits(
-                dst, p, (word >> 16) & seen, word & seen, higher, equal, need, CAP)
+                to_ptr, p, (word >> 16) & seen, word & seen, higher, equal, need, CAP)
         else:
-            higher, equal = positions_of_bits(dst, p, word & seen, None, higher, equal, 0, CAP)
+            higher, equal = positions_of_bits(to_ptr, p, word & seen, None, higher, equal, 0, CAP)
         tl.debug_barrier()
     return higher, equal
 
 
 @triton.jit
-def empty_slots(out, n, K, BLOCK_K: tl.constexpr):
-    """-1 to the slots n..K-1 of out"""
+def empty_slots(out_row_ptr, n, K, BLOCK_K: tl.constexpr):
+    """-1 to the slots n..K-1 of a row of selections"""
     slot = tl.arange(0, BLOCK_K)
-    tl.store(out + slot, slot * 0 - 1, mask=(slot >= n) & (slot < K))
+    tl.store(out_row_ptr + slot, slot * 0 - 1, mask=(slot >= n) & (slot < K))
 
 
 @triton.jit
-def write_best(out, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
-    """Write to out, of K slots, those of the positions p (ascending) that have the K highest values v
+def write_best(out_row_ptr, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+    """Write at out_row_ptr, K slots, those of the positions p (ascending) that have the K highest values v
     (ordered), equal ones by position; then -1. A value of -inf or NOT_A_SCORE is not selected. WIDE: more
     than 2^15 values."""
     ok = v > MINUS_INFINITY
@@ -643,29 +647,29 @@ def write_best(out, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
         higher = (both >> 16) - above
         equal = (both & 0xffff) - tie
     chosen = (above != 0) | ((tie != 0) & (equal < need))
-    tl.store(out + higher + tl.minimum(equal, need), p, mask=chosen)
+    tl.store(out_row_ptr + higher + tl.minimum(equal, need), p, mask=chosen)
     if n < K:
-        empty_slots(out, n, K, BLOCK_K)
+        empty_slots(out_row_ptr, n, K, BLOCK_K)
 
 
 @triton.jit
 def topk_kernel(
         scores_ptr, first_ptr, last_ptr, out_ptr, scratch_ptr,
-        total, S, T, row0, rows, width, K,
+        total, S, T, first_row, rows, width, K,
         BLOCK_K: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr,
         TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
     slot = tl.arange(0, CAP)
     j = tl.arange(0, SAMPLE)
     # an odd distance: every layout then holds single elements, and nothing is converted between layouts
-    scratch = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
-    bitmap = scratch + CAP
+    scratch_row_ptr = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
+    bitmap_ptr = scratch_row_ptr + CAP
     for turn in range(tl.cdiv(total - tl.program_id(0), tl.num_programs(0))):
         row = tl.program_id(0) + turn * tl.num_programs(0)
         b = (row // rows).to(tl.int64)
-        s = row0 + row % rows
+        s = first_row + row % rows
         first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
         n = tl.maximum(last - first + 1, 0)
-        x = scores_ptr + row.to(tl.int64) * width
+        scores_row_ptr = scores_ptr + row.to(tl.int64) * width
         count = n
 
         # too many to compare all at once: gather candidates; lo <= the K-th value <= hi throughout
@@ -684,7 +688,7 @@ def topk_kernel(
                     tied = tries * 0 + 1
                     if tries < GUESSES:
                         run = (j // SAMPLE_RUN).to(tl.int64) * (n - SAMPLE_RUN) // (SAMPLE // SAMPLE_RUN)
-                        sample = ordered(tl.load(x + first + run.to(tl.int32) + j % SAMPLE_RUN))
+                        sample = ordered(tl.load(scores_row_ptr + first + run.to(tl.int32) + j % SAMPLE_RUN))
                         r = rank.to(tl.int32)
                         t, at_t = kth_value(
                             sample, r, tl.min(sample, 0), tl.max(sample, 0), n * 0 + SAMPLE, r // 16)
@@ -696,7 +700,9 @@ def topk_kernel(
                     # gather, and judge: what is gathered must hold the K best and fit
                     if tied == 0:
                         count, _ = gather(
-                            x, bitmap, scratch, first, last, width, t, 0, CAP, WORDS, TILE, MASKED, False)
+                            scores_row_ptr, bitmap_ptr, scratch_row_ptr,
+                            first, last, width, t, 0,
+                            CAP, WORDS, TILE, MASKED, False)
                         reach = count
                         if count > CAP:
                             lo = t
@@ -706,7 +712,9 @@ def topk_kernel(
                             done += 1
                     else:
                         higher, equal = gather(
-                            x, bitmap, scratch, first, last, width, t, need, CAP, WORDS, TILE, MASKED, True)
+                            scores_row_ptr, bitmap_ptr, scratch_row_ptr,
+                            first, last, width, t, need,
+                            CAP, WORDS, TILE, MASKED, True)
                         reach = higher + equal
                         count = higher + tl.minimum(equal, need)
                         if higher > CAP:
@@ -730,8 +738,8 @@ def topk_kernel(
         p = first + slot
         if not DIRECT:
             if n > CAP:
-                p = tl.load(scratch + slot, mask=slot < count, other=0, cache_modifier=".cg")
-        v = ordered(tl.load(x + p, mask=slot < count, other=float("-inf")))
+                p = tl.load(scratch_row_ptr + slot, mask=slot < count, other=0, cache_modifier=".cg")
+        v = ordered(tl.load(scores_row_ptr + p, mask=slot < count, other=float("-inf")))
         write_best(out_ptr + (b * S + s) * K, p, v, K, BLOCK_K, WIDE)
         if not DIRECT:
             tl.debug_barrier()  # scratch is used again
@@ -776,8 +784,8 @@ def topk_tiles(T, K, rows, device):
         num_warps=num_warps, maxnreg=64, programs=programs)
 
 
-def launch_topk(out, scores, T, first, last, row0, rows):
-    """Top-k of scores (B,rows,width >= T) into out (B,S,K)[:, row0:row0+rows]"""
+def launch_topk(out, scores, T, first, last, first_row, rows):
+    """Top-k of scores (B,rows,width >= T) into out (B,S,K)[:, first_row:first_row+rows]"""
     B, S, K = out.shape
     width = scores.shape[2]
     tiles = topk_tiles(T, K, B * rows, out.device)
@@ -785,15 +793,15 @@ def launch_topk(out, scores, T, first, last, row0, rows):
     scratch = torch.empty(slots, dtype=torch.int32, device=out.device)
     topk_kernel[(tiles.programs,)](
         scores_ptr=scores, first_ptr=first, last_ptr=last, out_ptr=out, scratch_ptr=scratch,
-        total=B * rows, S=S, T=T, row0=row0, rows=rows, width=width, K=K,
+        total=B * rows, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
         BLOCK_K=triton.next_power_of_2(K), CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words,
         TILE=tiles.tile, DIRECT=tiles.direct, MASKED=width % tiles.tile != 0, WIDE=tiles.cap > 32768,
         num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
 
 
 @operation("topk")
-def launch_topk_of_scores(scores: Tensor, topk: int, first: Tensor | None, last: Tensor | None) -> Tensor:
-    """Arguments as kernels.topk, first and last (B,S) contiguous int32 -> (B,S,topk) int32"""
+def topk_operation(scores: Tensor, topk: int, first: Tensor | None, last: Tensor | None) -> Tensor:
+    """Arguments as kernels.topk, first and last (B,S) contiguous int32 -> (B,S,K) int32"""
     B, S, T = scores.shape
     out = torch.empty(B, S, topk, dtype=torch.int32, device=scores.device)
     if scores.numel() == 0:
@@ -802,7 +810,7 @@ def launch_topk_of_scores(scores: Tensor, topk: int, first: Tensor | None, last:
     return out
 
 
-@launch_topk_of_scores.register_fake
+@topk_operation.register_fake
 def _(scores, topk, first, last):
     return scores.new_empty(scores.shape[0], scores.shape[1], topk, dtype=torch.int32)
 
@@ -812,7 +820,7 @@ def topk(scores, topk, first=None, last=None):
     if topk < 1:
         raise ValueError(f"topk={topk}: select at least one token")
     B, S, _ = scores.shape
-    return launch_topk_of_scores(scores, topk, full_bounds(first, B, S), full_bounds(last, B, S))
+    return topk_operation(scores, topk, full_bounds(first, B, S), full_bounds(last, B, S))
 
 
 # ---- select ----
@@ -837,10 +845,10 @@ def topk(scores, topk, first=None, last=None):
 @triton.jit
 def threshold_kernel(
         sample_ptr, first_ptr, last_ptr, threshold_ptr,
-        S, T, row0, rows, width, K, stride,
+        S, T, first_row, rows, width, K, stride,
         SAMPLE: tl.constexpr):
     row = tl.program_id(0)
-    first, last = load_bounds(first_ptr, last_ptr, row // rows, row0 + row % rows, S, T)
+    first, last = load_bounds(first_ptr, last_ptr, row // rows, first_row + row % rows, S, T)
     t = first * 0 + LEAST  # all are candidates
     if last - first >= K:
         # the sampled keys that the row sees; `rank` as in filter_tiles
@@ -857,7 +865,7 @@ def threshold_kernel(
 
 
 @triton.jit
-def read_bits(dst, words, first, last, need, most, BLOCK_S, TILE_WORDS: tl.constexpr):
+def read_bits(to_ptr, words_ptr, first, last, need, most, BLOCK_S, TILE_WORDS: tl.constexpr):
     """`positions_of_bits` of a row's words, as scores_kernel stored them -> how many scores are above, and
     equal to, the threshold"""
     higher = first * 0
@@ -865,18 +873,18 @@ def read_bits(dst, words, first, last, need, most, BLOCK_S, TILE_WORDS: tl.const
     for start in range(first // 16, last // 16 + 1, WORDS_AT_ONCE):
         i = start + tl.arange(0, WORDS_AT_ONCE)
         p = i * 16
-        tile = words + i // TILE_WORDS * (TILE_WORDS * BLOCK_S)
-        word = tl.load(tile + i % TILE_WORDS, mask=p <= last, other=0)
+        tile_ptr = words_ptr + i // TILE_WORDS * (TILE_WORDS * BLOCK_S)
+        word = tl.load(tile_ptr + i % TILE_WORDS, mask=p <= last, other=0)
         seen = bits_between(first, last, p, 16)
         above = (word >> 16) & seen
-        higher, equal = positions_of_bits(dst, p, above, word & seen & ~above, higher, equal, need, most)
+        higher, equal = positions_of_bits(to_ptr, p, above, word & seen & ~above, higher, equal, need, most)
     return higher, equal
 
 
 @triton.jit
 def collect_kernel(
         q_ptr, k_ptr, w_ptr, k_scale_ptr, first_ptr, last_ptr, bits_ptr, out_ptr, left_over_ptr, scratch_ptr,
-        total, S, T, row0, rows, width, K,
+        total, S, T, first_row, rows, width, K,
         stride_kb, stride_kt, stride_sb, stride_st,
         HI: tl.constexpr, DI: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_K: tl.constexpr, CAP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -885,27 +893,27 @@ def collect_kernel(
     d = tl.arange(0, BLOCK_D)
     h = tl.arange(0, BLOCK_H)
     # positions, then scores; an odd distance, as in topk_kernel
-    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * CAP + 1)
+    scratch_row_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * CAP + 1)
     for turn in range(tl.cdiv(total - tl.program_id(0), tl.num_programs(0))):
         row = tl.program_id(0) + turn * tl.num_programs(0)
         b = (row // rows).to(tl.int64)
         r = row % rows
-        s = row0 + r
+        s = first_row + r
         at = b * S + s
-        out = out_ptr + at * K
+        out_row_ptr = out_ptr + at * K
         first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
         n = tl.minimum(tl.maximum(last - first + 1, 0), K)  # to be selected
 
         # the candidates
-        words = bits_ptr + (b * tl.cdiv(rows, BLOCK_S) + r // BLOCK_S) * width * BLOCK_S
-        words += r % BLOCK_S * (BLOCK_T // 16)
-        higher, equal = read_bits(scratch, words, first, last, 0, CAP, BLOCK_S, BLOCK_T // 16)
+        words_ptr = bits_ptr + (b * tl.cdiv(rows, BLOCK_S) + r // BLOCK_S) * width * BLOCK_S
+        words_ptr += r % BLOCK_S * (BLOCK_T // 16)
+        higher, equal = read_bits(scratch_row_ptr, words_ptr, first, last, 0, CAP, BLOCK_S, BLOCK_T // 16)
         left_over = ((higher > CAP) | (higher + equal < n)).to(tl.int32)
         if left_over == 0:
             if higher < K:
                 # all that are above the threshold, and the first ties
-                read_bits(out, words, first, last, K - higher, K, BLOCK_S, BLOCK_T // 16)
-                empty_slots(out, n, K, BLOCK_K)
+                read_bits(out_row_ptr, words_ptr, first, last, K - higher, K, BLOCK_S, BLOCK_T // 16)
+                empty_slots(out_row_ptr, n, K, BLOCK_K)
             else:
                 # their scores again, BLOCK_C gathered keys at a time
                 q = tl.load(q_ptr + (at * HI + h)[:, None] * DI + d[None, :],
@@ -917,21 +925,21 @@ def collect_kernel(
                 for c0 in tl.range(0, higher, BLOCK_C):
                     c = c0 + tl.arange(0, BLOCK_C)
                     passed = c < higher
-                    t = tl.load(scratch + c, mask=passed, other=0, cache_modifier=".cg").to(tl.int64)
+                    t = tl.load(scratch_row_ptr + c, mask=passed, other=0, cache_modifier=".cg").to(tl.int64)
                     k = tl.load(k_ptr + b * stride_kb + t[:, None] * stride_kt + d[None, :],
                                 mask=passed[:, None] & (d < DI)[None, :], other=0.0)
                     score = score_keys(k, q, w, h, HI, 1, BLOCK_H, 1, DECODE_E4M3)  # (BLOCK_C, 1)
                     if k_scale_ptr is not None:
                         scale = tl.load(k_scale_ptr + b * stride_sb + t * stride_st, mask=passed, other=0.0)
                         score = score * scale[:, None]
-                    tl.store(scratch + CAP + c[:, None], ordered(score), mask=passed[:, None])
+                    tl.store(scratch_row_ptr + CAP + c[:, None], ordered(score), mask=passed[:, None])
                 tl.debug_barrier()
 
                 # the best of them
                 ok = slot < higher
-                p = tl.load(scratch + slot, mask=ok, other=0, cache_modifier=".cg")
-                v = tl.load(scratch + CAP + slot, mask=ok, other=NOT_A_SCORE, cache_modifier=".cg")
-                write_best(out, p, v, K, BLOCK_K, False)
+                p = tl.load(scratch_row_ptr + slot, mask=ok, other=0, cache_modifier=".cg")
+                v = tl.load(scratch_row_ptr + CAP + slot, mask=ok, other=NOT_A_SCORE, cache_modifier=".cg")
+                write_best(out_row_ptr, p, v, K, BLOCK_K, False)
         tl.debug_barrier()  # scratch is used again
         tl.store(left_over_ptr + at, left_over.to(tl.int8))
 
@@ -988,8 +996,8 @@ def chunks(B, S, elements):
     batch = max(1, min(B, SELECT_CHUNK // (elements * min(S, CHUNK_QUERIES))))
     rows = max(1, min(S, SELECT_CHUNK // (elements * batch)))
     for b in range(0, B, batch):
-        for row0 in range(0, S, rows):
-            yield slice(b, min(b + batch, B)), row0, min(rows, S - row0)
+        for first_row in range(0, S, rows):
+            yield slice(b, min(b + batch, B)), first_row, min(rows, S - first_row)
 
 
 def select_exact(out, q, k, w, k_scale, first, last):
@@ -998,12 +1006,12 @@ def select_exact(out, q, k, w, k_scale, first, last):
     T = k.shape[1]
     multiple = ALIGNED_ROW if T <= DIRECT_ROW else TILE
     width = triton.cdiv(T, multiple) * multiple
-    for batch, row0, rows in chunks(B, S, width):
+    for batch, first_row, rows in chunks(B, S, width):
         n = batch.stop - batch.start
         scores = torch.empty(n, rows, width, dtype=torch.float32, device=q.device)
         bounds = take(first, batch), take(last, batch)
-        launch_scores(scores, q[batch], k[batch], w[batch], take(k_scale, batch), *bounds, row0, rows)
-        launch_topk(out[batch], scores, T, *bounds, row0, rows)
+        launch_scores(scores, q[batch], k[batch], w[batch], take(k_scale, batch), *bounds, first_row, rows)
+        launch_topk(out[batch], scores, T, *bounds, first_row, rows)
 
 
 def sampled_bounds(first, last, stride, S, T, device):
@@ -1028,7 +1036,7 @@ def select_filtered(out, q, k, w, k_scale, first, last):
     sampled_first, sampled_last = sampled_bounds(first, last, tiles.stride, S, T, q.device)
     sampled_last = sampled_last.expand(B, S).contiguous()
     left_over = torch.empty(B, S, dtype=torch.int8, device=q.device)
-    for batch, row0, rows in chunks(B, S, width + sampled):
+    for batch, first_row, rows in chunks(B, S, width + sampled):
         n = batch.stop - batch.start
         q_part = q[batch]
         k_part = k[batch]
@@ -1041,11 +1049,11 @@ def select_filtered(out, q, k, w, k_scale, first, last):
         scores = torch.empty(n, rows, sampled, dtype=torch.float32, device=q.device)
         launch_scores(
             scores, q_part, k_part[every], w_part, take(scale_part, every),
-            take(sampled_first, batch), sampled_last[batch], row0, rows)
+            take(sampled_first, batch), sampled_last[batch], first_row, rows)
         threshold = torch.empty(n, rows, dtype=torch.float32, device=q.device)
         threshold_kernel[(n * rows,)](
             sample_ptr=scores, first_ptr=first_part, last_ptr=last_part, threshold_ptr=threshold,
-            S=S, T=T, row0=row0, rows=rows, width=sampled, K=K, stride=tiles.stride,
+            S=S, T=T, first_row=first_row, rows=rows, width=sampled, K=K, stride=tiles.stride,
             SAMPLE=tiles.sample,
             num_warps=tiles.sample_warps)
 
@@ -1054,7 +1062,8 @@ def select_filtered(out, q, k, w, k_scale, first, last):
         queries = triton.cdiv(rows, score.block_s) * score.block_s
         bits = torch.empty(n, queries, width, dtype=torch.int32, device=q.device)
         launch_scores(
-            bits, q_part, k_part, w_part, scale_part, first_part, last_part, row0, rows, threshold=threshold)
+            bits, q_part, k_part, w_part, scale_part, first_part, last_part, first_row, rows,
+            threshold=threshold)
 
         # the best of what passed
         resident = max(1, REGISTERS // (32 * tiles.num_warps * tiles.maxnreg))
@@ -1065,7 +1074,7 @@ def select_filtered(out, q, k, w, k_scale, first, last):
             q_ptr=q_part, k_ptr=k_part, w_ptr=w_part, k_scale_ptr=scale_part,
             first_ptr=first_part, last_ptr=last_part, bits_ptr=bits, out_ptr=out[batch],
             left_over_ptr=left_over[batch], scratch_ptr=scratch,
-            total=n * rows, S=S, T=T, row0=row0, rows=rows, width=width, K=K,
+            total=n * rows, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
             stride_kb=k.stride(0), stride_kt=k.stride(1), stride_sb=stride_sb, stride_st=stride_st,
             HI=HI, DI=DI, BLOCK_H=tiles.block_h, BLOCK_D=score.block_d, BLOCK_K=triton.next_power_of_2(K),
             CAP=tiles.cap, BLOCK_C=tiles.block_c, BLOCK_S=score.block_s, BLOCK_T=score.block_t,
@@ -1104,9 +1113,10 @@ def filters(q, T, K):
 
 
 @operation("select")
-def launch_select(q: Tensor, k: Tensor, w: Tensor, topk: int, k_scale: Tensor | None, first: Tensor | None,
-                  last: Tensor | None) -> Tensor:
-    """Arguments as kernels.select, first and last (B,S) contiguous int32 -> (B,S,topk) int32"""
+def select_operation(
+        q: Tensor, k: Tensor, w: Tensor, topk: int, k_scale: Tensor | None, first: Tensor | None,
+        last: Tensor | None) -> Tensor:
+    """Arguments as kernels.select, first and last (B,S) contiguous int32 -> (B,S,K) int32"""
     q, k, w = operands(q, k, w)
     B, S = q.shape[:2]
     T = k.shape[1]
@@ -1122,7 +1132,7 @@ def launch_select(q: Tensor, k: Tensor, w: Tensor, topk: int, k_scale: Tensor | 
     return out
 
 
-@launch_select.register_fake
+@select_operation.register_fake
 def _(q, k, w, topk, k_scale, first, last):
     return q.new_empty(q.shape[0], q.shape[1], topk, dtype=torch.int32)
 
@@ -1133,4 +1143,4 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
         raise ValueError(f"index_topk={topk}: select at least one token")
     check_inputs(q, k, w, k_scale)
     B, S = q.shape[:2]
-    return launch_select(q, k, w, topk, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))
+    return select_operation(q, k, w, topk, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))
