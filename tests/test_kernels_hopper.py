@@ -17,7 +17,7 @@ import kernels
 import sparse_attn
 from tests.common import assert_close, relative_errors
 from triton_kernels import hopper
-from triton_kernels.common import LOG2E
+from triton_kernels.common import LOG2E, token_rows
 
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
@@ -356,6 +356,21 @@ def test_loss_target_not_finite(name, place):
     got = target_of(q, k, lse, first, last)[..., :300].masked_fill(~seen, 0)
     bound = sum_error(q.nan_to_num(), k.nan_to_num(), 192**-0.5)
     assert_close(got, want, bound, bound, "p")
+
+
+@on_hopper
+@pytest.mark.parametrize("packed", [False, True])
+def test_forward_from_a_slice_of_a_larger_cache(packed):
+    """The filled part of a cache is read where it lies, with the same bits as from a copy."""
+    q, latents, _ = inputs(2, 9, 300, 128)
+    indices = selection(2, 9, 200, 128)
+    cache = packed_cache(2, 300)[0] if packed else latents
+    taken = cache[:, :200]
+    assert token_rows(taken)[0] is taken
+    got = hopper.gluon_forward(q, taken, indices, SCALE)
+    want = hopper.gluon_forward(q, taken.contiguous(), indices, SCALE)
+    for x, y in zip(got, want):
+        assert torch.equal(x, y)
 
 
 def test_supported():

@@ -225,6 +225,35 @@ def test_lists_in_parts(dtype, packed, monkeypatch):
     assert_lse(lse, lse64, shape)
 
 
+@pytest.mark.parametrize("S", [2, 12])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_slice_of_a_larger_cache_is_not_copied(S, packed, monkeypatch):
+    """Decoding hands over the filled part of a cache: the kernel reads it where it lies, nothing behind it,
+    and gives the same bits as from a copy."""
+    q, latents, indices, scale, V, _ = draw((3, S, 40, 3, 16, 16, 9), HALF)
+    tokens = latents.detach()
+    if packed:
+        tokens, _ = pack(tokens, V, True)
+    cache = torch.cat((tokens, tokens[:, :17]), 1)  # (B, 57, ...)
+    cache[:, 40:].view(HALF).fill_(NAN)
+    name = "fp8_kernel" if packed else "flash_kernel"
+    kernel = getattr(sparse, name)
+    read = []
+
+    class Launches:
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                read.append(arguments["cache_ptr" if packed else "latents_ptr"].data_ptr())
+                kernel[grid](**arguments)
+            return launch
+
+    monkeypatch.setattr(sparse, name, Launches())
+    out, lse = sparse_attention(q.detach(), cache[:, :40], indices, scale, V)
+    assert read == [cache.data_ptr()]
+    want, want_lse = sparse_attention(q.detach(), tokens.contiguous(), indices, scale, V)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse) and out.isfinite().all()
+
+
 @pytest.mark.parametrize("size", [1e-4, 30.0])
 def test_magnitudes(size):
     """Nearly equal scores, and softmaxes of nearly one token. There dP - delta cancels in most rows of dq, to
@@ -514,7 +543,8 @@ def samples():
         yield sparse.sparse_attention_operation, (q, latents, indices, scale, V)
         out, lse = sparse_attention(q.detach(), latents.detach(), indices, scale, V)
         yield sparse.sparse_attention_backward, (q.detach(), latents.detach(), indices, out, lse, dout, scale)
-        yield sparse.sparse_attention_fp8_operation, (q.detach(), pack(latents.detach(), V, True)[0], indices, scale, V)
+        packed, _ = pack(latents.detach(), V, True)
+        yield sparse.sparse_attention_fp8_operation, (q.detach(), packed, indices, scale, V)
 
 
 @pytest.mark.parametrize("number", range(6))

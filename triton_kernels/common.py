@@ -91,6 +91,15 @@ def unit_stride(x):
     return x if x.stride(-1) == 1 and near else x.contiguous()
 
 
+def token_rows(x):
+    """x (B,T,width) with the tokens of a sequence one behind the other -> x, tokens from a sequence to the
+    next. A slice of a larger cache is such a tensor, and not copied: then these are the cache's capacity."""
+    width = x.shape[2]
+    if x.stride()[1:] != (width, 1) or x.stride(0) % width:
+        x = x.contiguous()
+    return x, x.stride(0) // width
+
+
 def full_bounds(bound, B, S):
     """A bound of what queries see, None or broadcastable to (B,S), as contiguous (B,S) int32 or None."""
     return None if bound is None else bound.expand(B, S).int().contiguous()

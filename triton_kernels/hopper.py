@@ -57,7 +57,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_kernels.common import (
     LN2, LOG2E, LOWEST_LSE, SCALE_BLOCK, launch_delta, load_bounds, multiprocessors, tile_of_program,
-    visible_range)
+    token_rows, visible_range)
 
 # ---- sizes ----
 
@@ -180,7 +180,7 @@ def forward_producer(
         q_ptr, latents_ptr, indices_ptr,
         k_left, k_right, k_rope, q_left, q_right, q_rope, tokens,
         full_left, empty_left, full_right, empty_right, full_q, empty_q,
-        items, S, T,
+        items, S, capacity,
         H: gl.constexpr, K: gl.constexpr):
     """Gather the tiles of the selection, and the items' Q."""
     r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
@@ -189,7 +189,7 @@ def forward_producer(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         s = (item // (H // HEADS)).to(gl.int64)
         index_ptr = indices_ptr + s * K
-        base_ptr = latents_ptr + (s // S) * T * D
+        base_ptr = latents_ptr + (s // S) * capacity * D
         following = gl.load(index_ptr + r)
         for tile in range(K // SLOTS):
             stage = n & 1
@@ -256,7 +256,7 @@ def forward_producer_fp8(
         q_ptr, cache_ptr, indices_ptr,
         k_left, k_right, k_rope, q_left, q_right, q_rope, tokens,
         full_left, empty_left, full_right, empty_right, full_q, empty_q,
-        items, S, T,
+        items, S, capacity,
         H: gl.constexpr, K: gl.constexpr):
     """The same from the packed cache, 512 e4m3 | 4 float32 scales | 64 bf16: e4m3 become bf16 on the way."""
     r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
@@ -266,7 +266,7 @@ def forward_producer_fp8(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         s = (item // (H // HEADS)).to(gl.int64)
         index_ptr = indices_ptr + s * K
-        base_ptr = cache_ptr + (s // S) * T * ENTRY
+        base_ptr = cache_ptr + (s // S) * capacity * ENTRY
         entry_ptr = base_ptr + gl.maximum(gl.load(index_ptr + r_words), 0).to(gl.int64) * ENTRY
         even = load_values(entry_ptr, 0)
         odd = load_values(entry_ptr, 1)
@@ -416,7 +416,7 @@ def forward_pv(
 @gluon.jit
 def gluon_forward_kernel(
         q_ptr, latents_ptr, indices_ptr, out_ptr, lse_ptr,
-        scale_log2, items, S, T,
+        scale_log2, items, S, capacity,
         H: gl.constexpr, K: gl.constexpr, FP8: gl.constexpr):
     k_left = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, HALF], SHARED_128)
     k_right = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, HALF], SHARED_128)
@@ -469,7 +469,7 @@ def gluon_forward_kernel(
             q_ptr, latents_ptr, indices_ptr,
             k_left, k_right, k_rope, q_left, q_right, q_rope, tokens,
             full_left, empty_left, full_right, empty_right, full_q, empty_q,
-            items, S, T, H, K)),
+            items, S, capacity, H, K)),
     ], [4, 4, 4], [PV_REGISTERS, PV_REGISTERS, PRODUCER_FP8_REGISTERS if FP8 else PRODUCER_REGISTERS])
 
 
@@ -499,14 +499,15 @@ def gluon_forward(q, latents, indices, scale):
     B, S, H, _ = q.shape
     q = padded(q, HEADS.value)  # (B, S, HP, 576)
     indices = padded(indices, SLOTS.value, -1)  # (B, S, KP)
+    latents, capacity = token_rows(latents)
     HP = q.shape[2]
     out = torch.empty(B, S, HP, V.value, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, S, HP, dtype=torch.float32, device=q.device)
     items = B * S * HP // HEADS.value
     if items:
         gluon_forward_kernel[(min(items, multiprocessors(q.device)),)](
-            q_ptr=q, latents_ptr=latents.contiguous(), indices_ptr=indices, out_ptr=out, lse_ptr=lse,
-            scale_log2=scale * LOG2E.value, items=items, S=S, T=latents.shape[1],
+            q_ptr=q, latents_ptr=latents, indices_ptr=indices, out_ptr=out, lse_ptr=lse,
+            scale_log2=scale * LOG2E.value, items=items, S=S, capacity=capacity,
             H=HP, K=indices.shape[2], FP8=latents.dtype == torch.uint8,
             num_warps=4)
     return out[:, :, :H].contiguous(), lse[:, :, :H].contiguous()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from triton_kernels.common import (
     A100_SHARED_MEMORY, LN2, LOG2E, SCALE_BLOCK, check_indices, e4m3_to_fp16, fit, has_fp8, is_hopper,
-    launch_combine, launch_delta, matmul, multiprocessors, operation, power_of_two, shared_memory)
+    launch_combine, launch_delta, matmul, multiprocessors, operation, power_of_two, shared_memory,
+    token_rows)
 
 LOWEST_LOGIT = tl.constexpr(-1e38)  # where a running maximum starts; finite, so that no inf - inf arises
 HIGHEST_TOKEN = tl.constexpr(2147483647)  # where a running minimum of tokens starts
@@ -300,7 +301,7 @@ def hopper_chapter(q, latents, indices, V):
 @triton.jit
 def flash_kernel(
         q_ptr, latents_ptr, lists_ptr, bits_ptr, length_ptr, out_ptr, lse_ptr,
-        scale_log2, S, T, H, blocks, width, rows, parts,
+        scale_log2, S, capacity, H, blocks, width, rows, parts,
         BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
         BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
     D: tl.constexpr = V + R
@@ -324,7 +325,7 @@ def flash_kernel(
         spare = selected_token(lists_ptr, start, width, BLOCK_U)
         length = tl.where(spare < 0, 0, length)
     share = tl.cdiv(tl.cdiv(length, BLOCK_U), parts) * BLOCK_U
-    sequence_ptr = latents_ptr + (block // blocks).to(tl.int64) * T * D
+    sequence_ptr = latents_ptr + (block // blocks).to(tl.int64) * capacity * D
     for j in tl.range(part * share, tl.minimum(length, (part + 1) * share), BLOCK_U, num_stages=NUM_STAGES):
         t, bits = union_tokens(lists_ptr, bits_ptr, start, j, length, BLOCK_S, BLOCK_U, spare)
         token_ptr = sequence_ptr + t[:, None].to(tl.int64) * D
@@ -394,7 +395,6 @@ def sparse_attention_operation(
     if B * S * H * T * K == 0:
         return nothing_selected(q, value_dim)
     q = q.contiguous()
-    latents = latents.contiguous()
     indices = indices.contiguous()
     hopper = hopper_chapter(q, latents, indices, value_dim)
     if hopper is not None:
@@ -405,7 +405,7 @@ def sparse_attention_operation(
     V = power_of_two(value_dim)
     R = power_of_two(D - value_dim)
     q = pad_columns(q, value_dim, V, R)  # (B, S, H, V + R)
-    latents = pad_columns(latents, value_dim, V, R)  # (B, T, V + R)
+    latents, capacity = token_rows(pad_columns(latents, value_dim, V, R))  # (B, T, V + R)
 
     # lists, and how many programs work at each
     tiles = flash_tiles(H, V, q.dtype, q.device)
@@ -423,8 +423,8 @@ def sparse_attention_operation(
     flash_kernel[(B * rows.blocks, rows.groups, parts)](
         q_ptr=q, latents_ptr=latents, lists_ptr=shared.tokens, bits_ptr=shared.bits, length_ptr=shared.length,
         out_ptr=part, lse_ptr=part_lse,
-        scale_log2=scale * LOG2E.value, S=S, T=T, H=H, blocks=rows.blocks, width=shared.tokens.shape[-1],
-        rows=B * S * H, parts=parts,
+        scale_log2=scale * LOG2E.value, S=S, capacity=capacity, H=H, blocks=rows.blocks,
+        width=shared.tokens.shape[-1], rows=B * S * H, parts=parts,
         BLOCK_H=rows.block_h, BLOCK_S=rows.block_s, V=V, R=R,
         BLOCK_N=min(tiles.block_n, power_of_two(rows.block_h * rows.block_s)), BLOCK_U=tiles.block_u,
         NUM_STAGES=tiles.num_stages,
@@ -861,7 +861,7 @@ def fp8_store(out_ptr, acc, l, row, ok, V: tl.constexpr, BLOCK_V: tl.constexpr, 
 @triton.jit
 def fp8_kernel(
         q_ptr, cache_ptr, scales_ptr, rope_ptr, indices_ptr, out_ptr, lse_ptr,
-        scale_log2, S, T, H, K, rows, parts,
+        scale_log2, S, capacity, H, K, rows, parts,
         V: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, PIECES: tl.constexpr,
         SCALES: tl.constexpr, BYTES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
         NUM_STAGES: tl.constexpr):
@@ -889,7 +889,7 @@ def fp8_kernel(
     # online softmax over this part of the list
     share = tl.cdiv(tl.cdiv(K, BLOCK_U), parts) * BLOCK_U
     start = query.to(tl.int64) * K
-    first_token = (query // S).to(tl.int64) * T
+    first_token = (query // S).to(tl.int64) * capacity
     for j in tl.range(part * share, tl.minimum(K, (part + 1) * share), BLOCK_U, num_stages=NUM_STAGES):
         t, bits = union_tokens(indices_ptr, indices_ptr, start, j, K, 1, BLOCK_U)
         some = bits != 0
@@ -979,7 +979,6 @@ def sparse_attention_fp8_operation(
     if B * S * H * T * K == 0:
         return nothing_selected(q, value_dim)
     q = q.contiguous()
-    packed = packed.contiguous()
     indices = indices.contiguous()
     hopper = hopper_chapter(q, packed, indices, value_dim)
     programs = B * S * triton.cdiv(H, 64)
@@ -988,6 +987,7 @@ def sparse_attention_fp8_operation(
         out, lse = hopper.gluon_forward(q, packed, indices, scale)
         return out.contiguous(), lse.contiguous()
 
+    packed, capacity = token_rows(packed)
     tiles = fp8_tiles(H, value_dim, q.dtype, q.device)
     groups = triton.cdiv(H, tiles.block_n)
     parts = list_parts(B * S * groups, triton.cdiv(K, tiles.block_u), q.device)
@@ -998,7 +998,7 @@ def sparse_attention_fp8_operation(
     fp8_kernel[(B * S, groups, parts)](
         q_ptr=q, cache_ptr=packed.view(fp8_dtype(q.device)), scales_ptr=packed.view(torch.float32),
         rope_ptr=packed.view(torch.bfloat16), indices_ptr=indices, out_ptr=part, lse_ptr=part_lse,
-        scale_log2=scale * LOG2E.value, S=S, T=T, H=H, K=K, rows=B * S * H, parts=parts,
+        scale_log2=scale * LOG2E.value, S=S, capacity=capacity, H=H, K=K, rows=B * S * H, parts=parts,
         V=value_dim, R=D - value_dim, BLOCK_R=power_of_two(D - value_dim),
         BLOCK_V=min(SCALE_BLOCK.value, power_of_two(value_dim)), PIECES=4 if scales == 3 else scales,
         SCALES=scales, BYTES=packed.shape[-1], BLOCK_N=tiles.block_n, BLOCK_U=tiles.block_u,
