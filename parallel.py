@@ -86,6 +86,19 @@ class Ranks:
     def data_rank(self):
         return self.rank // self.context
 
+    def turns(self, count):
+        """Which of `count` batches the group of this rank computes -> [(number, does it count?)], equally many
+        for each: with sharded parameters all compute, or none."""
+        turns = []
+        for beyond in range(0, count, self.data):
+            number = beyond + self.data_rank
+            turns.append((min(number, count - 1), number < count))
+        return turns
+
+    def split(self, length, start=0):
+        """-> Split, or None where no other rank shares a sequence."""
+        return Split(self, length, start) if self.context > 1 else None
+
     def reduced(self, values, how):
         x = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:

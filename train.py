@@ -436,9 +436,8 @@ def set_up(o, sizes, device):
     model.detach = o.detach
     forward = torch.compile(model) if o.compile else model
     [rate] = ranks.total([report.matmul_rate(device, getattr(torch, o.dtype))])
-    split = parallel.Split(ranks, o.block_size) if ranks.context > 1 else None
     return Run(
-        o=o, device=device, ranks=ranks, split=split, out=out, stages=stages, replaced=replaced, earlier=earlier, saved=saved,
+        o=o, device=device, ranks=ranks, split=ranks.split(o.block_size), out=out, stages=stages, replaced=replaced, earlier=earlier, saved=saved,
         model=model, forward=forward, rate=rate,
         batches=batches, validation=validation, training_file=training_file, validation_file=validation_file)
 
@@ -552,13 +551,11 @@ def evaluate(run, attention):
     trained_with = model.attention
     model.attention = attention
     losses = []
-    for beyond in range(0, run.o.eval_steps, run.ranks.data):
-        # all ranks compute equally often, as they do it together; the last round may have too few batches
-        number = beyond + run.ranks.data_rank
-        x, y, first = run.batch(run.validation, min(number, run.o.eval_steps - 1))
+    for number, counts in run.ranks.turns(run.o.eval_steps):
+        x, y, first = run.batch(run.validation, number)
         with run.autocast():
             loss = model(x, y, first, return_logits=False, split=run.split)[1]["lm"]
-        losses.append(loss if number < run.o.eval_steps else torch.zeros_like(loss))
+        losses.append(loss if counts else torch.zeros_like(loss))
     model.attention = trained_with
     [total] = run.ranks.total([sum(torch.stack(losses).tolist())])
     return total / run.ranks.context / run.o.eval_steps
@@ -700,7 +697,7 @@ def print_sample(run, stage):
     run.model.eval()
     with run.autocast():
         out = run.model.generate(prompt, min(256, o.block_size - length), temperature=0.8, top_k=50,
-                                 end_ids=(eot,), go_on=True)  # (1, length + n)
+                                 end_ids=(eot,), go_on=True, ranks=run.ranks)  # (1, length + n)
     text = tokenizer.load_tokenizer(run.out / stage).decode(out[0, length:].tolist())
     print(f"sample after the first {length} tokens of the validation text:\n{text}\n")
 
