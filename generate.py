@@ -3,7 +3,6 @@ one CUDA graph."""
 import math
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from sparse_attn import Cache
 
@@ -53,7 +52,7 @@ class Decoder:
         self.compiled = compiled
         self.caches = caches
         self.captures = device.type == "cuda" and backend == "triton" and not model.config.n_routed_experts
-        if isinstance(model, FSDPModule):
+        if hasattr(model, "reshard"):  # of FSDP
             self.captures = False
         self.graph = None
         self.logits = None

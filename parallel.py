@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Transformer
 from support import cli
+
+# FSDP and DTensor are imported where they are used: one process need not wait a second for them.
 
 # Gathers along dimension 0, and the gradient goes back as a sum by reduce-scatter; renamed in torch 2.13
 all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
@@ -187,6 +187,7 @@ def shard(model, ranks):
     Afterwards parameters are others: make the optimizer then. What learns must have one dtype before."""
     if ranks.world == 1:
         return model
+    from torch.distributed.fsdp import fully_shard
     for block in model.model.layers:
         fully_shard(block, mesh=ranks.mesh)
     fully_shard(model, mesh=ranks.mesh)
@@ -201,10 +202,15 @@ def let_go(model, args, out):
         model.reshard()
 
 
+def is_sharded(x):
+    """Is this module FSDP's, or this tensor a DTensor?"""
+    return hasattr(x, "reshard") or hasattr(x, "full_tensor")
+
+
 def synchronise(model, now):
     """Do the gradients of the next backward go round, with those added up before? Only a step's last need
     to."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.set_requires_gradient_sync(now)
 
 
@@ -213,7 +219,7 @@ def whole(values, ranks):
     at a time is whole on a GPU. All ranks must call this."""
     if isinstance(values, dict):
         return {name: whole(value, ranks) for name, value in values.items()}
-    if not isinstance(values, DTensor):
+    if not is_sharded(values):
         return values
     x = whole_tensor(values.detach())
     return None if ranks.rank else x.cpu()
@@ -221,7 +227,7 @@ def whole(values, ranks):
 
 def whole_tensor(x):
     """A tensor, sharded or not -> it whole, on all ranks."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def whole_model(model, ranks):
@@ -242,7 +248,8 @@ def whole_model(model, ranks):
 def part_like(x, p):
     """A whole tensor -> the part of it that belongs to this rank's part of a parameter; no rank sends
     anything."""
-    if isinstance(p, DTensor) and isinstance(x, torch.Tensor) and x.shape == p.shape:
+    if is_sharded(p) and isinstance(x, torch.Tensor) and x.shape == p.shape:
+        from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     return x
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from config import Config, check_yarn
 from support.files import locate, read_json, whole_folder, write_json
@@ -513,7 +512,7 @@ def check_leftovers(folder, tensors, used, config, values, new_indexers):
 def own_rows(p):
     """-> start, stop: the rows of a parameter that this process has, all unless it is sharded. Sharded like
     torch.chunk: equal parts, the last ones shorter or empty."""
-    if not isinstance(p, DTensor):
+    if not hasattr(p, "device_mesh"):
         return 0, len(p)
     step = -(-len(p) // p.device_mesh.size())
     start = min(len(p), p.device_mesh.get_local_rank() * step)
@@ -522,8 +521,9 @@ def own_rows(p):
 
 def sharded_like(rows, p):
     """This process's rows of a parameter -> what takes its place."""
-    if not isinstance(p, DTensor):
+    if not hasattr(p, "device_mesh"):
         return rows
+    from torch.distributed.tensor import DTensor  # takes a second to import
     return DTensor.from_local(
         rows.contiguous(), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 

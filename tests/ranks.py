@@ -56,6 +56,8 @@ def compare(ranks, case, packed, compiled=False):
     """A case by one process with two micro-batches for each group, and by all ranks."""
     stage, choice, switches, changes = case
     torch.manual_seed(0)
+    if compiled:
+        changes = changes | dict(num_hidden_layers=1)
     plain = tiny_model("torch", **changes)
     for name, value in switches.items():
         setattr(plain, name, value)
