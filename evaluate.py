@@ -514,7 +514,8 @@ def measure_copies(model, samples, length, options, ranks):
         if counts:
             measured[number] = accuracy
     measured = all_of(measured, ranks)
-    return {attention: [measured[number][attention] for number in range(len(samples))] for attention in ATTENTIONS}
+    accuracies = [measured[number] for number in range(len(samples))]
+    return {attention: [accuracy[attention] for accuracy in accuracies] for attention in ATTENTIONS}
 
 
 # ---- tables and plots ----

@@ -45,7 +45,8 @@ class Decoder:
 
     With the Triton kernels on a GPU the first step is captured as a CUDA graph: lengths are read on the
     device, so one graph serves every position and no time goes to launches. Routing to experts needs the
-    host, so models with experts run step by step, and so do sharded ones. compiled: by torch.compile first."""
+    host, so models with experts run step by step, and so do sharded ones. compiled: by torch.compile
+    first."""
 
     def __init__(self, model, caches, B, device, backend, compiled=False):
         self.model = torch.compile(model, dynamic=False) if compiled else model
@@ -126,8 +127,8 @@ def default_chunk(config, B, device):
 
 
 def share_prompt(model, idx, first, caches, chunk, ranks):
-    """Let a prompt idx (B,T) enter the caches, those of every rank, `chunk` tokens of each at once -> how many
-    have: all but a few at the end, at least one, which every rank computes for itself. first (B,T) or
+    """Let a prompt idx (B,T) enter the caches, those of every rank, `chunk` tokens of each at once -> how
+    many have: all but a few at the end, at least one, which every rank computes for itself. first (B,T) or
     None."""
     cut = 2 * ranks.context
     shared = (idx.shape[1] - 1) // cut * cut
@@ -137,7 +138,8 @@ def share_prompt(model, idx, first, caches, chunk, ranks):
         split = ranks.split(end - begin, begin)
         bounds = None if first is None else split.part(first)
         position = torch.arange(begin, end, device=idx.device)
-        model(split.part(idx), first=bounds, caches=caches, position=position, return_logits=False, split=split)
+        model(
+            split.part(idx), first=bounds, caches=caches, position=position, return_logits=False, split=split)
     return shared
 
 
@@ -150,7 +152,8 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     with the last row; with go_on it starts another text instead. Either way no token sees what stands before
     an end of text, as in training. The prompt enters the caches `chunk` tokens at a time, see
     `default_chunk`. fp8_cache: latents in the published FP8 layout. compiled: the steps by torch.compile.
-    ranks: parallel.Ranks that share the prompt, called on all of them, all yield the same. Sets model.cache_bytes_per_token. ValueError: see `check`."""
+    ranks: parallel.Ranks that share the prompt, called on all of them, all yield the same. Sets
+    model.cache_bytes_per_token. ValueError: see `check`."""
     B, T = idx.shape
     config = model.config
     device = idx.device

@@ -518,11 +518,11 @@ class Transformer(nn.Module):
         -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target
         counts) if targets are given, and with index_loss "kl", "kl_uniform" (nats, mean over tokens and over
         layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
-        return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone. caches:
-        one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached. With `last`
-        (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this process has
-        a part of the sequence, others the rest; idx, targets, first and the results are those of the part.
-        ValueError: sequence longer than max_position_embeddings."""
+        return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone.
+        caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
+        With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
+        process has a part of the sequence, others the rest; idx, targets, first and the results are those of
+        the part. ValueError: sequence longer than max_position_embeddings."""
         backend = self.backend_on(idx.device)
         run = self.run(backend, idx, first, index_loss, caches, position, last, split)
         h = self.model.embed_tokens(idx)  # (B, S, hidden)

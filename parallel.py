@@ -26,7 +26,8 @@ from support import cli
 # FSDP and DTensor are imported where they are used: one process need not wait a second for them.
 
 # Gathers along dimension 0, and the gradient goes back as a sum by reduce-scatter; renamed in torch 2.13
-all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+all_gather = getattr(collectives, "all_gather_single_autograd", None)
+all_gather = all_gather or collectives.all_gather_tensor_autograd
 PATIENCE = timedelta(hours=2)  # of a rank that waits, such as for rank 0 to write a large state
 
 
@@ -87,8 +88,8 @@ class Ranks:
         return self.rank // self.context
 
     def turns(self, count):
-        """Which of `count` batches the group of this rank computes -> [(number, does it count?)], equally many
-        for each: with sharded parameters all compute, or none."""
+        """Which of `count` batches the group of this rank computes -> [(number, does it count?)], equally
+        many for each: with sharded parameters all compute, or none."""
         turns = []
         for beyond in range(0, count, self.data):
             number = beyond + self.data_rank
@@ -170,8 +171,9 @@ def start(device, context=1, options=None):
 
 def agree(ranks, options):
     """ValueError naming the first option that another rank has otherwise than rank 0."""
-    for rank, theirs in enumerate(ranks.gathered(options)):
-        ours = theirs if rank == 0 else ours
+    everyone = ranks.gathered(options)
+    ours = everyone[0]
+    for rank, theirs in enumerate(everyone):
         for name, value in ours.items():
             if theirs.get(name) != value:
                 raise ValueError(f"--{name}={theirs.get(name)} on rank {rank}, and {value} on rank 0; start "

@@ -2,7 +2,7 @@
 
     python sample.py --prompt="def main("                    # from out/sparse
     echo "def main(" | python sample.py - --temperature=0    # prompt from standard input
-    torchrun --standalone --nproc-per-node=4 sample.py --prompt_file=FILE    # the prompt spread over four GPUs
+    torchrun --standalone --nproc-per-node=4 sample.py --prompt_file=FILE    # a prompt over four GPUs
 """
 import functools
 import math
@@ -49,8 +49,8 @@ def options(argv):
         "float32)")
     add("--backend", choices=["auto", "torch", "triton"], default="auto", help="attention path (auto: triton "
         "on a CUDA GPU)")
-    add("--shard", action="store_true", help="under torchrun: spread the weights over the processes, for models "
-        "that one GPU cannot hold; slower per token")
+    add("--shard", action="store_true", help="under torchrun: spread the weights over the processes, for "
+        "models that one GPU cannot hold; slower per token")
     o = parser.parse_args(argv)
     if o.stdin and parallel.world_size() > 1:
         raise ValueError("-: the processes of torchrun have no standard input; use --prompt_file")

@@ -65,8 +65,8 @@ class Options:
     index_fp8: bool = option(True, "select by FP8 index scores, as the published inference does")
     block_size: int = option(256, "context length in tokens")
     batch_size: int = option(8, "sequences per micro-batch")
-    gradient_accumulation_steps: int = option(1, "micro-batches per step, over all processes (under torchrun "
-                                              "by default one for each, or for each group)")
+    gradient_accumulation_steps: int = option(
+        1, "micro-batches per step, of all processes together (under torchrun by default one for each group)")
     context_parallel: int = option(1, "processes of torchrun that share each sequence; groups of so many "
                                    "share the micro-batches")
     dense_steps: int = option(400, "optimizer steps of the dense stage")
@@ -112,8 +112,8 @@ RANGES = (
     ("dense_lr", 0, math.inf), ("warmup_lr", 0, math.inf), ("sparse_lr", 0, math.inf),
     ("ramp_steps", 0, math.inf), ("min_lr", 0, 1), ("weight_decay", 0, math.inf),
     ("beta1", 0, 0.9999999), ("beta2", 0, 0.9999999), ("grad_clip", 1e-12, math.inf),
-    ("context_parallel", 1, math.inf), ("eval_interval", 1, math.inf), ("eval_steps", 1, math.inf), ("save_interval", 1, math.inf),
-    ("seed", 0, 2**63 - 1))
+    ("eval_interval", 1, math.inf), ("eval_steps", 1, math.inf), ("save_interval", 1, math.inf),
+    ("context_parallel", 1, math.inf), ("seed", 0, 2**63 - 1))
 
 
 def resolve(argv):
@@ -214,9 +214,9 @@ def check_options(o, device):
     parallel.check_context(o.context_parallel, o.block_size)
     groups = parallel.world_size() // o.context_parallel
     if o.gradient_accumulation_steps % groups:
-        raise ValueError(f"--gradient_accumulation_steps={o.gradient_accumulation_steps}: the micro-batches of "
-                         f"a step go to {groups} groups of processes; use a multiple of {groups}, or another "
-                         "number of processes")
+        raise ValueError(f"--gradient_accumulation_steps={o.gradient_accumulation_steps}: the micro-batches "
+                         f"of a step go to {groups} groups of processes; use a multiple of {groups}, or "
+                         "another number of processes")
     if not o.out_dir:
         raise ValueError("--out_dir=: name a folder")
     files.destination(o.out_dir)
@@ -437,7 +437,8 @@ def set_up(o, sizes, device):
     forward = torch.compile(model) if o.compile else model
     [rate] = ranks.total([report.matmul_rate(device, getattr(torch, o.dtype))])
     return Run(
-        o=o, device=device, ranks=ranks, split=ranks.split(o.block_size), out=out, stages=stages, replaced=replaced, earlier=earlier, saved=saved,
+        o=o, device=device, ranks=ranks, split=ranks.split(o.block_size),
+        out=out, stages=stages, replaced=replaced, earlier=earlier, saved=saved,
         model=model, forward=forward, rate=rate,
         batches=batches, validation=validation, training_file=training_file, validation_file=validation_file)
 

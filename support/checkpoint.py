@@ -533,8 +533,9 @@ def read_weights(folder, model, device, dtype=None, new_indexers=False, prepare=
     correction bias and weights_proj); FP8 weights become bf16 or `dtype`.
 
     new_indexers: indexers start from random float32 weights, whatever the folder has. prepare: see
-    Transformer.from_pretrained; of a parameter that it shards each process reads its rows alone. Names, shapes and types
-    are checked before any tensor is read. ValueError, FileNotFoundError: one line naming file and tensor."""
+    Transformer.from_pretrained; of a parameter that it shards each process reads its rows alone. Names,
+    shapes and types are checked before any tensor is read. ValueError, FileNotFoundError: one line naming
+    file and tensor."""
     folder = locate(folder)
     config = model.config
     values = read_json(folder / "config.json")

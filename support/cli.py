@@ -235,8 +235,8 @@ def run(main):
         if "RANK" not in os.environ:
             raise
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            fail("another process has ended, so this one does; the last complete state is in --out_dir, go on "
-                 "with --resume", 1)
+            fail("another process has ended, so this one does; where it trained, the last complete state is "
+                 "in --out_dir: go on with --resume", 1)
         traceback.print_exc(file=sys.__stderr__)
         end(1)
 
@@ -249,7 +249,8 @@ def fail(message, code):
     if rank:
         time.sleep(1)
         where = f"rank {rank}: "
-    print(f"{Path(sys.argv[0]).name}: {where}{one_line(message)}", file=sys.__stderr__ if rank else sys.stderr)
+    stream = sys.__stderr__ if rank else sys.stderr  # parallel.start silences the others
+    print(f"{Path(sys.argv[0]).name}: {where}{one_line(message)}", file=stream)
     end(code)
 
 

@@ -1,5 +1,5 @@
-"""Several processes (docs/PARALLEL.md): the same losses as one, runs that go on, and what happens where one of
-them fails. gloo on the CPU; on GPUs the same through NCCL."""
+"""Several processes (docs/PARALLEL.md): the same losses as one, runs that go on, and what happens where one
+of them fails. gloo on the CPU; on GPUs the same through NCCL."""
 import os
 import resource
 import shutil
@@ -13,7 +13,7 @@ import torch
 import parallel
 from support import runs
 from tests.common import FLOAT32, MEAN_ROW, assert_close
-from tests.scripts import SHORT, SIZES, call, finish, launch, losses, metrics, refused, train
+from tests.scripts import ROOT, SHORT, SIZES, call, finish, launch, losses, metrics, refused, train
 from triton_kernels import dense
 
 SMALL = ("--data=text.txt", "--device=cpu", *SIZES, *SHORT)
@@ -124,7 +124,8 @@ def test_pieces_by_cudnn(D, V):
     element."""
     torch.manual_seed(0)
     T = 1024
-    inputs = [torch.randn(2, n, 4, d, device="cuda", dtype=torch.bfloat16) for n, d in ((512, D), (T, D), (T, V))]
+    shapes = ((512, D), (T, D), (T, V))
+    inputs = [torch.randn(2, n, 4, d, device="cuda", dtype=torch.bfloat16) for n, d in shapes]
     dout = torch.randn(2, 512, 4, V, device="cuda", dtype=torch.bfloat16)
     last = torch.cat((torch.arange(256), 768 + torch.arange(256))).expand(2, -1).int().cuda()
     results = []
@@ -145,7 +146,18 @@ def test_pieces_by_cudnn(D, V):
 
 def test_models_on_two_ranks(place):
     """Losses and gradients of all stages, prompts, checkpoints: see tests/ranks.py."""
-    for code, out, err in [finish(process) for process in launch(place, 2, "tests/ranks.py", "2")]:
+    for code, out, err in [finish(process) for process in launch(place, 2, "tests/ranks.py", "2", "cpu")]:
+        assert code == 0, err
+
+
+@pytest.mark.parametrize("ranks,context", [(2, 1), (2, 2), (4, 2), (4, 4)])
+def test_models_by_nccl(place, ranks, context):
+    """The same on as many GPUs, with the kernels."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    with mock.patch("tests.scripts.environment", lambda place: dict(os.environ, PYTHONPATH=str(ROOT))):
+        processes = launch(place, ranks, "tests/ranks.py", context, "cuda")
+    for code, out, err in [finish(process) for process in processes]:
         assert code == 0, err
 
 

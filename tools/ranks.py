@@ -3,9 +3,10 @@
     python tools/ranks.py                                            # on one GPU
     torchrun --standalone --nproc-per-node=4 tools/ranks.py          # on four
     torchrun --standalone --nproc-per-node=4 tools/ranks.py data dense-128k    # some of the cases
+    torchrun --standalone --nproc-per-node=4 tools/ranks.py recompute          # all, with --recompute
 
-A line per case: milliseconds per step, tokens per second of all ranks, the peak of the fullest GPU, bytes that
-a rank takes in per step by count, and the time that NCCL's kernels took in one profiled step.
+A line per case: milliseconds per step, tokens per second of all ranks, the peak of the fullest GPU, bytes
+that a rank takes in per step by count, and the time that NCCL's kernels took in one profiled step.
 """
 import sys
 import time
@@ -72,8 +73,8 @@ def build(case, ranks):
 
 
 def ids(case, ranks):
-    """-> x, y (batch,T): runs of four equal tokens, so that neighbours select much alike; the same on ranks that
-    share a sequence."""
+    """-> x, y (batch,T): runs of four equal tokens, so that neighbours select much alike; the same on ranks
+    that share a sequence."""
     torch.manual_seed(0 if case.shares else ranks.rank)
     runs = torch.randint(0, case.config.vocab_size, (case.batch, case.T // 4 + 1), device=ranks.device)
     x = runs.repeat_interleave(4, 1)[:, :case.T + 1]
@@ -81,8 +82,8 @@ def ids(case, ranks):
 
 
 def traffic(model, case, ranks):
-    """Bytes that a rank takes in per step: of the parameters, in the forward and again in the backward, of the
-    gradients, and of latents and indexer keys with their gradients."""
+    """Bytes that a rank takes in per step: of the parameters, in the forward and again in the backward, of
+    the gradients, and of latents and indexer keys with their gradients."""
     others = (ranks.world - 1) / ranks.world
     total = 0
     for p in model.parameters():
@@ -102,7 +103,8 @@ def nccl_ms(step):
     """Milliseconds of NCCL's kernels in a step of this rank, including what they wait for others."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
-    return sum(event.device_time_total for event in profile.key_averages() if "nccl" in event.key.lower()) / 1000
+    events = [event for event in profile.key_averages() if "nccl" in event.key.lower()]
+    return sum(event.device_time_total for event in events) / 1000
 
 
 def measure(name, case, ranks):
@@ -135,21 +137,24 @@ def measure(name, case, ranks):
     [seconds] = ranks.largest([(time.perf_counter() - began) / STEPS])
     [memory] = ranks.largest([report.peak_memory(ranks.device)])
     tokens = case.batch * case.T * ranks.data
+    counted = traffic(model, case, ranks) / 1e9
     waits = nccl_ms(step) if ranks.world > 1 and ranks.device.type == "cuda" else 0
     print(f"{ranks.world} ranks, {name}: {1000 * seconds:,.0f} ms, {tokens / seconds:,.0f} tokens/s, "
-          f"{memory:.1f} GB, takes in {traffic(model, case, ranks) / 1e9:.2f} GB per step, NCCL {waits:,.0f} ms",
+          f"{memory:.1f} GB, takes in {counted:.2f} GB per step, NCCL {waits:,.0f} ms",
           flush=True)
 
 
 def main():
-    names = sys.argv[1:] or list(CASES)
+    recompute = "recompute" in sys.argv[1:]
+    names = [name for name in sys.argv[1:] if name != "recompute"] or list(CASES)
     unknown = [name for name in names if name not in CASES]
     if unknown:
         raise ValueError(f"{unknown[0]}: no such case; these are: {', '.join(CASES)}")
     ranks = parallel.start(parallel.device("auto"), parallel.world_size())
     for name in names:
         try:
-            measure(name, CASES[name], ranks)
+            case = CASES[name]
+            measure(name, case._replace(recompute=case.recompute or recompute), ranks)
         except torch.OutOfMemoryError:
             if ranks.world > 1:  # the others wait for this one
                 raise

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What docs/PARALLEL.md reports of several GPUs, without a network: bash tools/ranks.sh 1 2 4. Some nine minutes
-# on four H100s; each line is printed as it is measured. PYTHON: interpreter; OUT: folder for the runs.
+# What docs/PARALLEL.md reports of several GPUs, without a network: bash tools/ranks.sh 1 2 4. Some nine
+# minutes on four H100s; each line is printed as it is measured. PYTHON: interpreter; OUT: for the runs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}

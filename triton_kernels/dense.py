@@ -450,14 +450,15 @@ def dense_attention(q, k, v, scale, first=None, last=None):
 # contract    kernels.split_attention
 # equation    as dense_attention, over two sets of keys: lse = log(exp lse1 + exp lse2),
 #             out = exp(lse1 - lse) out1 + exp(lse2 - lse) out2
-#             backward: p[t,s] = exp(scale q[t].k[s] - lse[t]) and out.dout are those of the whole row, so each
-#             piece gets the merged out and lse, and its dq, dk, dv are summands of the whole
+#             backward: p[t,s] = exp(scale q[t].k[s] - lse[t]) and out.dout are those of the whole row, so
+#             each piece gets the merged out and lse, and its dq, dk, dv are summands of the whole
 # tiling      of each chunk two pieces that cuDNN knows: its own keys, causal, and all earlier ones, unmasked
 
 
 def cudnn_backward(dout, q, k, v, out, lse, scale: float, causal: bool):
-    """dout, out (B,S,H,V), lse (B,S,H) of the whole row; the rest as `cudnn_attention` -> dq, dk, dv.
-    PyTorch caches cuDNN's graph by the layout of q, k, v alone: dout, out and lse must always come in the same one."""
+    """dout, out (B,S,H,V), lse (B,S,H) of the whole row; the rest as `cudnn_attention` -> dq, dk, dv. PyTorch
+    caches cuDNN's graph by the layout of q, k, v alone: dout, out and lse must always come in the same
+    one."""
     stats = lse.transpose(1, 2).contiguous()[..., None]  # (B, H, S, 1)
     none = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout of 0
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
