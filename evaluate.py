@@ -633,8 +633,8 @@ def main():
     ranks = parallel.start(device, 1, vars(options))
     options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     backend = cli.backend(options.backend, device)
-    ranks.first(data.prepare, options.data, options.tokenizer)  # the others find it done
-    validation, batches = validation_batches(options, config)
+    prepared = ranks.first(validation_batches, options, config)
+    validation, batches = prepared or validation_batches(options, config)  # the others find the text prepared
     prepare = functools.partial(parallel.shard, ranks=ranks) if options.shard else None
     model = Transformer.from_pretrained(
         options.checkpoint, backend, "sparse", options.index_fp8, device=device, prepare=prepare)

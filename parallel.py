@@ -127,12 +127,13 @@ class Ranks:
         return values
 
     def first(self, function, *args):
-        """Rank 0 alone calls function(*args), and all wait until it is done: for what is written and printed.
-        The OSError or ValueError that it raises is raised by all."""
+        """Rank 0 alone calls function(*args), and all wait until it is done: for what is written and printed
+        -> on rank 0 its result, elsewhere None. The OSError or ValueError that it raises is raised by all."""
+        result = None
         error = None
         if self.rank == 0:
             try:
-                function(*args)
+                result = function(*args)
             except (OSError, ValueError) as raised:
                 error = raised
         if self.world > 1:
@@ -141,6 +142,7 @@ class Ranks:
             error = box[0]
         if error is not None:
             raise error
+        return result
 
     def same(self, x):
         """A tensor of the device -> that of rank 0, everywhere."""

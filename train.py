@@ -408,8 +408,8 @@ def set_up(o, sizes, device):
     for stage in stages:
         files.destination(out / stage)  # raises if it is a link that leads nowhere
 
-    ranks.first(data.prepare, o.data, o.tokenizer)  # the others find it done
-    training_file, validation_file = data.prepare(o.data, o.tokenizer)
+    prepared = ranks.first(data.prepare, o.data, o.tokenizer)
+    training_file, validation_file = prepared or data.prepare(o.data, o.tokenizer)  # the others find it done
     eot = training_file.header["eot"]
     batches = data.Batches(training_file.tokens, o.block_size, o.batch_size, eot, o.seed)
     validation = data.Batches(validation_file.tokens, o.block_size, o.batch_size, eot, 0)
