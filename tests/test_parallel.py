@@ -29,15 +29,17 @@ def told(results):
     return "".join(err for _, _, err in results)
 
 
-def assert_near(one, several):
-    """The same losses within 1e-6, gradient norms within 1e-5 of themselves; recall is of other queries."""
-    for a, b in zip(metrics(one), metrics(several), strict=True):
+def assert_near(one, several, stages=("dense", "warmup", "sparse")):
+    """The same losses and gradient norms within 1e-6, some eps of what they are sums of; recall is of other
+    queries."""
+    records = [record for record in metrics(one) if record["stage"] in stages]
+    for a, b in zip(records, metrics(several), strict=True):
         assert (a["stage"], a["step"], a["lr"]) == (b["stage"], b["step"], b["lr"])
         assert a.keys() == b.keys()
         for name in a.keys() & {"loss", "lm", "kl", "kl_uniform", "val_loss"}:
             assert a[name] == pytest.approx(b[name], rel=0, abs=1e-6), (name, a, b)
         for name in ("grad_norm", "index_grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-8), (name, a, b)
+            assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-6), (name, a, b)
 
 
 # ---- who owns what ----
@@ -171,12 +173,13 @@ def one(place):
 def test_four_ranks_train_as_one(place, one):
     """Two groups of two: micro-batches over the groups, each sequence over a group's ranks. The files are
     those of one process, and only rank 0 speaks."""
-    results = on_ranks(place, 4, *SMALL, "--out_dir=four", "--context_parallel=2")
+    stage = ("--stage=sparse", f"--init_from={one}/warmup", "--context_parallel=2")
+    results = on_ranks(place, 4, *SMALL, *stage, "--out_dir=four")
     assert [code for code, _, _ in results] == [0] * 4, told(results)
     assert "sample after" in results[0][1] and not any(out + err for _, out, err in results[1:])
-    assert_near(one, place / "four")
-    for path in one.rglob("*"):
-        assert (place / "four" / path.relative_to(one)).exists(), path
+    assert_near(one, place / "four", ["sparse"])
+    names = [sorted(path.name for path in (folder / "sparse").iterdir()) for folder in (one, place / "four")]
+    assert names[0] == names[1]
     sizes = [(folder / "sparse" / "model.safetensors").stat().st_size for folder in (one, place / "four")]
     assert sizes[0] == sizes[1]
 
