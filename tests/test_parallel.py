@@ -194,21 +194,31 @@ def stop_after(processes, folder, records, rank, number):
     return [finish(process) for process in processes]
 
 
-def test_stopped_and_resumed(place, one):
-    """SIGTERM to one rank stops both; the run goes on bit for bit on as many ranks, and to rounding as one
-    process, whose state is read as any other's."""
-    args = (*SMALL, "--context_parallel=2", "--gradient_accumulation_steps=2")
-    results = on_ranks(place, 2, *args, "--out_dir=whole")
-    assert [code for code, _, _ in results] == [0, 0], told(results)
-    assert_near(one, place / "whole")
+@pytest.fixture(scope="session")
+def shared(one):
+    """Options of a sparse stage whose sequences two ranks share."""
+    return (*SMALL, "--stage=sparse", f"--init_from={one}/warmup", "--context_parallel=2", "--sparse_steps=24",
+            "--gradient_accumulation_steps=2", "--save_interval=8")
 
-    processes = launch(place, 2, "train.py", *args, "--out_dir=parts")
-    results = stop_after(processes, place / "parts", 12, 1, signal.SIGTERM)
+
+@pytest.fixture(scope="session")
+def stopped(place, shared):
+    """-> the folder of such a run that SIGTERM to one of the ranks stopped."""
+    processes = launch(place, 2, "train.py", *shared, "--out_dir=stopped")
+    results = stop_after(processes, place / "stopped", 3, 1, signal.SIGTERM)
     assert [code for code, _, _ in results] == [143, 143], told(results)
     assert told(results).count("stopped after") == 1
-    assert len(runs.states(place / "parts")) == 1
-    shutil.copytree(place / "parts", place / "alone")
+    assert len(runs.states(place / "stopped")) == 1
+    return place / "stopped"
 
+
+def test_resumed(place, shared, stopped):
+    """The run goes on bit for bit on as many ranks, and to rounding as one process, which reads the state as
+    any other."""
+    results = on_ranks(place, 2, *shared, "--out_dir=whole")
+    assert [code for code, _, _ in results] == [0, 0], told(results)
+    for name in ("parts", "alone"):
+        shutil.copytree(stopped, place / name)
     results = on_ranks(place, 2, "--resume", "--out_dir=parts")
     assert [code for code, _, _ in results] == [0, 0], told(results)
     assert losses(place / "parts") == losses(place / "whole")
@@ -218,29 +228,23 @@ def test_stopped_and_resumed(place, one):
 
 # ---- failures: one line, all end, the last state stays ----
 
-@pytest.fixture(scope="session")
-def stopped(place, run):
-    """-> the folder of a run of two ranks that was stopped in its sparse stage, and options to go on."""
-    args = (*SMALL, "--stage=sparse", f"--init_from={run[0]}/warmup", "--sparse_steps=400", "--out_dir=ended")
-    processes = launch(place, 2, "train.py", *args)
-    stop_after(processes, place / "ended", 2, 0, signal.SIGTERM)
-    return place / "ended"
-
-
 def test_a_rank_dies(place, stopped):
-    before = runs.states(stopped)
-    count = len(metrics(stopped))
-    processes = launch(place, 2, "train.py", "--resume", "--out_dir=ended", "--save_interval=1000")
-    results = stop_after(processes, stopped, count + 1, 1, signal.SIGKILL)
+    folder = place / "died"
+    shutil.copytree(stopped, folder)
+    before = runs.states(folder)
+    count = len(metrics(folder))
+    processes = launch(place, 2, "train.py", "--resume", "--out_dir=died", "--save_interval=1000")
+    results = stop_after(processes, folder, count + 1, 1, signal.SIGKILL)
     assert [code for code, _, _ in results] == [1, -9]
     assert results[0][2].count("\n") == 1 and "another process has ended" in results[0][2]
-    assert runs.states(stopped) == before
-    assert not list(stopped.glob("*.part"))
+    assert runs.states(folder) == before and not list(folder.glob("*.part"))
 
 
 def test_full_disk_on_rank_0(place, stopped):
     """All ranks end, and the state before stays."""
-    [state] = before = runs.states(stopped)
+    folder = place / "no room"
+    shutil.copytree(stopped, folder)
+    [state] = before = runs.states(folder)
     limit = (state / "model.safetensors").stat().st_size - 1
 
     def limit_files():
@@ -248,10 +252,10 @@ def test_full_disk_on_rank_0(place, stopped):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     results = on_ranks(
-        place, 2, "--resume", "--out_dir=ended", "--save_interval=1", preexec_fn=limit_files)
-    refused(results[0], f"{state.name} is complete, go on with --resume")
-    refused(results[1], f"{state.name} is complete, go on with --resume")
-    assert runs.states(stopped) == before and not list(stopped.glob("*.part"))
+        place, 2, "--resume", "--out_dir=no room", "--save_interval=1", preexec_fn=limit_files)
+    for result in results:
+        refused(result, f"{state.name} is complete, go on with --resume")
+    assert runs.states(folder) == before and not list(folder.glob("*.part"))
 
 
 def test_other_options_on_another_rank(place):
