@@ -548,7 +548,7 @@ class Transformer(nn.Module):
         logits = self.lm_head(h) if return_logits else None  # (B, S or 1, vocab)
         return logits, losses
 
-    def run(self, backend, idx, first, index_loss, caches, position, last, split):
+    def run(self, backend, idx, first, index_loss, caches, position, last, split=None):
         """Check the arguments of `forward` -> Run."""
         if index_loss and caches is not None:
             raise ValueError("index_loss=True needs the whole sequence in one forward; leave caches out")

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import parallel
+import sparse_attn
 from support import runs
-from tests.common import FLOAT32, MEAN_ROW, assert_close
+from tests.common import FLOAT32, MEAN_ROW, assert_close, device_of
 from tests.scripts import ROOT, SHORT, SIZES, call, finish, launch, losses, metrics, refused, train
 from triton_kernels import dense
 
@@ -71,7 +72,7 @@ def plain_piece(q, k, v, scale, causal=True):
     """What cuDNN computes of a piece."""
     logits = torch.einsum("bshd,bthd->bhst", q, k) * scale
     if causal:
-        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril()
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
         logits = logits.masked_fill(~mask, float("-inf"))
     out = torch.einsum("bhst,bthd->bshd", logits.softmax(-1), v)
     return out, logits.logsumexp(-1).transpose(1, 2)
@@ -89,25 +90,38 @@ def plain_backward(dout, q, k, v, out, lse, scale, causal):
             torch.einsum("bhst,bshd->bthd", p, dout))
 
 
+@pytest.mark.parametrize("pieces", [True, False])
 @pytest.mark.parametrize("early,late,T", [(0, 15, 20), (5, 10, 20), (0, 5, 10), (7, 12, 30)])
-def test_pieces_make_the_attention(early, late, T, monkeypatch):
-    """Merged by their lse, and each differentiated with the merged out and lse: the reference's results and
-    gradients. Logits are of size 4, so that here the one and there the other piece has the mass."""
-    from sparse_attn import split_attention
-    monkeypatch.setattr(dense, "cudnn_takes", lambda q, v: True)
-    monkeypatch.setattr(dense, "cudnn_attention", plain_piece)
-    monkeypatch.setattr(dense, "cudnn_backward", plain_backward)
+def test_split_attention(early, late, T, pieces, monkeypatch):
+    """Pieces merged by their lse, and each differentiated with the merged out and lse, or the flash kernel
+    with bounds: the reference's results and gradients. Logits are of size 4, so that here the one and there
+    the other piece has the mass."""
+    if pieces:
+        monkeypatch.setattr(dense, "cudnn_takes", lambda q, v: True)
+        monkeypatch.setattr(dense, "cudnn_attention", plain_piece)
+        monkeypatch.setattr(dense, "cudnn_backward", plain_backward)
+    device = device_of("triton")
     torch.manual_seed(early)
+    shapes = ((10, 8), (T, 8), (T, 6))
+    inputs = [torch.randn(2, n, 3, d, device=device) for n, d in shapes]
+    inputs[1] *= 3
+    dout = torch.randn(2, 10, 3, 6, device=device)
     results = []
-    inputs = [torch.randn(2, 10, 3, 8), torch.randn(2, T, 3, 8) * 3, torch.randn(2, T, 3, 6)]
-    dout = torch.randn(2, 10, 3, 6)
-    for function in (split_attention, dense.split_attention):
+    for function in (sparse_attn.split_attention, dense.split_attention):
         tensors = [x.clone().requires_grad_() for x in inputs]
         out, lse = function(*tensors, 0.5, early, late)
         out.backward(dout)
         results.append([out, lse, *[x.grad for x in tensors]])
     for want, got in zip(*results, strict=True):
         assert_close(got, want, *FLOAT32, floor=MEAN_ROW)
+
+
+def test_split_attention_refuses():
+    """Chunks of unequal lengths, or beyond the keys."""
+    q, k = (torch.zeros(1, n, 1, 4) for n in (6, 12))
+    for queries, early, late in ((q[:, :5], 0, 6), (q, 0, 10), (q, -1, 3), (q, 4, 3)):
+        with pytest.raises(ValueError, match="two chunks of equal length"):
+            dense.split_attention(queries, k, k, 1.0, early, late)
 
 
 def test_pieces_are_an_operation(monkeypatch):
