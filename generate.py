@@ -45,13 +45,16 @@ class Decoder:
 
     With the Triton kernels on a GPU the first step is captured as a CUDA graph: lengths are read on the
     device, so one graph serves every position and no time goes to launches. Routing to experts needs the
-    host, so models with experts run step by step. compiled: by torch.compile first."""
+    host, so models with experts run step by step, and so do sharded ones. compiled: by torch.compile
+    first."""
 
     def __init__(self, model, caches, B, device, backend, compiled=False):
         self.model = torch.compile(model, dynamic=False) if compiled else model
         self.compiled = compiled
         self.caches = caches
         self.captures = device.type == "cuda" and backend == "triton" and not model.config.n_routed_experts
+        if hasattr(model, "reshard"):  # of FSDP
+            self.captures = False
         self.graph = None
         self.logits = None
         self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
@@ -123,16 +126,34 @@ def default_chunk(config, B, device):
     return max(SMALL_CHUNK, min(LARGE_CHUNK, tokens))
 
 
+def share_prompt(model, idx, first, caches, chunk, ranks):
+    """Let a prompt idx (B,T) enter the caches, those of every rank, `chunk` tokens of each at once -> how
+    many have: all but a few at the end, at least one, which every rank computes for itself. first (B,T) or
+    None."""
+    cut = 2 * ranks.context
+    shared = (idx.shape[1] - 1) // cut * cut
+    step = max(1, chunk // 2) * cut
+    for begin in range(0, shared, step):
+        end = min(begin + step, shared)
+        split = ranks.split(end - begin, begin)
+        bounds = None if first is None else split.part(first)
+        position = torch.arange(begin, end, device=idx.device)
+        model(
+            split.part(idx), first=bounds, caches=caches, position=position, return_logits=False, split=split)
+    return shared
+
+
 @torch.inference_mode()
 def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=None,
-           fp8_cache=False, end_ids=(), go_on=False, compiled=False):
+           fp8_cache=False, end_ids=(), go_on=False, compiled=False, ranks=None):
     """Yield up to n times the next token (B,) int64 after the prompts idx (B,T), sampled as by `sample`.
 
     end_ids: the ids that end a text. A row that has sampled one yields -1 from then on, and the stream stops
     with the last row; with go_on it starts another text instead. Either way no token sees what stands before
     an end of text, as in training. The prompt enters the caches `chunk` tokens at a time, see
     `default_chunk`. fp8_cache: latents in the published FP8 layout. compiled: the steps by torch.compile.
-    Sets model.cache_bytes_per_token. ValueError: see `check`."""
+    ranks: parallel.Ranks that share the prompt, called on all of them, all yield the same. Sets
+    model.cache_bytes_per_token. ValueError: see `check`."""
     B, T = idx.shape
     config = model.config
     device = idx.device
@@ -149,7 +170,11 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     first = document_starts(idx.cpu(), end_ids)  # (B, T)
     packed = bool(first.any())  # one document needs no bounds
     first = first.to(device)
-    for position in torch.arange(T, device=device).split(chunk or default_chunk(config, B, device)):
+    chunk = chunk or default_chunk(config, B, device)
+    begin = 0
+    if ranks is not None and ranks.context > 1:
+        begin = share_prompt(model, idx, first if packed else None, caches, chunk, ranks)
+    for position in torch.arange(begin, T, device=device).split(chunk):
         bounds = first[:, position] if packed else None
         logits, _ = model(
             idx[:, position], first=bounds, caches=caches, position=position, return_logits="last")
@@ -166,6 +191,8 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     for t in range(T, T + n):
         start = start.masked_fill(is_end, t)
         token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
+        if ranks is not None:
+            token = ranks.same(token)
         is_end = torch.isin(token, ends)
         yield token.masked_fill(ended, -1)
         if end_ids and not go_on:

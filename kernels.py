@@ -12,6 +12,7 @@ Which kernel runs
       more, 4 heads      as scores of so few heads are bound by memory
     dense_attention      causal over one document, 16-bit heads of a size that it knows: cuDNN, the fastest
       else               flash: documents, MQA on latents, odd sizes, float32; few queries: keys in parts
+    split_attention      the same for two chunks of a sequence that ranks share: cuDNN in pieces
     sparse_attention     the published shape (bf16, latents 512 + 64, 64 heads and more) on Hopper: Gluon,
                          warps that gather beside warps that multiply
       up to 32 heads     flash over the union of neighbouring queries' selections: one gather serves several
@@ -88,6 +89,15 @@ def dense_attention(q, k, v, scale, first=None, last=None):
     A row that sees nothing: out 0, lse -inf, gradient 0. No atomics. ValueError: Hk does not divide H, shapes
     that do not fit."""
     return dense.dense_attention(q, k, v, scale, first, last)
+
+
+def split_attention(q, k, v, scale, early, late):
+    """`dense_attention` of queries that are two chunks of one document, of equal lengths, which begin at the
+    positions early and late (a rank's part of a sequence, see parallel.py): arguments and results as there.
+
+    Where cuDNN takes the heads: each chunk attends to its own keys causally, to all earlier ones without a
+    mask, and the two are merged by their lse."""
+    return dense.split_attention(q, k, v, scale, early, late)
 
 
 def sparse_attention(q, latents, indices, scale, value_dim):

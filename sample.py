@@ -2,7 +2,9 @@
 
     python sample.py --prompt="def main("                    # from out/sparse
     echo "def main(" | python sample.py - --temperature=0    # prompt from standard input
+    torchrun --standalone --nproc-per-node=4 sample.py --prompt_file=FILE    # a prompt over four GPUs
 """
+import functools
 import math
 import os
 import sys
@@ -10,6 +12,7 @@ import time
 
 import torch
 
+import parallel
 from generate import stream
 from model import Transformer
 from support import checkpoint, cli, files, tokenizer
@@ -46,7 +49,11 @@ def options(argv):
         "float32)")
     add("--backend", choices=["auto", "torch", "triton"], default="auto", help="attention path (auto: triton "
         "on a CUDA GPU)")
+    add("--shard", action="store_true", help="under torchrun: spread the weights over the processes, for "
+        "models that one GPU cannot hold; slower per token")
     o = parser.parse_args(argv)
+    if o.stdin and parallel.world_size() > 1:
+        raise ValueError("-: the processes of torchrun have no standard input; use --prompt_file")
     if sum(source is not None for source in (o.stdin, o.prompt, o.prompt_file)) > 1:
         raise ValueError("give one of --prompt, --prompt_file and -, not several")
     cli.check_ranges(o, ("num_tokens", 1, math.inf), ("count", 1, math.inf), ("temperature", 0, math.inf),
@@ -120,7 +127,8 @@ def main():
     """Load, stream to standard output, report speed on standard error."""
     o = options(sys.argv[1:])
     text = prompt_text(o)
-    device = cli.device(o.device)
+    device = parallel.device(o.device)
+    ranks = parallel.start(device, parallel.world_size(), vars(o))
     config = checkpoint.read_config(o.checkpoint)
     if o.index_fp8 and config.index_topk:
         cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
@@ -130,14 +138,15 @@ def main():
     tokens_of = tokenizer.load_tokenizer(o.checkpoint)
     ids = prompt_ids(o, text, tokens_of, config.vocab_size)
     model = Transformer.from_pretrained(
-        o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype)
+        o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype,
+        prepare=functools.partial(parallel.shard, ranks=ranks) if o.shard else None)
 
     prompt = torch.tensor([ids], device=device).expand(o.count, -1)  # (count, tokens)
     generator = torch.Generator(device).manual_seed(o.seed)
     printer = Printer(text, tokens_of, ids, o.count, stops=not o.ignore_eos)
     rows = stream(
         model, prompt, o.num_tokens, o.temperature, o.top_k, o.top_p, generator, o.chunk, o.cache == "fp8",
-        tokens_of.end_ids, o.ignore_eos, o.compile)
+        tokens_of.end_ids, o.ignore_eos, o.compile, ranks)
     began = time.perf_counter()
     times = []
     for row in rows:

@@ -42,6 +42,15 @@ def dense_attention(q, k, v, scale, first=None, last=None):
     return over_rows(some, S, B * H * T)
 
 
+def split_attention(q, k, v, scale, early, late):
+    """`dense_attention` of queries that are two chunks of one document, of equal lengths, which begin at the
+    positions early and late: a rank's part of the sequence, see parallel.Split."""
+    B, S = q.shape[:2]
+    chunk = torch.arange(S // 2, dtype=torch.int32, device=q.device)  # (S / 2,)
+    last = torch.cat((early + chunk, late + chunk)).expand(B, -1)  # (B, S)
+    return dense_attention(q, k, v, scale, None, last)
+
+
 def sparse_attention(q, latents, indices, scale, value_dim):
     """Softmax attention over the selected tokens only, MQA mode   (paper eq. 2)
 

@@ -386,14 +386,14 @@ def differentiate_flash_attention(ctx, dout, dlse):
 flash_attention.register_autograd(differentiate_flash_attention, setup_context=keep_flash_attention)
 
 
-def cudnn_takes(q, v, first, last):
-    """Is this what cuDNN's attention knows, and does best? Causal over one document, a key head per query
-    head, 16-bit heads of up to 128 dimensions or, from Hopper on, of 192 with values of 128."""
-    S, H, D = q.shape[1:]
-    T, Hk, V = v.shape[1:]
-    if first is not None or last is not None or S != T or S < 2 or Hk != H:
+def cudnn_takes(q, v):
+    """Does cuDNN's attention know these heads? A key head per query head, 16-bit heads of up to 128
+    dimensions or, from Hopper on, of 192 with values of 128."""
+    H, D = q.shape[2:]
+    Hk, V = v.shape[2:]
+    if Hk != H or not q.is_cuda or not torch.version.cuda:
         return False
-    if not q.is_cuda or not torch.version.cuda or q.dtype not in (torch.bfloat16, torch.float16):
+    if q.dtype not in (torch.bfloat16, torch.float16):
         return False
     if D % 8 or V % 8:
         return False
@@ -402,27 +402,141 @@ def cudnn_takes(q, v, first, last):
     return (D, V) == (192, 128) and torch.cuda.get_device_properties(q.device).major >= 9
 
 
-def cudnn_attention(q, k, v, scale):
-    """Causal attention by cuDNN, which takes and gives (B,H,S,D) -> out (B,S,H,V), lse (B,S,H)"""
+def cudnn_attention(q, k, v, scale, causal=True):
+    """Attention by cuDNN, which takes and gives (B,H,S,D): causal with S = T, or to all keys -> out
+    (B,S,H,V), lse (B,S,H)"""
     B, S, H, _ = q.shape
     results = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, True, False, scale=scale)
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, causal, False, scale=scale)
     out, lse = results[:2]
     return out.transpose(1, 2), lse.view(B, H, S).transpose(1, 2)
 
 
-def dense_attention(q, k, v, scale, first=None, last=None):
-    B, S, H, D = q.shape
+def check_heads(q, k, v):
+    """ValueError: key heads that do not divide the query heads, too many of them, shapes that do not fit."""
+    B, _, H, D = q.shape
     T, Hk, V = v.shape[1:]
     if Hk == 0 or H % Hk:
         raise ValueError(f"{H} query heads over {Hk} key heads: the key heads must divide the query heads")
     if B * Hk >= 2**16:
         raise ValueError(f"{B} sequences x {Hk} key heads: a launch takes less than 65536; split the batch")
     fit(k=(k, (B, T, Hk, D)), v=(v, (B, T, Hk, V)))
-    if cudnn_takes(q, v, first, last):
+
+
+def dense_attention(q, k, v, scale, first=None, last=None):
+    B, S = q.shape[:2]
+    check_heads(q, k, v)
+    causal = first is None and last is None and S == v.shape[1] and S >= 2
+    if causal and cudnn_takes(q, v):
         out, lse = cudnn_attention(q, k, v, scale)
     else:
         out, lse = flash_attention(
             unit_stride(q), unit_stride(k), unit_stride(v), scale,
             full_bounds(first, B, S), full_bounds(last, B, S))
+    return out, lse.detach()
+
+
+# ---- split_attention: two chunks of a sequence, whose other chunks are other ranks' ----
+# contract    kernels.split_attention
+# equation    as dense_attention, over two sets of keys: lse = log(exp lse1 + exp lse2),
+#             out = exp(lse1 - lse) out1 + exp(lse2 - lse) out2
+#             backward: p[t,s] = exp(scale q[t].k[s] - lse[t]) and out.dout are those of the whole row, so
+#             each piece gets the merged out and lse, and its dq, dk, dv are summands of the whole
+# tiling      of each chunk two pieces that cuDNN knows: its own keys, causal, and all earlier ones, unmasked
+
+
+def cudnn_backward(dout, q, k, v, out, lse, scale: float, causal: bool):
+    """dout, out (B,S,H,V), lse (B,S,H) of the whole row; the rest as `cudnn_attention` -> dq, dk, dv. PyTorch
+    caches cuDNN's graph by the layout of q, k, v alone: dout, out and lse must always come in the same
+    one."""
+    stats = lse.transpose(1, 2).contiguous()[..., None]  # (B, H, S, 1)
+    none = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout of 0
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout.contiguous().transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        out.contiguous().transpose(1, 2), stats, none, none, None, None, None, q.shape[1], k.shape[1], 0.0,
+        causal, scale=scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def pieces(S, early, late):
+    """Of two chunks of S / 2 queries -> [(rows, keys, causal)], slices: what each call computes."""
+    half = S // 2
+    calls = []
+    for number, start in enumerate((early, late)):
+        rows = slice(number * half, (number + 1) * half)
+        calls.append((rows, slice(start, start + half), True))
+        if start:
+            calls.append((rows, slice(0, start), False))
+    return calls
+
+
+@operation("split_attention")
+def split_attention_pieces(q: Tensor, k: Tensor, v: Tensor, scale: float, early: int,
+                           late: int) -> tuple[Tensor, Tensor]:
+    """Arguments as kernels.split_attention, heads as `cudnn_takes` -> out, lse"""
+    B, S, H, _ = q.shape
+    out = torch.zeros(B, S, H, v.shape[3], dtype=torch.float32, device=q.device)
+    lse = torch.full((B, S, H), float("-inf"), dtype=torch.float32, device=q.device)
+    for rows, keys, causal in pieces(S, early, late):
+        part, part_lse = cudnn_attention(q[:, rows], k[:, keys], v[:, keys], scale, causal)
+        merged = torch.logaddexp(lse[:, rows], part_lse)  # (B, S / 2, H)
+        out[:, rows] *= torch.exp(lse[:, rows] - merged)[..., None]
+        out[:, rows] += torch.exp(part_lse - merged)[..., None] * part
+        lse[:, rows] = merged
+    return out.to(v.dtype), lse
+
+
+@split_attention_pieces.register_fake
+def _(q, k, v, scale, early, late):
+    shape = (*q.shape[:3], v.shape[3])
+    return q.new_empty(shape, dtype=v.dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@operation("split_attention_backward")
+def split_attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                             scale: float, early: int, late: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dout (B,S,H,V), arguments and results of split_attention -> dq, dk, dv in the dtypes of q, k, v; added
+    up in float32"""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+    for rows, keys, causal in pieces(q.shape[1], early, late):
+        parts = cudnn_backward(
+            dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, rows], scale, causal)
+        dq[:, rows] += parts[0]
+        dk[:, keys] += parts[1]
+        dv[:, keys] += parts[2]
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@split_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, scale, early, late):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def keep_split(ctx, inputs, output):
+    q, k, v, ctx.scale, ctx.early, ctx.late = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def differentiate_split(ctx, dout, dlse):
+    grads = split_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.early, ctx.late)
+    return *grads, None, None, None
+
+
+split_attention_pieces.register_autograd(differentiate_split, setup_context=keep_split)
+
+
+def split_attention(q, k, v, scale, early, late):
+    B, S = q.shape[:2]
+    check_heads(q, k, v)
+    half = S // 2
+    if S % 2 or not 0 <= early <= late or late + half > k.shape[1]:
+        raise ValueError(f"{S} queries from the positions {early} and {late} on, over {k.shape[1]} keys: two "
+                         "chunks of equal length that lie within the keys")
+    if cudnn_takes(q, v) and half >= 2:
+        out, lse = split_attention_pieces(q, k, v, scale, early, late)
+    else:
+        chunk = torch.arange(half, dtype=torch.int32, device=q.device)  # (S / 2,)
+        last = torch.cat((early + chunk, late + chunk))  # (S,)
+        out, lse = flash_attention(
+            unit_stride(q), unit_stride(k), unit_stride(v), scale, None, full_bounds(last, B, S))
     return out, lse.detach()
