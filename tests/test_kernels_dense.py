@@ -6,7 +6,7 @@ import triton.language as tl
 
 import kernels
 import sparse_attn
-from tests.common import MEAN_ROW, assert_close, poison
+from tests.common import MEAN_ROW, assert_close
 from tests.inputs import (
     CUDA, DEVICE, DTYPES, EPS, big, bounds, double, exact_attention, random, visible)
 from triton_kernels import common

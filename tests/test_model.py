@@ -11,7 +11,7 @@ import model as reference
 import sparse_attn
 from config import Config
 from model import Transformer, next_token_loss, rope_frequencies
-from tests.common import FLOAT32, assert_close, device_of, packed_batch, poison, tiny_model
+from tests.common import FLOAT32, assert_close, device_of, packed_batch, tiny_model
 
 SMALL = dict(num_hidden_layers=1, num_attention_heads=2, index_n_heads=2, index_topk=3)  # for the interpreter
 
