@@ -146,8 +146,8 @@ def loss_target_kernel(
         if step % STEPS == STEPS - 1:
             p += tl.exp2(logits * scale_log2 - tl.load(lse2_ptr + h * S)[:, None])
             logits = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
-    row = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * width
-    tl.store(p_ptr + row + t0 + tl.arange(0, BLOCK_T)[None, :], p * (1.0 / H))
+    row_offset = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * width
+    tl.store(p_ptr + row_offset + t0 + tl.arange(0, BLOCK_T)[None, :], p * (1.0 / H))
 
 
 @triton.jit
@@ -173,8 +173,8 @@ def loss_scores_kernel(
     d = tl.arange(0, BLOCK_D)
     ok = (d < DI)[None, :]
     k = tl.load(k_ptr + t[:, None] * stride_kt + d[None, :], mask=ok, other=0.0)
-    row = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * width
-    at = row + t0 + tl.arange(0, BLOCK_T)[None, :]
+    row_offset = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * width
+    at = row_offset + t0 + tl.arange(0, BLOCK_T)[None, :]
     score = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
     bits = tl.zeros([BLOCK_S, BLOCK_T], tl.uint32)
     for j in tl.range(0, HI, num_stages=NUM_STAGES):
@@ -220,7 +220,7 @@ def loss_dq_kernel(
     s = (first_block * QUERY_BLOCK + x) % per_sequence + tl.arange(0, BLOCK_S)
     first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
     lo, hi = visible_range(first, last, T)
-    row = (x + tl.arange(0, BLOCK_S)).to(tl.int64) * width
+    row_offset = (x + tl.arange(0, BLOCK_S)).to(tl.int64) * width
     k_ptr += b.to(tl.int64) * stride_kb
     bits_ptr += (j // 8).to(tl.int64) * plane
     a0 = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -228,8 +228,8 @@ def loss_dq_kernel(
     for t0 in tl.range(lo // BLOCK_T * BLOCK_T, hi, BLOCK_T, num_stages=NUM_STAGES):
         t = t0 + tl.arange(0, BLOCK_T)
         k = load_tile(k_ptr, t.to(tl.int64) * stride_kt, t < T, 0, DI, BLOCK_D)
-        g = tl.load(g_ptr + row[:, None] + t[None, :])
-        bits = tl.load(bits_ptr + row[:, None] + t[None, :])
+        g = tl.load(g_ptr + row_offset[:, None] + t[None, :])
+        bits = tl.load(bits_ptr + row_offset[:, None] + t[None, :])
         a0 = matmul(tl.where(((bits >> (7 - j % 8)) & 1) != 0, g, 0.0).to(k.dtype), k, a0)
         if HI > 1:
             a1 = matmul(tl.where(((bits >> (6 - j % 8)) & 1) != 0, g, 0.0).to(k.dtype), k, a1)
@@ -588,10 +588,10 @@ def loss_sparse_target_kernel(
     group = tl.program_id(1)
     block = first_block + local
     b, s, h, ok = loss_rows(block, group, blocks, S, H, BLOCK_S, BLOCK_H)
-    row = b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
-    q1 = load_tile(q_ptr, row, s < S, 0, D, D1)
+    q_offset = b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
+    q1 = load_tile(q_ptr, q_offset, s < S, 0, D, D1)
     if D2 > 0:
-        q2 = load_tile(q_ptr, row, s < S, D1, D, D2)
+        q2 = load_tile(q_ptr, q_offset, s < S, D1, D, D2)
     lse2 = tl.load(lse_ptr + (b * S + s) * H + h, mask=ok, other=float("inf")) * LOG2E
     length = tl.load(length_ptr + block)
     start = block.to(tl.int64) * list_width
