@@ -213,7 +213,7 @@ def stop_after(processes, folder, records, rank, number):
 def shared(one):
     """Options of a sparse stage whose sequences two ranks share."""
     return (*SMALL, "--stage=sparse", f"--init_from={one}/warmup", "--context_parallel=2",
-            "--sparse_steps=24", "--gradient_accumulation_steps=2", "--save_interval=8")
+            "--sparse_steps=12", "--gradient_accumulation_steps=2", "--save_interval=8")
 
 
 @pytest.fixture(scope="session")
