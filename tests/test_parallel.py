@@ -274,9 +274,9 @@ def test_full_disk_on_rank_0(place, stopped):
 
 
 def test_other_options_on_another_rank(place):
-    results = on_ranks(place, 2, *SMALL, "--out_dir=other", options={1: ["--seed=7"]})
+    results = on_ranks(place, 2, *SMALL, "--out_dir=other", options={1: ["--rope_theta=7"]})
     assert [code for code, _, _ in results] == [2, 2]
-    assert results[0][2].startswith("train.py: --seed=7 on rank 1, and 1337 on rank 0; start all")
+    assert results[0][2].startswith("train.py: --rope_theta=7.0 on rank 1, and None on rank 0; start all")
     assert not (place / "other").exists()
 
 
