@@ -334,13 +334,14 @@ def predict(model, x, y, first, attention, dtype):
         kept.append(out[:, -n:])
 
     def some(part):
-        logits = model.lm_head(kept[0][:, part]).float()  # (B, part, vocab)
+        logits = F.linear(kept[0][:, part], weight).float()  # (B, part, vocab)
         nats = F.cross_entropy(logits.transpose(1, 2), y[:, part], reduction="none")  # (B, part)
         return nats, logits.argmax(-1) == y[:, part]
 
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         with model.model["norm"].register_forward_hook(keep):
             model(x, first=first, return_logits=False)
+        weight = parallel.whole_tensor(model.lm_head.weight)  # (vocab, hidden)
         return indexer.over_rows(some, n, x.shape[0] * model.config.vocab_size)
 
 

@@ -176,10 +176,10 @@ def agree(ranks, options):
     everyone = ranks.gathered(options)
     ours = everyone[0]
     for rank, theirs in enumerate(everyone):
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ValueError(f"--{name}={theirs.get(name)} on rank {rank}, and {value} on rank 0; start "
-                                 "all of them with the same options")
+        for name in ours | theirs:
+            if theirs.get(name) != ours.get(name):
+                raise ValueError(f"--{name}={theirs.get(name)} on rank {rank}, and {ours.get(name)} on rank "
+                                 "0; start all of them with the same options")
 
 
 # ---- the model over the ranks ----

@@ -151,7 +151,7 @@ def main():
     compare(ranks, CASES[0], packed=True)
     compare(ranks, CASES[3], packed=False)
     if ranks.device.type == "cpu":
-        compare(ranks, CASES[3], packed=True, compiled=True)
+        compare(ranks, CASES[2], packed=True, compiled=True)  # tracing the others takes long
     compare_prompts(ranks)
     compare_checkpoints(ranks)
     print("all equal")

@@ -1,5 +1,6 @@
 """Several processes (docs/PARALLEL.md): the same losses as one, runs that go on, and what happens where one
 of them fails. gloo on the CPU; on GPUs the same through NCCL."""
+import json
 import os
 import resource
 import shutil
@@ -212,7 +213,7 @@ def stop_after(processes, folder, records, rank, number):
 def shared(one):
     """Options of a sparse stage whose sequences two ranks share."""
     return (*SMALL, "--stage=sparse", f"--init_from={one}/warmup", "--context_parallel=2",
-            "--sparse_steps=24", "--gradient_accumulation_steps=2", "--save_interval=8")
+            "--sparse_steps=12", "--gradient_accumulation_steps=2", "--save_interval=8")
 
 
 @pytest.fixture(scope="session")
@@ -273,9 +274,9 @@ def test_full_disk_on_rank_0(place, stopped):
 
 
 def test_other_options_on_another_rank(place):
-    results = on_ranks(place, 2, *SMALL, "--out_dir=other", options={1: ["--seed=7"]})
+    results = on_ranks(place, 2, *SMALL, "--out_dir=other", options={1: ["--rope_theta=7"]})
     assert [code for code, _, _ in results] == [2, 2]
-    assert results[0][2].startswith("train.py: --seed=7 on rank 1, and 1337 on rank 0; start all")
+    assert results[0][2].startswith("train.py: --rope_theta=7.0 on rank 1, and None on rank 0; start all")
     assert not (place / "other").exists()
 
 
@@ -296,3 +297,24 @@ def test_refused_before_anything_starts(options, monkeypatch):
         with pytest.raises(ValueError, match=REFUSED[options].split(":")[0]) as error:
             script.resolve(["--data=text.txt", "--out_dir=refused", *SIZES, *SHORT, *options.split()])
     assert REFUSED[options] in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- sample.py and evaluate.py ----
+
+def test_sample_and_evaluate_sharded(place, one):
+    """Weights in parts, the prompt and the batches shared: what one process prints and measures."""
+    prompt = (place / "text.txt").read_text()[:75]
+    (place / "prompt.txt").write_text(prompt)
+    sample = ("--checkpoint=one process/sparse", "--prompt_file=prompt.txt", "--num_tokens=12")
+    measure = ("--checkpoint=one process/sparse", "--batches=3", "--copies=4")
+    code, text, _ = call(place, "sample.py", *sample)
+    assert code == 0 and call(place, "evaluate.py", *measure, "--out_dir=measured 1")[0] == 0
+
+    sampling = launch(place, 2, "sample.py", *sample, "--shard", "--device=cpu")
+    measuring = launch(place, 2, "evaluate.py", *measure, "--shard", "--device=cpu", "--out_dir=measured 2")
+    results = [finish(process) for process in (*sampling, *measuring)]
+    assert [code for code, _, _ in results] == [0] * 4, told(results)
+    assert results[0][1] == text and not results[1][1]
+    want, got = (json.loads((place / f"measured {n}" / "evaluation.json").read_text()) for n in (1, 2))
+    for name in ("loss", "recall", "layers", "distances", "copy"):
+        assert got[name] == want[name], name
