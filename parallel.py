@@ -26,8 +26,8 @@ from support import cli
 # FSDP and DTensor are imported where they are used: one process need not wait a second for them.
 
 # Gathers along dimension 0, and the gradient goes back as a sum by reduce-scatter; renamed in torch 2.13
-all_gather = getattr(collectives, "all_gather_single_autograd", None)
-all_gather = all_gather or collectives.all_gather_tensor_autograd
+all_gather_autograd = getattr(collectives, "all_gather_single_autograd", None)
+all_gather_autograd = all_gather_autograd or collectives.all_gather_tensor_autograd
 PATIENCE = timedelta(hours=2)  # of a rank that waits, such as for rank 0 to write a large state
 
 
@@ -293,7 +293,9 @@ class Split:
         """x (B,length / C,D), each rank's -> (B,length,D) in the order of the sequence. Its gradient is the
         sum over all ranks of what they send back, each rank's own rows."""
         rows = x.transpose(0, 1).contiguous()  # (length / C, B, D)
-        rows = all_gather(rows, 0, self.group)  # (length, B, D), rank by rank
+        learns = torch.is_grad_enabled() and x.requires_grad  # before 2.13 the other one needs autograd
+        gather = all_gather_autograd if learns else collectives.all_gather_tensor
+        rows = gather(rows, 0, self.group)  # (length, B, D), rank by rank
         lower, upper = rows.unflatten(0, (self.context, 2, self.chunk)).unbind(1)  # (C, chunk, B, D) each
         rows = torch.cat((lower.flatten(0, 1), upper.flip(0).flatten(0, 1)))  # (length, B, D)
         return rows.transpose(0, 1).contiguous()
