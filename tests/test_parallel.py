@@ -219,12 +219,12 @@ def shared(one):
 @pytest.fixture(scope="session")
 def stopped(place, shared):
     """-> the folder of such a run that SIGTERM to one of the ranks stopped."""
-    processes = launch(place, 2, "train.py", *shared, "--out_dir=stopped")
-    results = stop_after(processes, place / "stopped", 3, 1, signal.SIGTERM)
+    processes = launch(place, 2, "train.py", *shared, "--out_dir=stopped-ranks")
+    results = stop_after(processes, place / "stopped-ranks", 3, 1, signal.SIGTERM)
     assert [code for code, _, _ in results] == [143, 143], told(results)
     assert told(results).count("stopped after") == 1
-    assert len(runs.states(place / "stopped")) == 1
-    return place / "stopped"
+    assert len(runs.states(place / "stopped-ranks")) == 1
+    return place / "stopped-ranks"
 
 
 def test_resumed(place, shared, stopped):
