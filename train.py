@@ -635,9 +635,9 @@ def train_stage(run, stage, caught):
         # Stop before a step by something that is not finite
         values = run.ranks.means(read(losses, norms))
         if not all(map(math.isfinite, values.values())):
-            print(f"train.py: {stage} step {step}, batches {batches[0]}..{batches[-1]}: not finite: {values}; "
-                  f"last good checkpoint: {last_good(run)}. Lower --{like}_lr or raise --ramp_steps",
-                  file=sys.stderr)
+            print(f"train.py: {stage} step {step}, batches {batches[0]}..{batches[-1]}: not finite: "
+                  f"{values}; last good checkpoint: {last_good(run)}. Lower --{like}_lr or raise "
+                  "--ramp_steps", file=sys.stderr)
             return 1
 
         # Step
