@@ -28,8 +28,6 @@ import math
 import os
 import shutil
 import sys
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +40,9 @@ from tqdm import tqdm
 import data
 import indexer
 import parallel
-from model import Transformer, exact
+from model import Transformer, watched
+from precision import exact
+from sparse_attn import attention_mass
 from support import checkpoint, cli, files, report, tokenizer
 
 ATTENTIONS = ("dense", "sparse")
@@ -200,44 +200,26 @@ class Statistics(NamedTuple):
     neighbours: Tensor  # (B, R, 2): NEIGHBOURS, NaN unless all 8 see more than k tokens of one document
 
 
-@contextmanager
 def watching(model, record):
-    """A context in which each layer of a sparse forward, whatever the backend, calls record(layer,
+    """-> a context in which each layer of a sparse forward, whatever the backend, calls record(layer,
     SelectArguments, AttentionArguments); in a layer that shares a selection, the former are those of the
     layer it comes from."""
     selecting = None
 
-    def watch(module, args, layer):
-        h, run, *rest = args
-
+    def wrap(layer, h, ops):
         def select(*arguments):
             nonlocal selecting
             selecting = SelectArguments(*arguments)
-            return run.ops.select(*arguments)
+            return ops.select(*arguments)
 
         def sparse_attention(*arguments):
             with exact(h):
                 record(layer, selecting, AttentionArguments(*arguments))
-            return run.ops.sparse_attention(*arguments)
+            return ops.sparse_attention(*arguments)
 
-        ops = run.ops._replace(select=select, sparse_attention=sparse_attention)
-        return h, replace(run, ops=ops), *rest
+        return ops._replace(select=select, sparse_attention=sparse_attention)
 
-    hooks = []
-    for layer, block in enumerate(model.model.layers):
-        hooks.append(block.self_attn.register_forward_pre_hook(functools.partial(watch, layer=layer)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def attention_mass(q, latents, scale, seen):
-    """What dense attention looks at, mean over heads: q (B,R,H,D), latents (B,T,D), seen (1 or B,R,T) ->
-    (B,R,T) probabilities."""
-    logits = torch.einsum("bshd,btd->bsht", q.float(), latents.float()) * scale  # (B, R, H, T)
-    return logits.masked_fill(~seen[:, :, None], float("-inf")).softmax(-1).mean(2)
+    return watched(model, wrap)
 
 
 def selected(x, chosen, empty):

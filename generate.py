@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from precision import product_dtype
 from sparse_attn import Cache
 
 SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
@@ -40,6 +41,15 @@ def document_starts(idx, end_ids):
     return starts.int()
 
 
+def new_caches(model, B, capacity, device, dtype, fp8=False):
+    """-> an empty Cache for each layer: latents in dtype, or in the published FP8 layout."""
+    caches = []
+    for layer in range(model.config.num_hidden_layers):
+        indexed = model.config.has_indexer(layer)
+        caches.append(Cache(model.config, B, capacity, device, dtype, fp8, model.index_fp8, indexed))
+    return caches
+
+
 class Decoder:
     """Decoding steps of B rows whose prompts are in the caches.
 
@@ -48,11 +58,15 @@ class Decoder:
     host, so models with experts run step by step, and so do sharded ones. compiled: by torch.compile
     first."""
 
-    def __init__(self, model, caches, B, device, backend, compiled=False):
+    def __init__(self, model, caches, compiled=False):
+        latents = caches[0].latents  # (B, capacity, ...)
+        B = len(latents)
+        device = latents.device
+        triton = model.backend_on(device) == "triton"
         self.model = torch.compile(model, dynamic=False) if compiled else model
         self.compiled = compiled
         self.caches = caches
-        self.captures = device.type == "cuda" and backend == "triton" and not model.config.n_routed_experts
+        self.captures = device.type == "cuda" and triton and not model.config.n_routed_experts
         if hasattr(model, "reshard"):  # of FSDP
             self.captures = False
         self.graph = None
@@ -159,12 +173,7 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     device = idx.device
     check(T, n, temperature, top_k, top_p, chunk, config)
     end_ids = list(end_ids)
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.lm_head.weight.dtype
-    caches = []
-    for layer in range(config.num_hidden_layers):
-        indexed = config.has_indexer(layer)
-        caches.append(Cache(config, B, T + n, device, dtype, fp8_cache, model.index_fp8, indexed))
+    caches = new_caches(model, B, T + n, device, product_dtype(model.lm_head.weight), fp8_cache)
     model.cache_bytes_per_token = sum(cache.bytes_per_token for cache in caches)
 
     first = document_starts(idx.cpu(), end_ids)  # (B, T)
@@ -184,7 +193,7 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
                          "this dtype")
 
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
-    decoder = Decoder(model, caches, B, device, model.backend_on(device), compiled)
+    decoder = Decoder(model, caches, compiled)
     start = first[:, -1]  # (B,) where the document of the last token begins
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     is_end = torch.isin(idx[:, -1], ends)  # (B,)

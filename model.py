@@ -7,9 +7,11 @@ reference, "triton" the kernels that tests hold equal to it. Parameters and conf
 published checkpoints, of which four families run here: deepseek_v2, deepseek_v3 (dense attention; `index` of
 `from_pretrained` grafts indexers onto them), deepseek_v32 and glm_moe_dsa.
 """
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ import generate
 import indexer
 import sparse_attn
 from moe import MLP, MoE
+from precision import exact, product_dtype
 
 RECALL_QUERIES = 16  # of a sequence, for the recall that training reports
 DECODE_QUERIES = 16  # up to so many new queries read the latents themselves: expanding a cache costs more
@@ -29,12 +32,6 @@ LOSS_SLICE = 2**28  # logits that the language-model loss holds at a time
 
 
 # ---- norms and positions ----
-
-def product_dtype(x):
-    """What a linear layer computes x in: autocast's dtype, else its own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32; under autocast rounded to its dtype,
@@ -144,9 +141,23 @@ def operations(backend):
         indexer_loss_sparse=indexer.indexer_loss_sparse)
 
 
-def exact(x):
-    """A context in which operations compute in the dtype of their inputs, whatever autocast says."""
-    return torch.autocast(x.device.type, enabled=False)
+@contextmanager
+def watched(model, wrap):
+    """A context in which the attention of each layer calls what wrap(layer, h, ops) makes of its
+    Operations."""
+
+    def watch(module, args, layer):
+        h, run, *rest = args
+        return h, replace(run, ops=wrap(layer, h, run.ops)), *rest
+
+    hooks = []
+    for layer, block in enumerate(model.model.layers):
+        hooks.append(block.self_attn.register_forward_pre_hook(functools.partial(watch, layer=layer)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass

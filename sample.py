@@ -145,8 +145,9 @@ def main():
     generator = torch.Generator(device).manual_seed(o.seed)
     printer = Printer(text, tokens_of, ids, o.count, stops=not o.ignore_eos)
     rows = stream(
-        model, prompt, o.num_tokens, o.temperature, o.top_k, o.top_p, generator, o.chunk, o.cache == "fp8",
-        tokens_of.end_ids, o.ignore_eos, o.compile, ranks)
+        model, prompt, o.num_tokens, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p,
+        generator=generator, chunk=o.chunk, fp8_cache=o.cache == "fp8", end_ids=tokens_of.end_ids,
+        go_on=o.ignore_eos, compiled=o.compile, ranks=ranks)
     began = time.perf_counter()
     times = []
     for row in rows:

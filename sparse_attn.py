@@ -75,17 +75,22 @@ def sparse_attention(q, latents, indices, scale, value_dim):
     return over_rows(some, S, B * K * (D + H))
 
 
+def attention_mass(q, latents, scale, seen):
+    """What dense attention looks at, mean over heads: q (B,S,H,D) absorbed, latents (B,T,D), seen (1 or
+    B,S,T) -> (B,S,T) float32 probabilities, NaN where nothing is visible. Holds (B,S,H,T) logits: for a few
+    sampled queries."""
+    logits = torch.einsum("bshd,btd->bsht", q.float(), latents.float()) * scale  # (B, S, H, T)
+    return logits.masked_fill_(~seen[:, :, None], float("-inf")).softmax(-1).mean(2)
+
+
 @torch.no_grad()
 def selected_mass(q, latents, indices, scale, first, last):
     """Recall: the share of the dense attention's mass, averaged over heads, that the selected tokens hold ->
     (B,S) float32.
 
-    Shapes as `sparse_attention`, first and last (B,S) required. Holds (B,S,H,T) logits: for a few sampled
-    queries, as a metric."""
-    logits = torch.einsum("bshd,btd->bsht", q.float(), latents.float()) * scale  # (B, S, H, T)
+    Shapes as `sparse_attention`, first and last (B,S) required. A metric, see `attention_mass`."""
     seen = visible(q.shape[1], latents.shape[1], first, last, slice(None), q.device)  # (B, S, T)
-    logits = logits.masked_fill_(~seen[:, :, None], float("-inf"))
-    p = torch.softmax(logits, -1).mean(2)  # (B, S, T), NaN where nothing is visible, hence nothing selected
+    p = attention_mass(q, latents, scale, seen)  # (B, S, T); where that is NaN nothing is selected
     selected = p.gather(-1, indices.clamp(min=0).long())  # (B, S, K)
     return selected.masked_fill(indices < 0, 0).sum(-1)
 
