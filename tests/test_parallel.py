@@ -179,6 +179,14 @@ def test_models_by_nccl(place, ranks, context):
 
 
 @pytest.fixture(scope="session")
+def place(place, tmp_path_factory):
+    """A user's folder apart: the runs here have names that other tests' runs have, too."""
+    folder = tmp_path_factory.mktemp("ranks")
+    shutil.copy(place / "text.txt", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def one(place):
     """A run of one process with two micro-batches a step."""
     assert train(place, "one process", "--gradient_accumulation_steps=2")[0] == 0
@@ -219,12 +227,12 @@ def shared(one):
 @pytest.fixture(scope="session")
 def stopped(place, shared):
     """-> the folder of such a run that SIGTERM to one of the ranks stopped."""
-    processes = launch(place, 2, "train.py", *shared, "--out_dir=stopped-ranks")
-    results = stop_after(processes, place / "stopped-ranks", 3, 1, signal.SIGTERM)
+    processes = launch(place, 2, "train.py", *shared, "--out_dir=stopped")
+    results = stop_after(processes, place / "stopped", 3, 1, signal.SIGTERM)
     assert [code for code, _, _ in results] == [143, 143], told(results)
     assert told(results).count("stopped after") == 1
-    assert len(runs.states(place / "stopped-ranks")) == 1
-    return place / "stopped-ranks"
+    assert len(runs.states(place / "stopped")) == 1
+    return place / "stopped"
 
 
 def test_resumed(place, shared, stopped):
