@@ -116,6 +116,19 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None, rows=slice(None))
     return scores.masked_fill(~seen, float("-inf"))
 
 
+def highest(scores, topk):
+    """scores (B,rows,T) -> (B,rows,topk) int32: the positions of the highest, ascending, then -1 in unused
+    slots. See `select`."""
+    T = scores.shape[-1]
+    scores = scores.masked_fill(scores.isnan(), float("nan"))  # one NaN: CUDA sorts others by their bits
+    best, position = scores.sort(dim=-1, descending=True, stable=True)
+    unseen = best[..., :topk] == float("-inf")
+    chosen = position[..., :topk].masked_fill(unseen, T)  # (B, rows, min(topk, T)), T sorts last
+    chosen = chosen.sort(-1).values
+    chosen = chosen.masked_fill(chosen == T, -1)
+    return F.pad(chosen, (0, max(0, topk - T)), value=-1).int()
+
+
 @torch.no_grad()
 def select(q, k, w, topk, k_scale=None, first=None, last=None):
     """S_t = the topk visible keys with the highest index score -> (B,S,topk) int32: ascending positions, then
@@ -130,16 +143,103 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
     T = k.shape[1]
 
     def some(rows):
-        scores = index_scores(q, k, w, k_scale, first, last, rows)  # (B, rows, T)
-        scores = scores.masked_fill(scores.isnan(), float("nan"))  # one NaN: CUDA sorts others by their bits
-        best, position = scores.sort(dim=-1, descending=True, stable=True)
-        unseen = best[..., :topk] == float("-inf")
-        chosen = position[..., :topk].masked_fill(unseen, T)  # (B, rows, min(topk, T)), T sorts last
-        chosen = chosen.sort(-1).values
-        chosen = chosen.masked_fill(chosen == T, -1)
-        return (F.pad(chosen, (0, max(0, topk - T)), value=-1).int(),)
+        return (highest(index_scores(q, k, w, k_scale, first, last, rows), topk),)
 
     return over_rows(some, S, B * T * HI)[0]
+
+
+# ---- selection in two levels ----
+
+def block_keys(k, k_scale=None, block=16):
+    """k (B,T,DI), of e4m3 keys k_scale (B,T) -> a key for each complete block of `block` tokens, (B,T //
+    block,DI), and scales (B,T // block) or None: the mean of the block's keys, quantised like them.
+
+    The mean of what selection sees, not of what was quantised: so decoding, which only has the cache, makes
+    the same block keys as training does. Summed in float32, token after token: the same bits everywhere.
+    Differentiable in keys that are no e4m3."""
+    B, T, DI = k.shape
+    end = T // block * block
+    total = torch.zeros(B, T // block, DI, device=k.device)
+    for i in range(block):
+        key = k[:, i:end:block].float()  # (B, T // block, DI), token i of each block
+        if k_scale is not None:
+            key = key * k_scale[:, i:end:block, None]
+        total = total + key
+    mean = total / block  # (B, T // block, DI)
+    if k_scale is None:
+        return mean.to(k.dtype), None
+    values, scale = quantise(mean, block=DI)
+    return values, scale.squeeze(-1)
+
+
+def ranked_blocks(S, T, first, last, block, recent, device):
+    """-> (1 or B, S) int64 each: the block that holds the first token that a query sees, and the one that
+    holds the earliest of the `recent` last ones. These are read whatever they score, and all from there on;
+    the blocks between are ranked. They are complete, and in one document."""
+    if last is None:
+        last = torch.arange(T - S, T, device=device)[None]  # (1, S)
+    if first is None:
+        first = torch.zeros_like(last)
+    beginning = first.long().clamp(min=0) // block  # (1 or B, S)
+    last = last.long().clamp(max=T - 1)
+    return beginning, torch.maximum((last + 1 - recent).clamp(min=0) // block, beginning)
+
+
+def default_candidates(topk, T):
+    """Tokens in the blocks that a query ranks highest: enough of them for k, and for long contexts."""
+    return max(8 * topk, T // 32)
+
+
+@torch.no_grad()
+def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_blocks=None, block_scale=None,
+                     block=16, candidates=0, recent=256, tile=1):
+    """`select` among candidates only: what a query's document begins with (its first block), its `recent`
+    last tokens (and the rest of the block in which these begin), and of the blocks between those that score
+    highest by their keys, `candidates` tokens of them (0: `default_candidates`; rounded up to blocks).
+
+    k_blocks (B,T // block,DI), block_scale (B,T // block): of `block_keys`, None computes them. tile: so many
+    neighbouring queries share their ranked blocks, by the highest of their scores; from 2 on a query's
+    candidates depend on queries behind it, and decoding, where each is alone, finds others. Other arguments,
+    results, ties and NaN as `select`, which this is as soon as all blocks are candidates. ValueError: topk,
+    block, recent or tile < 1."""
+    check_two_levels(topk, block, recent, tile)
+    B, S, HI, _ = q.shape
+    T = k.shape[1]
+    blocks = -(-(candidates or default_candidates(topk, T)) // block)
+    if k_blocks is None:
+        k_blocks, block_scale = block_keys(k, k_scale, block)
+    beginning, recently = ranked_blocks(S, T, first, last, block, recent, q.device)
+    count = -(-T // block)
+
+    def some(tiles):
+        rows = slice(tiles.start * tile, min(tiles.stop * tile, S))
+        # the best blocks of each tile
+        scores = index_scores(q, k_blocks, w, block_scale, beginning + 1, recently - 1, rows)  # (B, rows, N)
+        scores = F.pad(scores, (0, 0, 0, (rows.start - rows.stop) % tile), value=float("-inf"))
+        scores = scores.unflatten(1, (tiles.stop - tiles.start, tile)).amax(2)  # (B, tiles, N)
+        best = highest(scores, blocks).long() % (count + 1)  # (B, tiles, blocks), `count` in empty slots
+
+        # the candidates of each query: of the blocks that it ranks, the best
+        chosen = torch.zeros(*best.shape[:2], count + 1, dtype=torch.bool, device=q.device)
+        chosen = chosen.scatter(-1, best, True)[..., :-1]  # (B, tiles, count)
+        chosen = chosen.repeat_interleave(tile, 1)[:, :rows.stop - rows.start]  # (B, rows, count)
+        n = torch.arange(count, device=q.device)
+        ranked = (n > beginning[:, rows, None]) & (n < recently[:, rows, None])  # (1 or B, rows, count)
+        candidate = (chosen | ~ranked).repeat_interleave(block, -1)[..., :T]  # (B, rows, T)
+
+        # the best tokens in them
+        scores = index_scores(q, k, w, k_scale, first, last, rows)  # (B, rows, T)
+        return (highest(scores.masked_fill(~candidate, float("-inf")), topk),)
+
+    return over_rows(some, -(-S // tile), B * T * HI * tile)[0]
+
+
+def check_two_levels(topk, block, recent, tile):
+    """ValueError unless each is at least 1."""
+    if topk < 1:
+        raise ValueError(f"index_topk={topk}: select at least one token")
+    if min(block, recent, tile) < 1:
+        raise ValueError(f"block={block}, recent={recent}, tile={tile}: each is at least 1")
 
 
 # ---- how the indexer learns ----
