@@ -201,8 +201,8 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_block
     neighbouring queries share their ranked blocks, by the highest of their scores; from 2 on a query's
     candidates depend on queries behind it, and decoding, where each is alone, finds others. Other arguments,
     results, ties and NaN as `select`, which this is as soon as all blocks are candidates. ValueError: topk,
-    block, recent or tile < 1."""
-    check_two_levels(topk, block, recent, tile)
+    block or recent < 1, a tile that is not a power of two."""
+    check_two_levels(topk, block, candidates, recent, tile)
     B, S, HI, _ = q.shape
     T = k.shape[1]
     blocks = -(-(candidates or default_candidates(topk, T)) // block)
@@ -234,12 +234,15 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_block
     return over_rows(some, -(-S // tile), B * T * HI * tile)[0]
 
 
-def check_two_levels(topk, block, recent, tile):
-    """ValueError unless each is at least 1."""
+def check_two_levels(topk, block, candidates, recent, tile):
+    """ValueError, naming value and fix, unless selection in two levels can run so."""
     if topk < 1:
         raise ValueError(f"index_topk={topk}: select at least one token")
-    if min(block, recent, tile) < 1:
-        raise ValueError(f"block={block}, recent={recent}, tile={tile}: each is at least 1")
+    if min(block, recent) < 1 or candidates < 0:
+        raise ValueError(f"block={block}, recent={recent}, candidates={candidates}: tokens of a block and "
+                         "recent ones, at least 1, and of candidates, from 0 on")
+    if tile < 1 or tile & (tile - 1):
+        raise ValueError(f"tile={tile}: queries that share their blocks, a power of two")
 
 
 # ---- how the indexer learns ----

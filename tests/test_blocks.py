@@ -2,9 +2,15 @@
 all blocks are candidates; kernels against the reference; caches, decoding, training. (T10): docs/TRAPS.md."""
 import pytest
 import torch
+from torch.library import opcheck
 
 import indexer
-from tests.test_kernels_index import DEVICE, E4M3, HALF, bounds, integers, rand, with_kinds
+import kernels
+from tests.common import poison
+from tests.test_kernels_index import (
+    ALL_CHECKS, CUDA, DEVICE, E4M3, HALF, bounds, integers, rand, same_bits, with_kinds)
+from triton_kernels import index
+from triton_kernels.common import full_bounds
 
 BLOCK = 4
 RECENT = 10
@@ -82,3 +88,223 @@ def test_definition(B, S, T, kind, topk, candidates, tile, monkeypatch):
             scores[b].tolist(), block_scores[b].tolist(), seen, topk, candidates, tile)
     monkeypatch.setattr(indexer, "SLICE", 1000)
     assert torch.equal(indexer.select_by_blocks(*args), got)
+
+
+# ---- the kernels ----
+
+@pytest.mark.parametrize("dtype", ["e4m3", "half", "float32"])
+@pytest.mark.parametrize("B,T,DI,block", [(2, 70, 32, 4), (1, 33, 16, 16), (3, 15, 64, 16), (1, 100, 40, 7)])
+def test_block_keys_bits(B, T, DI, block, dtype):
+    """The mean of each complete block, quantised: bit for bit, from a view of a longer cache, too."""
+    size = torch.logspace(-6, 4, T, device=DEVICE)[None, :, None]
+    k = rand(B, T + 5, DI)[:, :T] * size
+    k_scale = None
+    if dtype == "e4m3":
+        k, k_scale = indexer.quantise(k)
+        k_scale = k_scale[..., 0]
+    else:
+        k = k.to(HALF if dtype == "half" else torch.float32)
+    poison()
+    got = kernels.block_keys(k, k_scale, block)
+    want = indexer.block_keys(k, k_scale, block)
+    same_bits(got[0].float(), want[0].float())
+    assert got[0].shape == (B, T // block, DI) and got[0].dtype == k.dtype
+    if k_scale is None:
+        assert got[1] is None and want[1] is None
+        tokens = k[:, :T // block * block].double().unflatten(1, (T // block, block))
+        error = (got[0].double() - tokens.mean(2)).abs()
+        # `block` roundings of float32 sums, one to the keys' dtype
+        allowed = tokens.abs().mean(2) * (torch.finfo(k.dtype).eps + block * torch.finfo(torch.float32).eps)
+        assert (error <= allowed + torch.finfo(k.dtype).smallest_normal).all()
+    else:
+        same_bits(got[1], want[1])
+
+
+def operation(q, k, w, topk, k_scale, first, last, block, candidates, recent, tile):
+    """The kernels, also where kernels.select_by_blocks would select from everything."""
+    B, S = q.shape[:2]
+    k_blocks, block_scale = kernels.block_keys(k, k_scale, block)
+    poison()
+    return torch.ops.dsa.select_by_blocks(
+        q, k, w, topk, k_scale, full_bounds(first, B, S), full_bounds(last, B, S), k_blocks, block_scale,
+        block, candidates, recent, tile)
+
+
+SMALL = [(1, 1, 1), (2, 5, 70), (1, 37, 37), (2, 3, 301)]
+SMALL += [(1, 300, 3000), (2, 1000, 1000), (1, 70, 20000)] * CUDA
+
+
+@pytest.mark.parametrize("topk,candidates,block,tile,dtype", [
+    (1, 4, 4, 1, "float32"), (7, 8, 4, 4, "half"), (12, 30, 3, 2, "e4m3"), (64, 40, 16, 64, "e4m3")])
+@pytest.mark.parametrize("kind,B,S,T", with_kinds(SMALL))
+def test_kernels_are_the_reference(B, S, T, kind, topk, candidates, block, tile, dtype):
+    """(T10-T12) The same tokens, whatever the block, the tile, the bounds."""
+    q, k, w, k_scale = inputs(B, S, T, dtype=dtype)
+    first, last = bounds(kind, B, S, T)
+    got = operation(q, k, w, topk, k_scale, first, last, block, candidates, RECENT, tile)
+    want = indexer.select_by_blocks(
+        q, k, w, topk, k_scale, first, last, None, None, block, candidates, RECENT, tile)
+    assert got.dtype == torch.int32 and torch.equal(got, want)
+
+
+def test_kernels_of_wide_heads():
+    """A tile of more queries than a program keeps: its parts share a list."""
+    q, k, w, k_scale = inputs(1, 37, 80, 64, 128)
+    assert index.index_tiles(64, 128, 16, E4M3, q.device).block_s < 16
+    got = operation(q, k, w, 9, k_scale, None, None, 4, 12, RECENT, 16)
+    want = indexer.select_by_blocks(q, k, w, 9, k_scale, None, None, None, None, 4, 12, RECENT, 16)
+    assert torch.equal(got, want)
+
+
+def test_kernels_in_chunks(monkeypatch):
+    """More than one chunk over queries and over the batch; tiles stay what they are."""
+    q, k, w, k_scale = inputs(3, 30, 60)
+    monkeypatch.setattr(index, "SELECT_CHUNK", 1500)
+    monkeypatch.setattr(index, "CHUNK_QUERIES", 8)
+    assert len(list(index.chunks(3, 30, 90, 4))) > 3
+    got = operation(q, k, w, 9, k_scale, None, None, 4, 8, RECENT, 4)
+    want = indexer.select_by_blocks(q, k, w, 9, k_scale, None, None, None, None, 4, 8, RECENT, 4)
+    assert torch.equal(got, want)
+
+
+# ---- what it must be equal to ----
+
+@pytest.mark.parametrize("tile", [1, 8])
+@pytest.mark.parametrize("kind", ["causal", "packed", "cache", "holes", "beyond"])
+@pytest.mark.parametrize("path", ["reference", "operation", "kernels"])
+def test_all_blocks_are_select(path, kind, tile):
+    """With as many candidates as tokens it is `select`, bit for bit: random numbers, huge and tiny ones."""
+    B, S, T = (1, 41, 41) if kind == "packed" else (1, 11, 41)
+    q = rand(B, S, 3, 16) * torch.logspace(-15, 15, S, device=DEVICE)[:, None, None]
+    k = rand(B, T, 16, seed=1)
+    w = rand(B, S, 3, seed=2)
+    first, last = bounds(kind, B, S, T)
+    if path == "reference":
+        got = indexer.select_by_blocks(q, k, w, 6, None, first, last, None, None, BLOCK, T, 1, tile)
+    elif path == "kernels":
+        got = kernels.select_by_blocks(q, k, w, 6, None, first, last, None, None, BLOCK, T, 1, tile)
+    else:
+        got = operation(q, k, w, 6, None, first, last, BLOCK, T, 1, tile)
+    chosen = indexer if path == "reference" else kernels
+    assert torch.equal(got, chosen.select(q, k, w, 6, None, first, last))
+
+
+def test_few_candidates_are_not_select():
+    """It does leave something out: these inputs tell the two apart."""
+    q, k, w, k_scale = inputs(1, 75, 75)
+    args = (q, k, w, 7, k_scale, None, None)
+    got = indexer.select_by_blocks(*args, None, None, BLOCK, 8, RECENT)
+    assert not torch.equal(got, indexer.select(*args))
+
+
+@pytest.mark.parametrize("path", ["reference", "operation"])
+def test_not_finite(path):
+    """A token whose key is NaN ranks first, and its block with it, for those that see it; a query that is NaN
+    selects for itself alone; an infinite key counts as the highest or as not visible."""
+    q = integers(1, 40, 3, 16)
+    k = integers(1, 40, 16, seed=1)
+    w = integers(1, 40, 3, seed=2).abs() + 1
+    k[0, 9, 3] = float("nan")
+    q[0, 30, 1, 2] = float("nan")
+    args = (q, k, w, 5, None, None, None)
+    if path == "reference":
+        got = indexer.select_by_blocks(*args, None, None, BLOCK, 4, RECENT)
+    else:
+        got = operation(*args, BLOCK, 4, RECENT, 1)
+    assert (got[0, 9:] == 9).sum(-1).eq(1)[torch.arange(31) != 21].all()
+    assert (got[0, :9] != 9).all()
+    assert got[0, 30].tolist() == [0, 1, 2, 3, 4]  # all NaN: the lowest candidates
+    clean = integers(1, 40, 3, 16), integers(1, 40, 16, seed=1), w
+    others = indexer.select_by_blocks(*clean, 5, None, None, None, None, None, BLOCK, 4, RECENT)
+    assert torch.equal(got[0, :9], others[0, :9])
+
+
+@pytest.mark.parametrize("path", ["reference", "operation"])
+def test_no_query_sees_the_future_or_another_document(path):
+    """(T10) Other keys behind a query, or of other documents, change nothing: no block key mixes them in.
+    Alone (tile 1), neither do other queries."""
+    q, k, w, k_scale = inputs(1, 75, 75)
+    first, last = bounds("packed", 1, 75, 75)
+
+    def run(q, k):
+        if path == "reference":
+            return indexer.select_by_blocks(
+                q, k, w, 5, k_scale, first, last, None, None, BLOCK, 8, RECENT)
+        return operation(q, k, w, 5, k_scale, first, last, BLOCK, 8, RECENT, 1)
+
+    got = run(q, k)
+    other_q, other_k, _, _ = inputs(1, 75, 75)
+    other_q[:, 61:] = 2.0
+    other_k[:, 61:] = 7.0
+    assert torch.equal(run(other_q, other_k)[:, :61], got[:, :61])
+    other_k = k.clone()
+    other_k[:, :37] = 7.0
+    assert torch.equal(run(q, other_k)[:, 37:], got[:, 37:])
+
+
+def test_rows_agree_whatever_runs_beside_them():
+    """One query at a time, with block keys that are given, a cache longer than what it holds: decoding finds
+    what one forward over all queries finds."""
+    q, k, w, k_scale = inputs(2, 60, 60)
+    k_blocks, block_scale = indexer.block_keys(k, k_scale, BLOCK)
+    whole = indexer.select_by_blocks(q, k, w, 5, k_scale, None, None, None, None, BLOCK, 8, RECENT)
+    for t in (0, 9, 30, 59):
+        last = torch.full((2, 1), t, dtype=torch.int32, device=DEVICE)
+        one = slice(t, t + 1)
+        keys = k.clone()
+        keys[:, t + 1:] = 7.0  # what the cache held before
+        blocks = k_blocks.clone()
+        blocks[:, (t + 1) // BLOCK:] = 7.0
+        args = (keys, w[:, one], 5, k_scale, None, last, blocks, block_scale, BLOCK, 8, RECENT)
+        assert torch.equal(indexer.select_by_blocks(q[:, one], *args), whole[:, one])
+        assert torch.equal(kernels.select_by_blocks(q[:, one], *args), whole[:, one])
+
+
+def test_bad_input():
+    q, k, w, k_scale = inputs(1, 5, 9)
+    for module in (indexer, kernels):
+        for message, topk, options in (
+                ("index_topk=0", 0, {}), ("block=0", 1, dict(block=0)), ("tile=3", 1, dict(tile=3)),
+                ("recent=0", 1, dict(recent=0)), ("candidates=-1", 1, dict(candidates=-1))):
+            with pytest.raises(ValueError, match=message):
+                module.select_by_blocks(q, k, w, topk, k_scale, **options)
+    with pytest.raises(ValueError, match="should be"):
+        kernels.select_by_blocks(
+            q, k, w, 1, k_scale, None, None, k[:, :1], k_scale[:, :1], block=4, candidates=1, recent=1)
+
+
+def test_nothing_to_select_from():
+    q, k, w, k_scale = inputs(1, 5, 9)
+    for module in (indexer, kernels):
+        empty = module.select_by_blocks(q, k[:, :0], w, 3, k_scale[:, :0])
+        assert empty.shape == (1, 5, 3) and (empty == -1).all()
+        assert module.select_by_blocks(q[:, :0], k, w[:, :0], 3, k_scale).shape == (1, 0, 3)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_registration(bounded):
+    """torch.library's own checks: schema, fake results, tracing."""
+    q, k, w, k_scale = inputs(2, 3, 40, dtype="half" if bounded else "e4m3")
+    between = bounds("holes", 2, 3, 40) if bounded else (None, None)
+    k_blocks, block_scale = kernels.block_keys(k, k_scale, BLOCK)
+    checks = ALL_CHECKS if bounded else ALL_CHECKS[1:]
+    args = (q, k, w, 5, k_scale, *between, k_blocks, block_scale, BLOCK, 8, RECENT, 2)
+    opcheck(torch.ops.dsa.select_by_blocks.default, args, test_utils=checks)
+    opcheck(torch.ops.dsa.block_means.default, (k, k_scale, BLOCK), test_utils=checks)
+
+
+@pytest.mark.skipif(not CUDA, reason="CUDA graphs")
+@pytest.mark.parametrize("tile", [1, 16])
+def test_cuda_graph_decode(tile):
+    """Captured once, replayed with another cache length."""
+    q, k, w, k_scale = inputs(2, 1, 9000, 8, 64)
+    last = torch.full((2, 1), 3000, device=DEVICE, dtype=torch.int32)
+    args = (q, k, w, 64, k_scale, None, last, *kernels.block_keys(k, k_scale, 16), 16, 512, 256, tile)
+    kernels.select_by_blocks(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = kernels.select_by_blocks(*args)
+    for length in (10, 3000, 9000):
+        last.fill_(length - 1)
+        graph.replay()
+        assert torch.equal(got, indexer.select_by_blocks(*args))
