@@ -154,6 +154,8 @@ class Run:
     index_loss: bool
     index_fp8: bool  # select by quantised scores
     detach: bool  # the indexer's inputs
+    always_select: bool  # also where there are no more than k tokens
+    replay: bool  # attend to selections that were given
 
     def rope(self, x, interleaved):
         """`apply_rope` at these positions."""
@@ -236,7 +238,7 @@ class Attention(nn.Module):
 
     def forward(self, h, run, indices=None, cache=None):
         """h (B,S,hidden), run: see Transformer.forward; indices (B,S,k): the selection of the layer before,
-        used if there is no indexer here
+        used if there is no indexer here, or with run.replay the one to use
         -> out (B,S,hidden), the selection used (the one passed in if dense), IndexLoss if run.index_loss and
         there is an indexer, else None."""
         S = h.shape[1]
@@ -268,7 +270,7 @@ class Attention(nn.Module):
         T = latents.shape[1]
 
         # Up to k tokens, selecting is attending to all: the dense path
-        sparse = run.sparse and (T > self.config.index_topk or run.index_loss)
+        sparse = run.sparse and (T > self.config.index_topk or run.index_loss or run.always_select)
         absorbed = sparse or (cache is not None and S <= DECODE_QUERIES)
         if not sparse and latents.dtype == torch.uint8:
             latents = sparse_attn.unpack_latents(latents, self.rank, h.dtype)
@@ -284,7 +286,7 @@ class Attention(nn.Module):
         index_loss = None
         with exact(h):
             if sparse:
-                if self.indexer:
+                if self.indexer and not run.replay:
                     indices = scorer.select(run.ops, self.config.index_topk, run.first, run.last)  # (B, S, k)
                 out, lse = run.ops.sparse_attention(q, latents, indices, self.scale, self.rank)
             else:
@@ -497,7 +499,7 @@ class Transformer(nn.Module):
         return [p for name, p in self.named_parameters() if ".indexer." in name]
 
     def forward(self, idx, targets=None, first=None, index_loss=False, caches=None, position=None, last=None,
-                return_logits=True):
+                return_logits=True, selections=None):
         """idx (B,S) int64, targets (B,S) int64 or None, first (B,S) int32 or None: first visible position
         (packed documents).
 
@@ -506,20 +508,25 @@ class Transformer(nn.Module):
         layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
         return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone. caches:
         one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached. With `last`
-        (B,S) given, lengths are read on the device (CUDA graphs). ValueError: sequence longer than
-        max_position_embeddings."""
+        (B,S) given, lengths are read on the device (CUDA graphs). selections: (B,S,k) int32 for each layer,
+        to attend to instead of what the indexers select now (they still learn by it); an empty list is filled
+        with what they select. ValueError: sequence longer than max_position_embeddings."""
         backend = self.backend_on(idx.device)
-        run = self.run(backend, idx, first, index_loss, caches, position, last)
+        run = self.run(backend, idx, first, index_loss, caches, position, last, selections)
         h = self.model.embed_tokens(idx)  # (B, S, hidden)
         indices = None
         index_losses = []
         for i, block in enumerate(self.model.layers):
+            if run.replay:
+                indices = selections[i]
             if self.recompute and torch.is_grad_enabled() and caches is None:
                 h, indices, layer_loss = recompute(block, h, run, indices, use_reentrant=False)
             else:
                 h, indices, layer_loss = block(h, run, indices, caches[i] if caches else None)
             if layer_loss is not None:
                 index_losses.append(layer_loss)
+            if run.always_select and not run.replay:
+                selections.append(indices)
         h = self.model.norm(h)  # (B, S, hidden)
 
         losses = {}
@@ -533,7 +540,7 @@ class Transformer(nn.Module):
         logits = self.lm_head(h) if return_logits else None  # (B, S or 1, vocab)
         return logits, losses
 
-    def run(self, backend, idx, first, index_loss, caches, position, last):
+    def run(self, backend, idx, first, index_loss, caches, position, last, selections=None):
         """Check the arguments of `forward` -> Run."""
         if index_loss and caches is not None:
             raise ValueError("index_loss=True needs the whole sequence in one forward; leave caches out")
@@ -561,7 +568,9 @@ class Transformer(nn.Module):
             sparse=self.attention == "sparse",
             index_loss=index_loss,
             index_fp8=self.index_fp8,
-            detach=self.detach)
+            detach=self.detach,
+            always_select=selections is not None,
+            replay=bool(selections))
 
     def generate(self, idx, n, **options):
         """idx (B,T) -> (B,T+n): the prompts and up to n sampled tokens each; options as generate.stream,
