@@ -7,7 +7,7 @@ kept: the log-probability of each token, what could be sampled, and what every q
 """
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class Rollout:
     kept: Tensor | None  # (B, T, vocab) bool, what top_p left; None: everything
     selections: list | None  # for each layer (B, T - 1, k) int32, of the queries that are read again
     outs: list  # for each row the ids behind the prompt
+    offset: int = 0  # the position of column 0
 
     def first(self):
         """(B, T - 1) int32, the first position that a token sees: padding sees itself alone."""
@@ -132,41 +133,43 @@ def assemble(tasks, prompts, turns, trace, device):
     return rollout
 
 
+def prompt_columns(tasks):
+    """How many columns their prompts take."""
+    return rounded(max(len(task.prompt()) for task in tasks))
+
+
 class Roller:
     """Rolls out one model, whose weights may change from call to call: caches and the CUDA graph of a shape
     are kept.
 
-    columns: most tokens of a prompt. autocast: makes the context that the model runs in; it must not cache
+    autocast: makes the context that the model runs in; it must not cache
     casts of weights, which a CUDA graph would read when they are stale. fp8_cache: latents in the published
     FP8 layout."""
 
-    def __init__(self, model, device, columns, autocast=nullcontext, fp8_cache=False):
+    def __init__(self, model, device, autocast=nullcontext, fp8_cache=False):
         self.model = model
         self.device = device
-        self.columns = rounded(columns)
         self.autocast = autocast
         self.fp8_cache = fp8_cache
         self.decoders = {}
 
-    def __call__(self, tasks, temperature=1.0, top_p=None, generator=None, traced=False, chunk=None):
-        """Tasks, one for each row -> Rollout; traced: with what a trainer needs. Other arguments as
-        generate.stream. ValueError: a prompt longer than `columns`."""
+    def __call__(self, tasks, temperature=1.0, top_p=None, generator=None, traced=False, columns=0, chunk=None):
+        """Tasks, one for each row -> Rollout; traced: with what a trainer needs. columns: of the prompts, at
+        least so many. Other arguments as generate.stream. ValueError: more tokens than the model reads."""
         real = len(tasks)
         if self.device.type == "cuda":
             tasks = tasks + [tasks[-1]] * (rounded(real, ROW_ROUND) - real)
-        prompts = torch.full((len(tasks), self.columns), EOT)
+        columns = max(columns, prompt_columns(tasks))
+        prompts = torch.full((len(tasks), columns), EOT)
         for row, task in zip(prompts, tasks):
             prompt = task.prompt()
-            if len(prompt) > self.columns:
-                raise ValueError(f"a prompt of {len(prompt)} tokens ({task.domain}) is longer than "
-                                 f"--columns={self.columns}; raise it, or lower --page or --level")
-            row[self.columns - len(prompt):] = torch.tensor(prompt)
+            row[columns - len(prompt):] = torch.tensor(prompt)
         prompts = prompts.to(self.device)
         limit = rounded(max(task.limit for task in tasks))
         turns = Turns(tasks)
         trace = Trace() if traced else None
         with self.autocast():
-            decoder = self.decoder(len(tasks), self.columns + limit, traced)
+            decoder = self.decoder(len(tasks), columns + limit, traced)
             for _ in stream(self.model, prompts, limit, temperature, None, top_p, generator, chunk,
                             end_ids=(EOT,), steer=turns, trace=trace, decoder=decoder):
                 if all(turns.over):
@@ -185,7 +188,8 @@ class Roller:
 
 def part(rollout, rows):
     """The rows (n,) int64 of a Rollout."""
-    return Rollout(
+    return replace(
+        rollout,
         ids=rollout.ids[rows],
         start=rollout.start[rows],
         end=rollout.end[rows],
@@ -194,6 +198,30 @@ def part(rollout, rows):
         kept=None if rollout.kept is None else rollout.kept[rows],
         selections=rollout.selections and [chosen[rows] for chosen in rollout.selections],
         outs=[rollout.outs[row] for row in rows.tolist()])
+
+
+def trim(rollout):
+    """A Rollout without the columns that are padding in all its rows, up to multiples of ROUND; what remains
+    keeps its positions, so that it is computed as it was sampled."""
+    left = int(rollout.start.min()) // ROUND * ROUND
+    right = min(rollout.ids.shape[1], rounded(int(rollout.end.max())))
+    columns = slice(left, right)
+    selections = None
+    if rollout.selections:
+        selections = []
+        for chosen in rollout.selections:
+            chosen = chosen[:, left:right - 1]
+            selections.append(torch.where(chosen < 0, -1, chosen - left))  # only padding selects padding
+    return replace(
+        rollout,
+        ids=rollout.ids[:, columns],
+        start=rollout.start - left,
+        end=rollout.end - left,
+        own=rollout.own[:, columns],
+        logp=rollout.logp[:, columns],
+        kept=None if rollout.kept is None else rollout.kept[:, columns],
+        selections=selections,
+        offset=rollout.offset + left)
 
 
 def join(rollouts):

@@ -519,8 +519,8 @@ class Verdict(Task):
         return thinking(chain + (last if last and last in MARKS else "_"), self.verdict())
 
     def share(self, out):
-        """What the reward model gives: the share of y in a verdict that it wrote; 0.0 for one that is
-        malformed. The share of points in which it is right comes with it."""
+        """A verdict that the reward model wrote -> what it grants, the share of y, and the share of points
+        on which it is right; 0.0 both if it is malformed."""
         episode = parse(self.mode, out)
         said = episode.answer if episode else ""
         if len(said) != 3 or set(said) - set("yn"):
