@@ -506,11 +506,11 @@ class Transformer(nn.Module):
         -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target
         counts) if targets are given, and with index_loss "kl", "kl_uniform" (nats, mean over tokens and over
         layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
-        return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone. caches:
-        one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached. With `last`
-        (B,S) given, lengths are read on the device (CUDA graphs). selections: (B,S,k) int32 for each layer,
-        to attend to instead of what the indexers select now (they still learn by it); an empty list is filled
-        with what they select. ValueError: sequence longer than max_position_embeddings."""
+        return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone.
+        caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
+        With `last` (B,S) given, lengths are read on the device (CUDA graphs). selections: (B,S,k) int32 for
+        each layer, to attend to instead of what the indexers select now (they still learn by it); an empty
+        list is filled with what they select. ValueError: sequence longer than max_position_embeddings."""
         backend = self.backend_on(idx.device)
         run = self.run(backend, idx, first, index_loss, caches, position, last, selections)
         h = self.model.embed_tokens(idx)  # (B, S, hidden)

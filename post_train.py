@@ -3,7 +3,8 @@ which learns on in all domains at once; with sparse attention throughout.
 
     python post_train.py                                    # the whole chain on a new model
     python post_train.py --init_from=out/sparse             # on a checkpoint of train.py, whose text was bytes
-    python post_train.py --stage=specialists --domains=math # one part of it; it starts from what is in out_dir
+    python post_train.py --stage=specialists --domains=math # one part of it; it starts from what is in
+    out_dir
 
 Stages, and the checkpoints in out_dir that they leave:
   base          base: trained on sloppy demonstrations of all tasks (dense, warm-up and sparse stage as in

@@ -2,17 +2,22 @@
 
     python sample.py --prompt="def main("                    # from out/sparse
     echo "def main(" | python sample.py - --temperature=0    # prompt from standard input
+    python sample.py --chat --checkpoint=out/post/mixed --domain=agent --think    # a task of post_train.py
+    python sample.py --chat --checkpoint=out/post/mixed --prompt="add 47 85"      # a question of your own
 """
 import math
 import os
 import sys
 import time
+from random import Random
 
 import torch
 
+import tasks
 from generate import stream
 from model import Transformer
-from support import checkpoint, cli, files, tokenizer
+from rollout import Turns
+from support import chat, checkpoint, cli, files, tokenizer
 
 
 def options(argv):
@@ -26,6 +31,12 @@ def options(argv):
     add("--prompt_file", help="file with the text to continue")
     add("--special", action="store_true", help="special tokens that the prompt spells, such as <|endoftext|>"
         ", count as these tokens (default: as text)")
+    add("--chat", action="store_true", help="the prompt is a user's turn, for a checkpoint of post_train.py")
+    add("--think", action="store_true", help="--chat: think first, with tools (default: answer directly)")
+    add("--domain", choices=list(tasks.DOMAINS), help="--chat: ask a task of this domain, by --seed; its tool "
+        "answers calls, and its checker has the last word")
+    add("--level", type=int, default=1, help="--domain: difficulty (default %(default)s)")
+    add("--page", type=int, default=40, help="--domain=search: length of a page (default %(default)s)")
     add("--num_tokens", type=int, default=500, help="most tokens to generate (default %(default)s)")
     add("--ignore_eos", action="store_true", help="do not stop at an end of text: another text begins there")
     add("--count", type=int, default=1, help="independent continuations (default %(default)s)")
@@ -50,7 +61,13 @@ def options(argv):
     if sum(source is not None for source in (o.stdin, o.prompt, o.prompt_file)) > 1:
         raise ValueError("give one of --prompt, --prompt_file and -, not several")
     cli.check_ranges(o, ("num_tokens", 1, math.inf), ("count", 1, math.inf), ("temperature", 0, math.inf),
-                     ("seed", 0, 2**63 - 1))
+                     ("seed", 0, 2**63 - 1), ("level", 1, 6), ("page", 4, 100000))
+    if (o.think or o.domain) and not o.chat:
+        raise ValueError("--think and --domain belong to --chat; add it")
+    if o.chat and (o.count > 1 or o.special or o.ignore_eos):
+        raise ValueError("--chat answers once; leave --count, --special and --ignore_eos out")
+    if o.domain and (o.stdin or o.prompt or o.prompt_file):
+        raise ValueError(f"--domain={o.domain} asks its own question; leave the prompt out")
     for name in ("top_k", "chunk"):
         if getattr(o, name) is not None:
             cli.check_ranges(o, (name, 1, math.inf))
@@ -116,6 +133,53 @@ class Printer:
                 print(f"{'-' * 20}\n{self.text}{''.join(pieces)}{rest}")
 
 
+class Chat(tasks.Task):
+    """A question of the user's own: no tool answers, and nothing is checked."""
+
+    def __init__(self, question, think, limit):
+        self.question = question
+        self.mode = "think" if think else "direct"
+        self.limit = limit
+
+    def tool(self, text):
+        return "none"
+
+
+def chat_task(o, text):
+    """-> the task that --chat asks. ValueError: the domain does not have the mode, there is no question."""
+    if o.domain:
+        return tasks.make(Random(o.seed), o.domain, "think" if o.think else "direct", o.level, o.page)
+    if not text:
+        raise ValueError("--chat: ask something: --prompt=TEXT, or --domain=NAME for a task")
+    return Chat(text, o.think, o.num_tokens)
+
+
+def talk(o, model, tokens_of, task, device):
+    """Answer a task: the conversation to standard output as it comes, turns by their names, the checker's
+    word to standard error."""
+    names = {token: name for name, token in chat.turns_of(o.checkpoint).items()}
+    if {name: token for token, name in names.items()} != tasks.TURNS:
+        raise ValueError(f"{o.checkpoint}: its turn tokens are {names}, those of tasks.py are {tasks.TURNS}")
+    prompt = task.prompt()
+    generator = torch.Generator(device).manual_seed(o.seed)
+    turns = Turns([task])
+    text = tokens_of.stream()
+    print(f"<|user|>{task.question}{names[prompt[-1]]}", end="", flush=True)
+    rows = stream(
+        model, torch.tensor([prompt], device=device), task.limit, o.temperature, o.top_k, o.top_p, generator,
+        o.chunk, o.cache == "fp8", tokens_of.end_ids, compiled=o.compile, steer=turns)
+    for row in rows:
+        [token] = row.tolist()
+        if token in names:
+            print(text.rest() + names[token], end="", flush=True)
+            text = tokens_of.stream()
+        elif token not in tokens_of.end_ids:
+            print(text.add(token), end="", flush=True)
+    print(text.rest())
+    if o.domain:
+        print(f"[{o.domain}: {'right' if task.outcome(turns.outs[0]) else 'wrong'}]", file=sys.stderr)
+
+
 def main():
     """Load, stream to standard output, report speed on standard error."""
     o = options(sys.argv[1:])
@@ -128,9 +192,16 @@ def main():
         cli.check_e4m3(device, "--cache=fp8", "--cache=auto")
     dtype = getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     tokens_of = tokenizer.load_tokenizer(o.checkpoint)
-    ids = prompt_ids(o, text, tokens_of, config.vocab_size)
+    if o.chat:
+        task = chat_task(o, text)
+        chat.turns_of(o.checkpoint)
+    else:
+        ids = prompt_ids(o, text, tokens_of, config.vocab_size)
     model = Transformer.from_pretrained(
         o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype)
+    if o.chat:
+        talk(o, model, tokens_of, task, device)
+        return 0
 
     prompt = torch.tensor([ids], device=device).expand(o.count, -1)  # (count, tokens)
     generator = torch.Generator(device).manual_seed(o.seed)

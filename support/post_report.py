@@ -82,7 +82,8 @@ def plot(out, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = read_log(out / "metrics.jsonl")
+    log = out / "metrics.jsonl"
+    records = read_log(log) if log.exists() else []
     stages = {}
     for record in records:
         if "reward" in record:
