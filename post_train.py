@@ -1,10 +1,9 @@
 """Post-training as DeepSeek-V3.2-Exp did it: specialists by reinforcement learning, distilled into one model,
 which learns on in all domains at once; with sparse attention throughout.
 
-    python post_train.py                                    # the whole chain on a new model
-    python post_train.py --init_from=out/sparse             # on a checkpoint of train.py, whose text was bytes
-    python post_train.py --stage=specialists --domains=math # one part of it; it starts from what is in
-    out_dir
+    python post_train.py                                       # the whole chain on a new model
+    python post_train.py --init_from=out/sparse                # on a checkpoint of train.py on bytes
+    python post_train.py --stage=specialists --domains=math    # a part of it, from what is in out_dir
 
 Stages, and the checkpoints in out_dir that they leave:
   base          base: trained on sloppy demonstrations of all tasks (dense, warm-up and sparse stage as in
@@ -23,12 +22,11 @@ happened. out_dir also holds run.json, metrics.jsonl and plot.png.
 """
 import json
 import math
-import re
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -38,10 +36,12 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+import exam
 import grpo
 import tasks
 from config import Config, option
 from model import Transformer
+from rewards import Judge, judge_agreement, rewards_of, subjective, summary
 from rollout import Roller, join, part, prompt_columns
 from support import checkpoint, chat, cli, files, post_report, report, runs, tokenizer
 from train import MODEL_FIELDS, adamw, learning_rate, trainable
@@ -49,7 +49,6 @@ from train import MODEL_FIELDS, adamw, learning_rate, trainable
 STAGES = ("base", "specialists", "distillation", "mixed", "sequential", "evaluate")
 PROMPT_WEIGHT = 0.02  # of a prompt's tokens in supervised losses: enough to learn what prompts look like
 HARDER_SHARE = 0.2  # of the base's demonstrations that are of the next level
-EXAM = 10**6  # seed of the tasks that models are evaluated on
 
 
 # ---- options ----
@@ -224,7 +223,7 @@ def check_options(o, sizes, device):
         raise ValueError(f"--block_size={o.block_size}: not longer than index_topk={topk}, so nothing would "
                          "be selected; lower --index_topk")
     longest = 0
-    for task in sample_tasks(Random(0), domains_of(o), o, 50, o.level + 1):
+    for task in tasks.some(Random(0), domains_of(o), 50, o.level + 1, o.page):
         longest = max(longest, len(task.prompt()) + task.limit)
     if longest > o.block_size:
         raise ValueError(f"--block_size={o.block_size}: a task takes up to {longest} tokens; raise it, or "
@@ -234,11 +233,6 @@ def check_options(o, sizes, device):
 def domains_of(o):
     """-> list of the domains of a run."""
     return o.domains.split(",") if o.domains else list(tasks.DOMAINS)
-
-
-def sample_tasks(random, domains, o, n, level):
-    """n tasks of each domain."""
-    return [tasks.make(random, domain, None, level, o.page) for domain in domains for _ in range(n)]
 
 
 # ---- what is to be done ----
@@ -266,7 +260,7 @@ def plan(o, stage):
             jobs.append(Job("warmup", "warmup", start, o.warmup_steps, o.warmup_lr, domains, o.level))
         start = o.init_from or str(out / "warmup")
         jobs.append(Job("base", "sparse", start, o.sparse_steps, o.sparse_lr, domains, o.level))
-        if any(tasks.DOMAINS[domain].subjective for domain in domains):
+        if subjective(domains):
             start = str(out / "base")
             jobs.append(Job("judge", "sparse", start, o.judge_steps, o.sparse_lr, domains, o.level))
         return jobs
@@ -321,6 +315,10 @@ class Run:
         """-> what rolls this model out."""
         return Roller(model, self.device, self.autocast, self.o.fp8_cache)
 
+    def judge(self):
+        """-> the reward model."""
+        return Judge(self.roller(self.load(self.out / "judge")))
+
     def random(self, job, step):
         """-> the source of a step's choices, and the torch.Generators of its samples and of its order."""
         random = Random(f"{self.o.seed} {job} {step}")
@@ -374,8 +372,7 @@ def demonstration(random, job, o):
     """-> prompt, ids behind it, of a sloppy demonstration; of the judge's of its own task, a true one."""
     level = job.level + (random.random() < HARDER_SHARE)
     if job.name == "judge":
-        subjective = [domain for domain in job.domains if tasks.DOMAINS[domain].subjective]
-        task = tasks.make(random, random.choice(subjective), None, level, o.page)
+        task = tasks.make(random, random.choice(subjective(job.domains)), None, level, o.page)
         verdict = tasks.Verdict(task, tasks.candidate(random, task))
         return verdict.prompt(), verdict.demo()
     task = tasks.make(random, random.choice(job.domains), None, level, o.page)
@@ -443,65 +440,6 @@ def supervised_step(run, job, model, optimizer, groups, step):
 
 # ---- reinforcement learning ----
 
-class Judge:
-    """The generative reward model: reads a rubric and an answer, writes a verdict on each point."""
-
-    def __init__(self, run):
-        self.roller = run.roller(run.load(run.out / "judge"))
-
-    def __call__(self, some_tasks, episodes):
-        """Subjective tasks and Episodes, None for a malformed one -> for each the share of points that it
-        grants, 0 for None, and of those in which it is right (None where it was not asked)."""
-        shares = [(0.0, None)] * len(episodes)
-        asked = [i for i, episode in enumerate(episodes) if episode is not None]
-        if not asked:
-            return shares
-        verdicts = [tasks.Verdict(some_tasks[i], episodes[i].answer) for i in asked]
-        outs = self.roller(verdicts, temperature=0.0).outs
-        for i, verdict, out in zip(asked, verdicts, outs):
-            shares[i] = verdict.share(out)
-        return shares
-
-
-def judge_agreement(run, judge, n):
-    """-> the share of n candidates on which the judge is right, for each of three points."""
-    random = Random(EXAM)
-    subjective = [domain for domain in domains_of(run.o) if tasks.DOMAINS[domain].subjective]
-    verdicts = []
-    for _ in range(n):
-        task = tasks.make(random, random.choice(subjective), None, run.o.level, run.o.page)
-        verdicts.append(tasks.Verdict(task, tasks.candidate(random, task)))
-    right = [0, 0, 0]
-    for verdict, out in zip(verdicts, judge.roller(verdicts, temperature=0.0).outs):
-        episode = tasks.parse("think", out)
-        said = episode.answer if episode else ""
-        for point, truth in enumerate(verdict.verdict()):
-            right[point] += said[point:point + 1] == truth
-    return [count / n for count in right]
-
-
-def rewards_of(o, some_tasks, outs, judge):
-    """-> for each answer a dict of its reward and what it is made of. A right answer is worth 1, less a
-    little for its length and for words of the other language; an answer to a rubric what the judge grants."""
-    scored = []
-    episodes = [task.episode(out) for task, out in zip(some_tasks, outs)]
-    rubric = [i for i, task in enumerate(some_tasks) if task.subjective]
-    granted = {}
-    if rubric:
-        shares = judge([some_tasks[i] for i in rubric], [episodes[i] for i in rubric])
-        granted = dict(zip(rubric, shares))
-    for i, (task, out) in enumerate(zip(some_tasks, outs)):
-        if task.subjective:
-            share, agreed = granted[i]
-            scored.append(dict(reward=share, ok=task.truth(out), judge=share, agreement=agreed, language=1.0))
-            continue
-        ok = task.outcome(out)
-        language = task.language_share(out)
-        price = o.length_penalty * len(out) / task.limit + o.language_penalty * (1 - language)
-        scored.append(dict(reward=ok * (1 - price), ok=ok, language=language))
-    return scored
-
-
 def domain_of(job, o, step, group):
     """The domain of a group in a step: all in turn, or in the sequential control one after the other."""
     if job.name == "sequential":
@@ -531,7 +469,8 @@ def draw_groups(run, job, roller, judge, step):
     tokens = 0
     groups = 0
     for some_tasks in draws:
-        rollout = roller(some_tasks, o.temperature, o.top_p if o.top_p < 1 else None, generator, True, columns)
+        top_p = o.top_p if o.top_p < 1 else None
+        rollout = roller(some_tasks, o.temperature, top_p, generator, True, columns)
         results = rewards_of(o, some_tasks, rollout.outs, judge)
         scored += results
         asked += list(zip(some_tasks, rollout.outs))
@@ -555,28 +494,12 @@ def draw_groups(run, job, roller, judge, step):
     return join(kept), torch.cat(rewards), facts
 
 
-def summary(scored, asked):
-    """Means of what `rewards_of` found, also by domain and mode, and of lengths."""
-    facts = {}
-    for key in ("reward", "language", "judge", "agreement"):
-        values = [result[key] for result in scored if result.get(key) is not None]
-        if values:
-            facts[key] = sum(values) / len(values)
-    by_row = {}
-    for result, (task, _) in zip(scored, asked):
-        by_row.setdefault(f"ok {task.domain}/{task.mode}", []).append(result["ok"])
-    facts |= {name: sum(values) / len(values) for name, values in sorted(by_row.items())}
-    facts["length"] = sum(len(out) for _, out in asked) / len(asked)
-    return facts
-
-
 class Learner:
     """The steps of a GRPO job."""
 
     def __init__(self, run, job, model):
         self.roller = run.roller(model)
-        subjective = any(tasks.DOMAINS[domain].subjective for domain in job.domains)
-        self.judge = Judge(run) if subjective else None
+        self.judge = run.judge() if subjective(job.domains) else None
         self.reference = None
         if run.o.kl_weight:
             self.reference = run.load(job.start)
@@ -605,7 +528,7 @@ def write_answers(run):
     lines = []
     for domain in domains_of(o):
         roller = run.roller(run.load(run.out / f"specialist-{domain}"))
-        judge = Judge(run) if tasks.DOMAINS[domain].subjective else None
+        judge = run.judge() if subjective([domain]) else None
         for mode in tasks.DOMAINS[domain].modes:
             written, asked = answers_of(run, roller, judge, domain, mode)
             lines += written
@@ -705,119 +628,12 @@ def run_job(run, job):
 
 def report_agreement(run):
     """How often the new judge is right, before anything is trained by its word."""
-    shares = judge_agreement(run, Judge(run), run.o.eval_tasks * run.o.eval_samples)
+    shares = judge_agreement(run.judge(), domains_of(run.o), run.o, exam.SEED)
     runs.append_record(run.out, dict(stage="judge", step=run.o.judge_steps, agreement=shares))
     line = "judge: right on " + ", ".join(f"{share:.3f}" for share in shares) + " of the points of rubrics"
     if min(shares) < 0.95:
         line += "; below 0.95 a policy learns what it gets wrong: raise --judge_steps"
     print(line)
-
-
-# ---- evaluation ----
-
-def exam(o, domain, mode, level):
-    """The tasks that models are evaluated on, the same ones always."""
-    random = Random(f"{EXAM} {domain} {mode} {level}")
-    return [tasks.make(random, domain, mode, level, o.page) for _ in range(o.eval_tasks)]
-
-
-def examine(run, roller, judge, domain, mode, level):
-    """One model in one domain and mode -> dict of what the table shows."""
-    o = run.o
-    some_tasks = exam(o, domain, mode, level)
-    greedy = outcomes(run, roller, judge, some_tasks, 0.0)
-    repeated = [task for task in some_tasks for _ in range(o.eval_samples)]
-    sampled = outcomes(run, roller, judge, repeated, 1.0)
-    ok = torch.tensor(sampled.pop("all")).view(-1, o.eval_samples)
-    del greedy["all"]
-    row = {f"{name} at 0": value for name, value in greedy.items()}
-    row |= {f"{name} at 1": value for name, value in sampled.items()}
-    row["pass@k"] = (ok == 1).any(1).float().mean().item()
-    if roller.model.attention == "sparse":
-        roller.model.attention = "dense"
-        row["ok at 0, dense"] = outcomes(run, run.roller(roller.model), judge, some_tasks, 0.0)["ok"]
-        roller.model.attention = "sparse"
-    return row
-
-
-def outcomes(run, roller, judge, some_tasks, temperature):
-    """-> means over tasks of ok, length, language and, of rubrics, judge; "all": ok of each."""
-    generator = torch.Generator(run.device).manual_seed(EXAM)
-    outs = []
-    for i in range(0, len(some_tasks), run.o.rows):
-        outs += roller(some_tasks[i:i + run.o.rows], temperature, generator=generator).outs
-    scored = rewards_of(run.o, some_tasks, outs, judge)
-    means = dict(length=sum(map(len, outs)) / len(outs))
-    for key in ("ok", "language", "judge"):
-        values = [result[key] for result in scored if key in result]
-        if values:
-            means[key] = sum(values) / len(values)
-    means["all"] = [result["ok"] for result in scored]
-    return means
-
-
-def models_of(o):
-    """-> [(name of the checkpoint, its domains, level)] that are evaluated."""
-    domains = domains_of(o)
-    models = [("base", domains, o.level)]
-    models += [(f"specialist-{domain}", [domain], o.level) for domain in domains]
-    models += [(name, domains, o.level) for name in ("generalist", "mixed-base", "sequential", "mixed")]
-    models += [(name, domains, o.level + 1) for name in ("base", "generalist", "mixed")]
-    return models
-
-
-def evaluate(run):
-    """evaluation.json: every model of out_dir in its domains, and rollout against trainer; then the tables.
-    What an earlier call measured of the same checkpoint stays -> 0 or 130."""
-    o = run.o
-    path = run.out / "evaluation.json"
-    found = files.read_json(path) if path.exists() and o.resume else {}
-    judge = Judge(run) if (run.out / "judge").exists() else None
-    for name, domains, level in tqdm(models_of(o), desc="evaluate", disable=None):
-        if not files.locate(run.out / name).exists():
-            continue
-        roller = None
-        for domain in domains:
-            for mode in tasks.DOMAINS[domain].modes:
-                key = f"{name}, level {level}, {domain}/{mode}"
-                if key in found:
-                    continue
-                roller = roller or run.roller(run.load(run.out / name))
-                found[key] = examine(run, roller, judge, domain, mode, level)
-                if run.caught:
-                    runs.write_text(path, json.dumps(found, indent=2) + "\n")
-                    return 130
-        runs.write_text(path, json.dumps(found, indent=2) + "\n")
-    if judge:
-        found["judge"] = dict(agreement=judge_agreement(run, judge, o.eval_tasks * o.eval_samples))
-    if (run.out / "base").exists():
-        found["replay"] = compare_replay(run, run.load(run.out / "base"))
-    runs.write_text(path, json.dumps(found, indent=2) + "\n")
-    print(post_report.table(found))
-    return 0
-
-
-def compare_replay(run, model):
-    """Log-probabilities of the same tokens by rollout and trainer: in the same layout, and with positions
-    that begin elsewhere; with the rollout's selections, and selecting anew; rolled out from the model's
-    cache, and from the FP8 one -> {case: [mean, maximum of the absolute difference]}."""
-    o = run.o
-    random = Random(EXAM)
-    some_tasks = sample_tasks(random, domains_of(o), o, max(1, o.rows // 16), o.level)
-    found = {}
-    for cache in ("own cache", "FP8 cache"):
-        roller = Roller(model, run.device, run.autocast, cache == "FP8 cache")
-        generator = torch.Generator(run.device).manual_seed(EXAM)
-        rollout = roller(some_tasks, generator=generator, traced=True)
-        for layout, shift in (("same layout", 0), ("other layout", 1000)):
-            moved = replace(rollout, offset=shift)
-            for replayed in (True, False):
-                with torch.no_grad(), run.autocast():
-                    logp, _, _ = grpo.token_logp(model, moved, keep_selection=replayed)
-                how = "replayed" if replayed else "selected anew"
-                gap = grpo.difference(logp, moved)
-                found[f"{cache}, {layout}, {how}"] = [value.item() for value in gap]
-    return found
 
 
 # ---- the program ----
@@ -847,7 +663,8 @@ def begin(run, stages):
                     if folder.exists():
                         runs.clear(folder)
     options = asdict(o) | dict(resume=False, overwrite=False) | run.sizes
-    facts = dict(options=options, command=" ".join(sys.argv), commit=cli.commit(), **report.machine(run.device))
+    command = " ".join(sys.argv)
+    facts = dict(options=options, command=command, commit=cli.commit(), **report.machine(run.device))
     runs.write_text(run.out / "run.json", json.dumps(facts, indent=2) + "\n")
     print(f"{facts['device']} | torch {facts['torch']} | commit {facts['commit']} | backend {o.backend}, "
           f"{o.dtype}")
@@ -870,7 +687,7 @@ def main():
                 if code:
                     return code
             if stage == "evaluate":
-                code = evaluate(run)
+                code = exam.evaluate(run, domains_of(o))
                 if code:
                     return code
     with runs.saving(run.out):

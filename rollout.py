@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from generate import Trace, make_decoder, stream
-from tasks import CALL, EOT, REPLY, decode
+from tasks import CALL, EOT, REPLY
 
 ROUND = 16  # lengths are multiples of it, so that few shapes occur
 ROW_ROUND = 32  # and on a GPU the numbers of rows, since each shape is captured as a CUDA graph of its own
@@ -153,7 +153,8 @@ class Roller:
         self.fp8_cache = fp8_cache
         self.decoders = {}
 
-    def __call__(self, tasks, temperature=1.0, top_p=None, generator=None, traced=False, columns=0, chunk=None):
+    def __call__(self, tasks, temperature=1.0, top_p=None, generator=None, traced=False, columns=0,
+                 chunk=None):
         """Tasks, one for each row -> Rollout; traced: with what a trainer needs. columns: of the prompts, at
         least so many. Other arguments as generate.stream. ValueError: more tokens than the model reads."""
         real = len(tasks)

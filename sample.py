@@ -33,8 +33,8 @@ def options(argv):
         ", count as these tokens (default: as text)")
     add("--chat", action="store_true", help="the prompt is a user's turn, for a checkpoint of post_train.py")
     add("--think", action="store_true", help="--chat: think first, with tools (default: answer directly)")
-    add("--domain", choices=list(tasks.DOMAINS), help="--chat: ask a task of this domain, by --seed; its tool "
-        "answers calls, and its checker has the last word")
+    add("--domain", choices=list(tasks.DOMAINS), help="--chat: ask a task of this domain, drawn "
+        "by --seed; its tool answers calls, and its checker has the last word")
     add("--level", type=int, default=1, help="--domain: difficulty (default %(default)s)")
     add("--page", type=int, default=40, help="--domain=search: length of a page (default %(default)s)")
     add("--num_tokens", type=int, default=500, help="most tokens to generate (default %(default)s)")

@@ -5,7 +5,7 @@ talked into anything.
     logic     put letters in order that are compared in pairs           thinking, direct
     code      find the program that maps examples; hidden inputs decide thinking, direct
     agent     find the program that passes tests that only a tool runs  thinking
-    search    follow links through pages that a tool fetches            thinking; one page in the prompt: direct
+    search    follow links through pages that a tool fetches            thinking; direct: one, in the prompt
     writing   words that fulfil a rubric of three points                direct
     question  the same about facts in the prompt                        direct
 
@@ -563,6 +563,11 @@ def make(random, domain, mode=None, level=1, page=40):
     if mode is not None and mode not in modes:
         raise ValueError(f"mode {mode!r}: {domain} has {' and '.join(modes)}")
     return DOMAINS[domain](random, mode or random.choice(modes), level, page)
+
+
+def some(random, domains, n, level, page):
+    """-> n tasks of each of the domains."""
+    return [make(random, domain, None, level, page) for domain in domains for _ in range(n)]
 
 
 def show(ids):

@@ -13,8 +13,8 @@ from rollout import Roller, Turns, assemble, part, prompt_columns
 from tests.test_rollout import CPU, seeded, some_tasks, tiny
 
 OPTIONS = dict(
-    clip=0.2, kl_weight=0.0, drift_bound=0.1, updates=1, micro_rows=4, keep_selection=True, train_indexer=True,
-    grad_clip=1.0, temperature=1.0)
+    clip=0.2, kl_weight=0.0, drift_bound=0.1, updates=1, micro_rows=4, keep_selection=True,
+    train_indexer=True, grad_clip=1.0, temperature=1.0)
 
 
 # ---- advantages ----
@@ -183,7 +183,7 @@ def test_a_step_makes_good_answers_likelier():
     rollout = rolled(model, "math", "code", "agent", "search")
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
     metrics = take_step(model, rollout, advantage)
-    assert metrics["mismatch"] == metrics["mismatch_max"] == metrics["drift"] == 0  # same bits before the step
+    assert metrics["mismatch"] == metrics["mismatch_max"] == metrics["drift"] == 0  # the same bits
     with torch.no_grad():
         logp, _, _ = grpo.token_logp(model, rollout)
     own = rollout.own[:, 1:]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import post_train
+import rewards
 import tasks
 from config import Config
 from model import Transformer
@@ -89,12 +90,12 @@ def test_rewards():
         return [(2 / 3, 1 / 3), (0.0, None)]
 
     o = options(length_penalty=0.1, language_penalty=0.3)
-    scored = post_train.rewards_of(o, batch, outs, judge)
+    scored = rewards.rewards_of(o, batch, outs, judge)
     lengths = [0.1 * len(out) / math.limit for out in outs[:2]]
     wanted = [1 - lengths[0], 1 - 0.3 - lengths[1], 0.0, 2 / 3, 0.0]
     assert [result["reward"] for result in scored] == pytest.approx(wanted)
     assert scored[3]["ok"] == 1.0 and scored[4]["ok"] == 0.0  # the truth, which is no reward
-    facts = post_train.summary(scored, list(zip(batch, outs)))
+    facts = rewards.summary(scored, list(zip(batch, outs)))
     assert facts["ok math/think"] == pytest.approx(2 / 3) and facts["ok writing/direct"] == 0.5
     assert facts["judge"] == pytest.approx(1 / 3) and facts["agreement"] == pytest.approx(1 / 3)
 
@@ -114,8 +115,8 @@ def test_domains_of_mixed_and_sequential_steps():
 
 # ---- the chain ----
 
-MODELS = ("dense", "warmup", "base", "judge", "specialist-math", "specialist-writing", "generalist", "mixed-base",
-          "mixed", "sequential")
+MODELS = ("dense", "warmup", "base", "judge", "specialist-math", "specialist-writing", "generalist",
+          "mixed-base", "mixed", "sequential")
 
 
 def test_chain(chain):
@@ -145,7 +146,8 @@ def test_chain(chain):
 
 
 def test_a_stage_is_not_replaced_unasked(place, chain):
-    refused(post(place, "chain", "--domains=math,writing", "--stage=mixed"), "mixed-base exists", "--overwrite")
+    again = post(place, "chain", "--domains=math,writing", "--stage=mixed")
+    refused(again, "mixed-base exists", "--overwrite")
 
 
 def test_evaluation_goes_on(place, chain):
@@ -251,7 +253,8 @@ def test_chat(place, chain):
 
 
 @pytest.mark.parametrize("args,words", [
-    (["--think"], ["--chat"]), (["--chat"], ["--prompt=TEXT"]), (["--chat", "--count=2", "--prompt=a"], ["once"]),
+    (["--think"], ["--chat"]), (["--chat"], ["--prompt=TEXT"]),
+    (["--chat", "--count=2", "--prompt=a"], ["once"]),
     (["--chat", "--domain=agent"], ["agent has think"]), (["--chat", "--domain=poetry"], ["invalid choice"]),
     (["--chat", "--domain=math", "--prompt=a"], ["its own question"]),
     (["--chat", "--domain=math", "--level=9"], ["--level=9"])])
@@ -271,12 +274,14 @@ def test_chat_needs_turn_tokens(place, run):
     (["--rows=9", "--group=4"], ["--rows=9", "multiple"]), (["--group=1"], ["--group=1"]),
     (["--level=0"], ["--level=0"]), (["--clip=0"], ["--clip=0"]), (["--top_p=1.5"], ["--top_p=1.5"]),
     (["--temperature=0"], ["--temperature=0"]), (["--rl_lr=nan"], ["--rl_lr=nan"]),
-    (["--live_groups=99"], ["--live_groups=99", "--draws"]), (["--block_size=64"], ["--block_size=64", "--page"]),
+    (["--live_groups=99"], ["--live_groups=99", "--draws"]),
+    (["--block_size=64"], ["--block_size=64", "--page"]),
     (["--page=500"], ["--block_size=192", "--page"]), (["--index_topk=0"], ["--index_topk=0"]),
     (["--index_topk=192"], ["--block_size=192"]), (["--num_attention_heads=0"], ["num_attention_heads=0"]),
     (["--init_from=nowhere"], ["nowhere"]), (["--stage=specialists"], ["specialist-math", "does not exist"]),
     (["--stage=sideways"], ["invalid choice"]), (["--resume"], ["run.json", "does not exist"]),
-    (["--backend=triton"], ["CUDA GPU"]), (["--device=tpu"], ["--device=tpu"]), (["--steps=3"], ["--steps=3"])])
+    (["--backend=triton"], ["CUDA GPU"]), (["--device=tpu"], ["--device=tpu"]),
+    (["--steps=3"], ["--steps=3"])])
 def test_bad_options(place, args, words):
     refused(post(place, "bad", *args), *words)
     assert not (place / "bad").exists()
@@ -293,21 +298,22 @@ def test_checkpoints_that_cannot_be_started_from(place, run):
 
 
 def test_damaged_files(place, chain):
+    resume = ("post_train.py", "--out_dir=damaged", "--resume", "--stage=all")
     folder = place / "damaged"
     folder.mkdir()
     (folder / "run.json").write_text("{")
-    refused(call(place, "post_train.py", "--out_dir=damaged", "--resume"), "run.json", "JSON")
+    refused(call(place, *resume), "run.json", "JSON")
     (folder / "run.json").write_text(json.dumps(dict(options=dict(rows="many"))))
-    refused(call(place, "post_train.py", "--out_dir=damaged", "--resume"), "rows='many'")
+    refused(call(place, *resume), "rows='many'")
     (folder / "run.json").write_text((chain[0] / "run.json").read_text())
     state = folder / "state-dense"
     state.mkdir()
     (state / "trainer.pt").write_bytes(b"no")
-    refused_late(call(place, "post_train.py", "--out_dir=damaged", "--resume", "--stage=all"), "trainer.pt", "remove")
+    refused_late(call(place, *resume), "trainer.pt", "remove")
     (folder / "metrics.jsonl").write_text("no\n{}\n")
     (state / "trainer.pt").unlink()
     state.rmdir()
-    refused_late(call(place, "post_train.py", "--out_dir=damaged", "--resume", "--stage=all"), "metrics.jsonl, line 1")
+    refused_late(call(place, *resume), "metrics.jsonl, line 1")
 
 
 def refused_late(result, *words):

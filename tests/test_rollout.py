@@ -59,9 +59,11 @@ def play(task, tokens):
 
 
 def test_a_call_is_answered_token_by_token():
-    script = [*encode("x"), CALL, *encode("ab"), REPLY, 1, 2, 3, *encode("y"), ANSWER, *encode("z"), EOT, 7, 7]
+    asked = [*encode("x"), CALL, *encode("ab"), REPLY]
+    answered = [*encode("y"), ANSWER, *encode("z"), EOT]
+    script = [*asked, 1, 2, 3, *answered, 7, 7]
     out, own = play(Scripted(99), script)
-    said = [*encode("x"), CALL, *encode("ab"), REPLY, *encode("AB"), END, *encode("y"), ANSWER, *encode("z"), EOT]
+    said = [*asked, *encode("AB"), END, *answered]
     assert out == said
     assert own == tasks.own_tokens(said)
     assert own[5:8] == [False, False, False] and sum(own) == len(said) - 3

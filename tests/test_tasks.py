@@ -147,8 +147,8 @@ def test_logic():
 
 
 EQUIVALENT = dict(
-    r=lambda s: "".join(reversed(s)), s=lambda s: "".join(sorted(s)), u=lambda s: s.upper(), d=lambda s: s * 2,
-    t=lambda s: s[1:], h=lambda s: s[0:2])
+    r=lambda s: "".join(reversed(s)), s=lambda s: "".join(sorted(s)), u=lambda s: s.upper(),
+    d=lambda s: s * 2, t=lambda s: s[1:], h=lambda s: s[0:2])
 
 
 def by_lambdas(program, text):
