@@ -64,7 +64,7 @@ class Options:
     quick: bool = option(False, "few steps of everything: to see that it runs")
     domains: str = option("", "domains, with commas between (empty: all of tasks.py)")
     level: int = option(1, "difficulty of the tasks")
-    page: int = option(40, "length of the pages of search, in characters; above k, or nothing is selected")
+    page: int = option(24, "length of the pages of search, in characters; above k, or nothing is selected")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     backend: str = option("auto", "attention path: PyTorch reference or Triton kernels (auto: triton on a "
                           "CUDA GPU)", "auto", "torch", "triton")
@@ -73,9 +73,9 @@ class Options:
     index_fp8: bool = option(True, "select by FP8 index scores, as the published inference does")
     fp8_cache: bool = option(False, "rollouts keep latents in the published FP8 layout")
 
-    block_size: int = option(256, "supervised: context length in tokens")
+    block_size: int = option(128, "supervised: context length in tokens")
     batch_size: int = option(16, "supervised: sequences per step")
-    dense_steps: int = option(700, "supervised: steps of the dense stage")
+    dense_steps: int = option(1200, "supervised: steps of the dense stage")
     warmup_steps: int = option(60, "supervised: steps of the indexers' warm-up")
     sparse_steps: int = option(150, "supervised: steps of the base's sparse stage")
     judge_steps: int = option(250, "supervised: steps of the reward model")
@@ -134,7 +134,11 @@ GPU = dict(
     hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
     q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
     index_n_heads=8, index_head_dim=64, index_topk=64)
-SMALL_K = dict(index_topk=16)  # of a new model on other devices: fewer than a page holds
+# Of a new model on other devices: k below what a page holds, and weights of a size with which so narrow a
+# model learns to copy
+SMALL = dict(index_topk=8, initializer_range=0.1)
+# What later stages and a run being resumed cannot change: the base was made for it
+FIXED = {"init_from", "seed", "page", *(field.name for field in MODEL_FIELDS)}
 OPTIONS = tuple(field.name for field in fields(Options))
 RANGES = (
     ("level", 1, 6), ("page", 4, 100000), ("seed", 0, 2**63 - 1), ("block_size", 64, math.inf),
@@ -163,23 +167,33 @@ def resolve(argv):
                                 "leave --resume out")
     if given.get("resume") and given.get("overwrite"):
         raise ValueError("--resume with --overwrite: choose one")
-    later_stage = given.get("stage", "all") not in ("all", "base")
-    if (given.get("resume") or later_stage) and (out / "run.json").is_file():
+    if (given.get("resume") or not begins_anew(given)) and (out / "run.json").is_file():
         earlier = files.run_options(out)
         cli.check_stored(out / "run.json", earlier, (*fields(Options), *MODEL_FIELDS))
+        for name in sorted(FIXED & given.keys()):
+            if given[name] != earlier.get(name):
+                raise ValueError(f"--{name}={given[name]}: the run in {out} has {earlier.get(name)}; leave "
+                                 "the option out, or choose another --out_dir")
         dropped = ("out_dir",) if given.get("resume") else ("out_dir", "stage", "device")
         earlier = {name: value for name, value in earlier.items() if name not in dropped}
     device = cli.device(given.get("device", earlier.get("device", "auto")))
-    defaults = GPU if device.type == "cuda" else SMALL_K
+    defaults = GPU if device.type == "cuda" else SMALL
     if given.get("quick"):
         defaults = defaults | QUICK
     if given.get("init_from"):
+        topk = given.get("index_topk") or checkpoint.read_config(given["init_from"]).index_topk
         defaults = {name: value for name, value in defaults.items() if name in OPTIONS}
+        defaults["page"] = max(defaults.get("page", Options.page), 5 * topk // 2)
     values = defaults | earlier | given
     o = Options(**{name: value for name, value in values.items() if name in OPTIONS})
     sizes = {name: value for name, value in values.items() if name not in OPTIONS}
     check_options(o, sizes, device)
     return o, sizes, device
+
+
+def begins_anew(given):
+    """Is a run, by its options, one that makes its own base?"""
+    return given.get("stage", "all") in ("all", "base")
 
 
 def check_options(o, sizes, device):
@@ -222,12 +236,16 @@ def check_options(o, sizes, device):
     if o.block_size <= topk:
         raise ValueError(f"--block_size={o.block_size}: not longer than index_topk={topk}, so nothing would "
                          "be selected; lower --index_topk")
-    longest = 0
-    for task in tasks.some(Random(0), domains_of(o), 50, o.level + 1, o.page):
-        longest = max(longest, len(task.prompt()) + task.limit)
+    longest = longest_task(o)
     if longest > o.block_size:
         raise ValueError(f"--block_size={o.block_size}: a task takes up to {longest} tokens; raise it, or "
                          "lower --page or --level")
+
+
+def longest_task(o):
+    """Tokens of the longest prompt and answer, at the next level, too."""
+    some_tasks = tasks.some(Random(0), domains_of(o), 50, o.level + 1, o.page)
+    return max(len(task.prompt()) + task.limit for task in some_tasks)
 
 
 def domains_of(o):
@@ -614,8 +632,8 @@ def run_job(run, job):
         if run.caught or (step + 1) % o.save_interval == 0:
             save_state(run, job, model, optimizer, step + 1)
         if run.caught:
-            print(f"\nstopped after {job.name} step {step + 1}; continue with: python post_train.py --resume "
-                  f"--out_dir={o.out_dir}", file=sys.stderr)
+            print(f"\nstopped after {job.name} step {step + 1}; continue with the same command and --resume, "
+                  "without --overwrite", file=sys.stderr)
             return 130 if run.caught[0] == signal.SIGINT else 143
     bar.close()
     with runs.saving(run.out):
@@ -665,7 +683,9 @@ def begin(run, stages):
     options = asdict(o) | dict(resume=False, overwrite=False) | run.sizes
     command = " ".join(sys.argv)
     facts = dict(options=options, command=command, commit=cli.commit(), **report.machine(run.device))
-    runs.write_text(run.out / "run.json", json.dumps(facts, indent=2) + "\n")
+    # a later stage may be tried with options of its own: they are not those of the run
+    if begins_anew(asdict(o)) or not (run.out / "run.json").exists():
+        runs.write_text(run.out / "run.json", json.dumps(facts, indent=2) + "\n")
     print(f"{facts['device']} | torch {facts['torch']} | commit {facts['commit']} | backend {o.backend}, "
           f"{o.dtype}")
     print("options: " + " ".join(f"--{name}={value}" for name, value in options.items() if value != ""))

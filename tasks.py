@@ -326,7 +326,7 @@ class Code(Task):
                 break
         examples = " ".join(f"{x}:{run_program(self.program, x)}" for x in self.shown)
         self.question = f"{('code', 'kode')[self.language]} {examples}"
-        self.limit = 20 * level + 60 if self.mode == "think" else level + 4
+        self.limit = 20 * level + 40 if self.mode == "think" else level + 4
 
     def check(self, answer):
         wanted = [run_program(self.program, x) for x in self.shown + self.hidden]

@@ -150,6 +150,12 @@ def test_a_stage_is_not_replaced_unasked(place, chain):
     refused(again, "mixed-base exists", "--overwrite")
 
 
+def test_what_a_later_stage_cannot_change(place, chain):
+    for change in ("--page=13", "--seed=1", "--hidden_size=64"):
+        result = call(place, "post_train.py", "--out_dir=chain", "--stage=mixed", "--overwrite", change)
+        refused(result, change, "the run in chain has")
+
+
 def test_evaluation_goes_on(place, chain):
     """With --resume nothing is measured twice."""
     path = chain[0] / "evaluation.json"
@@ -198,9 +204,9 @@ def test_resume_is_the_run(place, monkeypatch, job, stage):
     assert code == 130 and "--resume" in err, err
     assert (place / broken / f"state-{job}").is_dir() and not (place / broken / job).exists()
     monkeypatch.setattr(post_train, name, original)
-    code, _, err = call(place, "post_train.py", f"--out_dir={broken}", "--resume")
+    code, _, err = post(place, broken, *args, f"--stage={stage}", "--resume")
     assert code == 0, err
-    if stage == "base":
+    if stage == "base":  # the options of the run are those of the stage that made its base
         assert call(place, "post_train.py", f"--out_dir={broken}", "--stage=specialists")[0] == 0
     assert losses(place / broken) == losses(whole)
     for model in ("base", "specialist-search"):
