@@ -108,7 +108,7 @@ class Options:
     language_penalty: float = option(0.3, "reward: taken off a right answer whose chain is in the other "
                                      "language")
 
-    eval_tasks: int = option(64, "evaluation: tasks for each domain and mode")
+    eval_tasks: int = option(32, "evaluation: tasks for each domain and mode")
     eval_samples: int = option(4, "evaluation: answers to each at temperature 1, for pass@k")
     schedule: str = option("cosine", "learning rate after the ramp", "cosine", "constant")
     ramp_steps: int = option(10, "steps over which a learning rate rises")
@@ -122,7 +122,7 @@ class Options:
 
 QUICK = dict(
     dense_steps=150, warmup_steps=20, sparse_steps=30, judge_steps=40, distillation_steps=30, answers=64,
-    specialist_steps=3, mixed_steps=4, rows=32, group=4, live_groups=2, draws=1, micro_rows=32, eval_tasks=16,
+    specialist_steps=3, mixed_steps=4, rows=32, group=4, live_groups=2, draws=1, micro_rows=32, eval_tasks=8,
     eval_samples=2)
 # Defaults that differ on a CUDA GPU: the model of 27M parameters of train.py
 GPU = dict(
