@@ -77,6 +77,7 @@ SMALL = Shape(heads=12, rank=128, rope=32, nope=64, value=64, index_heads=4, ind
 HEADS = (128, 64, 16)  # of the published shape
 CHUNK = 4096  # queries of a long prompt that are computed at a time
 CONTEXTS = (32768, 131072)  # behind which they come
+LONGEST = 2**20  # behind which selection filters
 SEQUENCE = 8192  # tokens of a sequence that is trained on, in the rows of one layer
 BATCH = 128  # sequences that decode at a time
 MATMUL = 8192  # rows and columns of the matrices that the baselines multiply
@@ -312,6 +313,7 @@ def bench_select(table):
     for what, shape, B, S, T in (
             ("", V32, 1, CHUNK, CONTEXTS[1]),
             (", few heads", SMALL, 1, CHUNK, CONTEXTS[1]),
+            (", few heads, filtered", SMALL, 1, CHUNK // 4, LONGEST),
             (", a training step", SMALL, STEP_TOKENS // CHUNK, CHUNK, CHUNK),
             (", few keys", SMALL, 2 * STEP_TOKENS // CHUNK, CHUNK // 2, CHUNK // 2),
             (", decoding", V32, BATCH // 2, 1, CONTEXTS[1]),
@@ -489,11 +491,12 @@ def bench_context(table):
         q = randn(1, CHUNK, V32.heads, V32.width)
         latents = randn(1, T, V32.width)
 
-        def dsa():
+        def dsa(q, latents, q_index, k_index, w, k_scale):
             indices = kernels.select(q_index, k_index, w, V32.topk, k_scale)
             kernels.sparse_attention(q, latents, indices, V32.scale, V32.rank)
 
-        point("prefill, DSA", T, milliseconds(dsa), CHUNK)
+        ms = milliseconds(functools.partial(dsa, q, latents, q_index, k_index, w, k_scale))
+        point("prefill, DSA", T, ms, CHUNK)
 
         # one chunk behind T - CHUNK cached tokens: hardly any pair masked
         q_heads = randn(1, V32.heads, CHUNK, V32.qk)
@@ -509,7 +512,8 @@ def bench_context(table):
         q = randn(B, 1, V32.heads, V32.width)
         latents = packed_cache(V32, B, T)
         everything = torch.arange(T, dtype=torch.int32, device=DEVICE).expand(B, 1, T).contiguous()
-        point("decode, DSA", T, milliseconds(dsa), B)
+        ms = milliseconds(functools.partial(dsa, q, latents, q_index, k_index, w, k_scale))
+        point("decode, DSA", T, ms, B)
         ms = milliseconds(lambda: kernels.sparse_attention(q, latents, everything, V32.scale, V32.rank))
         point("decode, dense MLA", T, ms, B)
         del latents
@@ -564,7 +568,8 @@ def stage_speeds(model, x):
     """-> {(attention, compiled): Speed} of all four ways. The hungriest comes first: what does not fit shows
     early."""
     speeds = {}
-    for model.attention, compiled in (("sparse", False), ("dense", False), ("dense", True), ("sparse", True)):
+    for attention, compiled in (("sparse", False), ("dense", False), ("dense", True), ("sparse", True)):
+        model.attention = attention
         clean_up()
         speeds[model.attention, compiled] = training(stage_objective(model, compiled), model.parameters(), x)
     return speeds
@@ -713,9 +718,10 @@ def bench_long(table, folder):
     for T in LONG:
         tokens = text[:max(1, STEP_TOKENS // T) * T + 1].astype("int64")
         x = torch.from_numpy(tokens).to(DEVICE).unfold(0, T + 1, T)  # (B, T + 1)
-        for model.attention in ("dense", "sparse"):
+        for attention in ("dense", "sparse"):
+            model.attention = attention
             speed = training(stage_objective(model, compiled=False), model.parameters(), x)
-            table.add(f"training, {folder}, context {T}, {model.attention}", 1000 * T / speed.tokens,
+            table.add(f"training, {folder}, context {T}, {attention}", 1000 * T / speed.tokens,
                       speed.tokens, f"tokens/s ({speed.memory:.0f} GB)")
 
 
@@ -817,7 +823,8 @@ def decoding(model, B, T, compiled):
     """Steps at the end of a context of T, as `stream` takes them -> ms of one, kernels of one."""
     token = torch.randint(0, VOCABULARY, (B,), device=DEVICE)
     first = torch.zeros(B, dtype=torch.int32, device=DEVICE)
-    decoder = Decoder(model, full_caches(model, B, T), B, token.device, model.backend_on(token.device), compiled)
+    caches = full_caches(model, B, T)
+    decoder = Decoder(model, caches, B, token.device, model.backend_on(token.device), compiled)
 
     def step():
         decoder.step(token, T - 1, first)
@@ -836,7 +843,8 @@ def bench_decode(table):
     for B, T in DECODED:
         what = f"decoding step, 124M, batch {B}, context {T}"
         dense = {}
-        for model.attention, compiled in itertools.product(("dense", "sparse"), (False, True)):
+        for attention, compiled in itertools.product(("dense", "sparse"), (False, True)):
+            model.attention = attention
             clean_up()
             ms, kernels_run = decoding(model, B, T, compiled)
             name = f"{what}, {model.attention}" + (", --compile" if compiled else "")
@@ -854,7 +862,8 @@ def bench_prefill(table):
     T = CONTEXTS[1]
     prompt = random_ids(SMALL_CONFIG, 1, T)
     seconds = {}
-    for model.attention in ("dense", "sparse"):
+    for attention in ("dense", "sparse"):
+        model.attention = attention
 
         def first_token():
             next(stream(model, prompt, 1, temperature=0.8))

@@ -129,25 +129,32 @@ class Config:
             if types is None:
                 continue
             known = all(kind in kinds for kind in types)
-            if not known or len(types) != self.num_hidden_layers or types[0] == "shared":
-                raise ValueError(f"{key}={types}: give one of {kinds} for each of {self.num_hidden_layers} "
-                                 "layers; the first cannot be shared")
+            if not known or len(types) != self.num_hidden_layers:
+                raise ValueError(f"{key}={types}: give one of {' or '.join(kinds)} for each of "
+                                 f"{self.num_hidden_layers} layers")
+            if types[0] == "shared":
+                raise ValueError(f"{key}={types}: the first layer has no selection to share; make it full")
 
     def _check_rope_scaling(self):
         if self.rope_scaling is not None:
             check_yarn("rope_scaling", self.rope_scaling, self.rope_theta)
 
     def _check_experts(self):
+        experts = self.n_routed_experts
         groups = self.n_group
-        parts = groups >= 1 and self.n_routed_experts % groups == 0 and 1 <= self.topk_group <= groups
-        fits = parts and 1 <= self.num_experts_per_tok <= self.n_routed_experts // groups * self.topk_group
-        pairs = self.topk_method != "noaux_tc" or groups == 1 or self.n_routed_experts >= 2 * groups
-        if not (fits and pairs and self.moe_intermediate_size >= 1):
-            raise ValueError(
-                f"n_routed_experts={self.n_routed_experts}, n_group={groups}, topk_group={self.topk_group}, "
-                f"num_experts_per_tok={self.num_experts_per_tok}, "
-                f"moe_intermediate_size={self.moe_intermediate_size}: groups must be equal, and those chosen "
-                "hold the experts of a token")
+        if self.moe_intermediate_size < 1:
+            raise ValueError(f"moe_intermediate_size={self.moe_intermediate_size}: must be at least 1")
+        if groups < 1 or experts % groups:
+            raise ValueError(f"n_group={groups}: must divide n_routed_experts={experts}")
+        if not 1 <= self.topk_group <= groups:
+            raise ValueError(f"topk_group={self.topk_group}: must be between 1 and n_group={groups}")
+        reachable = experts // groups * self.topk_group
+        if not 1 <= self.num_experts_per_tok <= reachable:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: must be between 1 and "
+                             f"{reachable}, the experts of topk_group={self.topk_group} groups")
+        if self.topk_method == "noaux_tc" and groups > 1 and experts < 2 * groups:
+            raise ValueError(f"n_group={groups}: noaux_tc ranks a group by its 2 best experts; with "
+                             f"n_routed_experts={experts} choose at most {experts // 2}")
         v2 = self.model_type == "deepseek_v2"
         methods = ("greedy", "group_limited_greedy") if v2 else ("noaux_tc",)
         normalised_v2 = v2 and self.norm_topk_prob  # implementations disagree about its meaning

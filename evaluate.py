@@ -117,10 +117,9 @@ def resolve(argv):
 
 def check(options, config):
     """ValueError for numbers that are too small or too large, and for an out_dir that cannot be written."""
-    for name, low in (("block_size", 8), ("batch_size", 1), ("batches", 1), ("rows", 1), ("copies", 1)):
-        value = getattr(options, name)
-        if value < low:
-            raise ValueError(f"--{name}={value}: must be at least {low}")
+    cli.check_ranges(
+        options, ("block_size", 8, math.inf), ("batch_size", 1, math.inf), ("batches", 1, math.inf),
+        ("rows", 1, math.inf), ("copies", 1, math.inf))
     if options.block_size > config.max_position_embeddings:
         raise ValueError(f"--block_size={options.block_size}: longer than the model's "
                          f"max_position_embeddings={config.max_position_embeddings}")

@@ -6,9 +6,9 @@ import torch
 
 from sparse_attn import Cache
 
-SMALL_CHUNK = 1024  # prompt tokens that enter the caches at once
+SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
 LARGE_CHUNK = 32768  # beyond, nothing is gained
-CHUNK_SHARE = 8  # of a GPU's free memory, one part of so many may hold a layer's tensors of a chunk
+CHUNK_SHARE = 8  # a chunk's tensors in one layer take at most 1 / CHUNK_SHARE of a GPU's free memory
 
 
 def restrict(logits, temperature=1.0, top_k=None, top_p=None):

@@ -5,11 +5,13 @@ attended to. Scoring is still quadratic, but with one key per token, a handful o
 is the cheap part. Top-k passes no gradient, so the indexer learns from a loss of its own: KL(p ||
 softmax(I)), where p is what the main attention looked at.
 
-Functions first, in the order of the paper; each has a Triton twin of the same name and signature in
-kernels.py. Letters: B sequences, S queries, T keys, H attention heads, HI and DI the indexer's heads and
-their dimensions. `first`, `last` (B, S) int32 are the first and last key position that a query may see; None
-means 0 and T - S + i, causal with the queries at the end. They express packed documents (first), caches that
-are longer than what they hold (last), and padding (first > last: nothing is visible).
+Functions first, in the order of the paper; those that model.Operations lists have Triton twins in kernels.py,
+of the same name and signature. Letters: B sequences, S queries, T keys, K slots of a selection, H attention
+heads, HI and DI the indexer's heads and their dimensions. Equations keep the paper's indices, t a query and s
+a token that it may see; code counts queries by s < S and keys by t < T. `first`, `last` (B, S) int32 are the
+first and last key position that a query may see; None means 0 and T - S + i, causal with the queries at the
+end. They express packed documents (first), caches that are longer than what they hold (last), and padding
+(first > last: nothing is visible).
 """
 import torch
 import torch.nn.functional as F
@@ -21,13 +23,13 @@ SLICE = 2**24  # elements of the largest tensor that the reference holds at once
 
 
 def visible(S, T, first, last, rows, device):
-    """-> (1 or B, len(rows), T) bool: may query `rows` (a slice of 0..S) see key s, is first <= s <= last?"""
-    s = torch.arange(T, device=device)  # (T,)
+    """-> (1 or B, rows, T) bool: may these queries, a slice of all S, see key t, is first <= t <= last?"""
+    t = torch.arange(T, device=device)  # (T,)
     if last is None:
         last = torch.arange(T - S, T, device=device)[None]  # (1, S)
-    mask = s <= last[:, rows, None]  # (1 or B, rows, T)
+    mask = t <= last[:, rows, None]  # (1 or B, rows, T)
     if first is not None:
-        mask = mask & (s >= first[:, rows, None])
+        mask = mask & (t >= first[:, rows, None])
     return mask
 
 
@@ -47,7 +49,7 @@ def over_rows(function, S, elements_per_row):
     step = max(1, min(S, SLICE // max(1, elements_per_row)))
     recompute = torch.is_grad_enabled() and step < S
     parts = []
-    for i in range(0, S, step):
+    for i in range(0, max(1, S), step):  # of no queries one empty slice, whose results have shapes, too
         rows = slice(i, min(i + step, S))
         parts.append(checkpoint(function, rows, use_reentrant=False) if recompute else function(rows))
     return tuple(torch.cat(results, 1) for results in zip(*parts))
@@ -95,7 +97,7 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
     return values.to(torch.float8_e4m3fn), scale.squeeze(-1)
 
 
-# ---- who is read ----
+# ---- scores and selection ----
 
 def index_scores(q, k, w, k_scale=None, first=None, last=None, rows=slice(None)):
     """I[t,s] = k_scale[s] sum_j w[t,j] relu(q[t,j] . k[s])   (paper eq. 1)

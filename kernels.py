@@ -8,8 +8,8 @@ torch.compile(model, fullgraph=True) passes through them.
 Which kernel runs
     select               on up to 2048 keys a row is its own list of candidates; on more, two passes over the
                          scores find them: guess a threshold from a sample, gather what is above it
-      64K keys and more  of few heads, 256 queries and more: filter; a bit per key says whether it may be
-                         among the best, and no score is kept. Bound by memory, where scores are cheap
+      256K keys and      filter: a bit per key says whether it may be among the best, and no score is kept,
+      more, 4 heads      as scores of so few heads are bound by memory
     dense_attention      causal over one document, 16-bit heads of a size that it knows: cuDNN, the fastest
       else               flash: documents, MQA on latents, odd sizes, float32; few queries: keys in parts
     sparse_attention     the published shape (bf16, latents 512 + 64, 64 heads and more) on Hopper: Gluon,

@@ -125,7 +125,13 @@ def operations(backend):
     """The Operations of "torch" (indexer.py, sparse_attn.py) or "triton" (kernels.py)."""
     if backend == "triton":
         import kernels
-        return Operations(*(getattr(kernels, name) for name in Operations._fields))
+        return Operations(
+            quantise=kernels.quantise,
+            select=kernels.select,
+            dense_attention=kernels.dense_attention,
+            sparse_attention=kernels.sparse_attention,
+            indexer_loss_dense=kernels.indexer_loss_dense,
+            indexer_loss_sparse=kernels.indexer_loss_sparse)
     return Operations(
         quantise=indexer.quantise,
         select=indexer.select,
@@ -200,6 +206,7 @@ class Attention(nn.Module):
         bias = config.attention_bias
         if config.q_lora_rank:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            # the eps of both latents' norms is 1e-6 in every family, see support/checkpoint.py
             self.q_a_layernorm = RMSNorm(config.q_lora_rank)
             self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * (self.nope + self.rope), bias=False)
         else:
@@ -269,7 +276,8 @@ class Attention(nn.Module):
             latents = cache.append(run.position, run.length, latents)  # (B, T, rank + rope), or bytes
         T = latents.shape[1]
 
-        # Up to k tokens, selecting is attending to all: the dense path
+        # Up to k tokens, selecting is attending to all: the dense path, unless the KL over the selection is
+        # wanted, or the selection itself
         sparse = run.sparse and (T > self.config.index_topk or run.index_loss or run.always_select)
         absorbed = sparse or (cache is not None and S <= DECODE_QUERIES)
         if not sparse and latents.dtype == torch.uint8:
@@ -282,7 +290,7 @@ class Attention(nn.Module):
             q = torch.cat((q_nope, q_rope), -1)  # (B, S, H, nope + rope)
             k, v = self.expand(latents)  # (B, T, H, nope + rope), (B, T, H, value)
 
-        # Who is read, and the attention to them
+        # Select, attend, and the indexer's loss
         index_loss = None
         with exact(h):
             if sparse:
@@ -574,8 +582,7 @@ class Transformer(nn.Module):
 
     def generate(self, idx, n, **options):
         """idx (B,T) -> (B,T+n): the prompts and up to n sampled tokens each; options as generate.stream,
-        which yields them one by one. Rows that ended before the others are filled up with their end of
-        text."""
+        which yields them one by one. Rows that ended before the others are filled up with end_ids[0]."""
         return generate.complete(self, idx, n, **options)
 
     @classmethod

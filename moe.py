@@ -26,7 +26,7 @@ def grouped_linear(x, weight, ends):
     """x (N,in), its rows sorted by expert, weight (E,out,in), ends (E,) int32: where the rows of each expert
     end -> (N,out).
 
-    One kernel for all experts on a GPU in bf16 (rows of 16 bytes are its condition), else a loop over the
+    One kernel for all experts on a GPU in bf16 (its rows must be multiples of 16 bytes), else a loop over the
     experts that were hit."""
     if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -108,9 +108,10 @@ class MoE(nn.Module):
         x = h.flatten(0, 1)  # (N, hidden)
         weights, experts = self.route(x)  # (N, k) each
         k = experts.shape[1]
-        expert, order = experts.flatten().sort(stable=True)  # (N k,): pairs (token, expert), expert by expert
-        numbers = torch.arange(self.config.n_routed_experts, device=h.device)
-        ends = torch.searchsorted(expert, numbers, right=True).int()  # (E,)
+        # pairs (token, expert), expert by expert
+        sorted_experts, order = experts.flatten().sort(stable=True)  # (N k,) each
+        all_experts = torch.arange(self.config.n_routed_experts, device=h.device)  # (E,)
+        ends = torch.searchsorted(sorted_experts, all_experts, right=True).int()  # (E,)
         # copies before sorting: the gradient then sums k addends in a fixed order, where an index with
         # repeats would use atomics
         pairs = x[:, None].expand(-1, k, -1).flatten(0, 1).index_select(0, order)  # (N k, hidden)

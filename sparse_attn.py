@@ -1,13 +1,13 @@
 """Core attention of MLA, dense and sparse, and the cache it decodes from.
 
 MLA in two modes that compute the same function. MHA mode expands each token's latent into keys and values per
-head: few operations per pair, right when every pair is visited (dense stages). MQA mode folds W^UK into the
+head: few FLOPs per pair, right when every pair is visited (dense stages). MQA mode folds W^UK into the
 query and W^UV into the output and attends to the latents themselves, one (kv_lora_rank + rope) vector per
 token shared by all heads: little to gather per token, right when each query reads only the tokens that the
 indexer selected (sparse stage), and for decoding.
 
-Each function has a Triton twin of the same name and signature in kernels.py; letters as in indexer.py, and V
-the dimensions of a value: of a head in MHA mode, of the latent (kv_lora_rank) in MQA mode. lse is the natural
+dense_attention and sparse_attention have Triton twins in kernels.py; letters as in indexer.py, and V the
+dimensions of a value: of a head in MHA mode, of the latent (kv_lora_rank) in MQA mode. lse is the natural
 logarithm.
 """
 import torch
@@ -97,11 +97,11 @@ def unpack_latents(packed, value_dim, dtype):
     dtype."""
     blocks = -(-value_dim // 128)
     rope_bytes = packed.shape[-1] - value_dim - 4 * blocks
-    values, scales, rope = packed.split([value_dim, 4 * blocks, rope_bytes], -1)
+    values, scales, rope = packed.split([value_dim, 4 * blocks, rope_bytes], -1)  # bytes
     scales = scales.contiguous().view(torch.float32)  # (..., blocks)
     scales = scales.repeat_interleave(min(128, value_dim), -1)[..., :value_dim]  # (..., value_dim)
-    values = values.contiguous().view(torch.float8_e4m3fn).float() * scales
-    rope = rope.contiguous().view(torch.bfloat16)
+    values = values.contiguous().view(torch.float8_e4m3fn).float() * scales  # (..., value_dim)
+    rope = rope.contiguous().view(torch.bfloat16)  # (..., rope)
     return torch.cat((values.to(dtype), rope.to(dtype)), -1)
 
 

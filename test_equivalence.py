@@ -24,12 +24,6 @@ YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=64, beta_f
             mscale=1.0, mscale_all_dim=0.707)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    poison()
-
-
 # ---- the layer, once more, from the paper's formulas: numpy, float64, one query and one head at a time ----
 
 def rotate(x, position, frequencies, interleaved):
@@ -406,6 +400,20 @@ def brute_select(scores, first, last, topk):
         best = sorted(seen, key=lambda s: (-row[s], s))[:topk]
         rows.append(sorted(best) + [-1] * (topk - len(best)))
     return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_index_scores(dtype):
+    """(T5, T6) Equation 1 in float64: products and sums are float32 whatever the operands are."""
+    q = torch.randn(2, 9, 3, 16).to(dtype)
+    k = torch.randn(2, 14, 16).to(dtype)
+    w = torch.randn(2, 9, 3)
+    dots = torch.einsum("bshd,btd->bsht", q.double(), k.double())
+    expected = torch.einsum("bsht,bsh->bst", dots.relu(), w.double())
+    seen = torch.ones(9, 14).tril(5).bool()
+    got = indexer.index_scores(q, k, w)
+    assert (got[:, ~seen] == float("-inf")).all()
+    assert_close(got.masked_fill(~seen, 0), expected.masked_fill(~seen, 0), *FLOAT32)
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "huge", "tiny"])

@@ -172,9 +172,7 @@ def control_options(given):
 
 def stored_options(path):
     """The options in a run.json. ValueError names file, key and value."""
-    options = files.read_json(path).get("options") or {}
-    if not isinstance(options, dict):
-        raise ValueError(f"{path}: options={options!r} is not an object; start anew with --overwrite")
+    options = files.run_options(path.parent)
     cli.check_stored(path, options, (*fields(Options), *MODEL_FIELDS))
     return options
 
@@ -481,7 +479,10 @@ def save_stage(run, stage, summary):
             p.data = p.data.to(dtype)
     with runs.saving(run.out):
         run.model.save_pretrained(run.out / stage, run.o.tokenizer)
-    for attention in ("dense", "sparse") if stage in ("warmup", "sparse") else ("dense",):
+    attentions = ("dense",)
+    if stage in ("warmup", "sparse"):
+        attentions = ("dense", "sparse")
+    for attention in attentions:
         summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(run, attention)
     runs.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     with runs.saving(run.out):
@@ -554,7 +555,8 @@ def train_stage(run, stage, caught):
 
         # Micro-batches, whose gradients add up to that of the mean loss. The warm-up needs no logits
         losses = []
-        for number in batch_numbers(o, like, step):
+        batches = batch_numbers(o, like, step)
+        for number in batches:
             x, y, first = run.batch(run.batches, number)  # (batch_size, block_size) each
             targets = None if stage == "warmup" else y
             with run.autocast():
@@ -569,8 +571,9 @@ def train_stage(run, stage, caught):
         # Stop before a step by something that is not finite
         values = read(losses, norms)
         if not all(map(math.isfinite, values.values())):
-            print(f"train.py: {stage} step {step}, batch {number}: not finite: {values}; last good "
-                  f"checkpoint: {last_good(run)}. Lower --{like}_lr or raise --ramp_steps", file=sys.stderr)
+            print(f"train.py: {stage} step {step}, batches {batches[0]}..{batches[-1]}: not finite: {values}; "
+                  f"last good checkpoint: {last_good(run)}. Lower --{like}_lr or raise --ramp_steps",
+                  file=sys.stderr)
             return 1
 
         # Step

@@ -169,7 +169,8 @@ def read_rope(values):
     for key in ("rope_scaling", "rope_parameters"):
         if values.get(key):
             forms[key], theta = rope_form(key, values[key])
-            thetas |= {f"{key}.rope_theta": theta} if theta is not None else {}
+            if theta is not None:
+                thetas[f"{key}.rope_theta"] = theta
     for found in (forms, thetas):
         if any(value != next(iter(found.values())) for value in found.values()):
             both = " and ".join(f"{key}={value}" for key, value in found.items())

@@ -38,15 +38,16 @@ def read_trainer(state, stages):
         reason = cli.one_line(error)[:80]
         raise ValueError(f"{path}: no trainer state, or a truncated one ({reason}); start anew with "
                          "--overwrite") from None
-    tests = dict(
-        stage=lambda value: value in stages,
-        step=lambda value: type(value) is int and value >= 0,
-        corpus=lambda value: isinstance(value, str),
-        optimizer=lambda value: isinstance(value, dict))
-    for key, test in tests.items():
-        value = trainer.get(key) if isinstance(trainer, dict) else None
-        if not test(value):
-            shown = "missing" if value is None else repr(value)[:40]
+    values = trainer if isinstance(trainer, dict) else {}
+    step = values.get("step")
+    right = dict(
+        stage=values.get("stage") in stages,
+        step=type(step) is int and step >= 0,
+        corpus=isinstance(values.get("corpus"), str),
+        optimizer=isinstance(values.get("optimizer"), dict))
+    for key, is_right in right.items():
+        if not is_right:
+            shown = repr(values[key])[:40] if key in values else "missing"
             raise ValueError(f"{path}: {key} is {shown}, no trainer state of this run; start anew with "
                              "--overwrite")
     return trainer | dict(folder=state)

@@ -342,12 +342,15 @@ def small(monkeypatch):
         shape = bench.V32._replace(topk=64)
         few = bench.SMALL._replace(topk=32)
         heads = (128, 64, 16)
-        sizes = dict(CHUNK=256, CONTEXTS=(768, 1024), SEQUENCE=512, MATMUL=512, BATCH=16, STEP_TOKENS=512)
+        sizes = dict(
+            CHUNK=256, CONTEXTS=(768, 1024), LONGEST=2048, SEQUENCE=512, MATMUL=512, BATCH=16,
+            STEP_TOKENS=512)
     else:
         shape = Shape(heads=4, rank=16, rope=16, nope=16, value=16, index_heads=4, index_dim=16, topk=8)
         few = shape._replace(heads=2, index_heads=2)
         heads = (4, 2)
-        sizes = dict(CHUNK=16, CONTEXTS=(32, 48), SEQUENCE=24, MATMUL=32, BATCH=8, STEP_TOKENS=32)
+        sizes = dict(
+            CHUNK=16, CONTEXTS=(32, 48), LONGEST=64, SEQUENCE=24, MATMUL=32, BATCH=8, STEP_TOKENS=32)
     sizes |= dict(
         V32=shape, SMALL=few, HEADS=heads, VOCABULARY=300,
         SMALL_CONFIG=Config(vocab_size=300, **(TINY | dict(max_position_embeddings=2048))),
@@ -446,7 +449,8 @@ def test_decode_part(small):
 
 def test_prefill_part(small):
     bench.bench_prefill(small)
-    check_rows(small, "prefill, 124M, 48 tokens, dense", "prefill, 124M, 48 tokens, sparse")
+    what = f"prefill, 124M, {bench.CONTEXTS[1]} tokens"
+    check_rows(small, f"{what}, dense", f"{what}, sparse")
 
 
 def test_cold_part(small, monkeypatch):

@@ -14,13 +14,6 @@ BOTH = pytest.mark.parametrize("cross_entropy", BACKENDS, ids=["torch", "triton"
 SHAPES = [(1, 1), (5, 37), (3, 5000), (2, 4096), pytest.param((300, 50304), marks=big)]
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    poison()
-
-
 def inputs(kind, rows, vocab, dtype):
     """logits (rows,vocab) in dtype, targets (rows,)"""
     size = dict(random=1, huge=1000, equal=0, sure=1)[kind]
@@ -49,9 +42,9 @@ def test_nats_and_gradient(cross_entropy, kind, shape, dtype):
     assert ((nats - want).abs() <= log_error).all(), ((nats - want).abs() / log_error).max()
 
     assert torch.equal(cross_entropy(x, targets, True), nats)
-    places = torch.finfo(dtype)
+    info = torch.finfo(dtype)
     p = exact.detach().softmax(1)
-    allowed = p * log_error[:, None] + want_grad.abs() * places.eps + places.smallest_normal * places.eps
+    allowed = p * log_error[:, None] + want_grad.abs() * info.eps + info.smallest_normal * info.eps
     if cross_entropy is kernels.cross_entropy:
         allowed.scatter_add_(1, targets[:, None], torch.full_like(allowed[:, :1], 2 * EPS))  # exp(log p) - 1
     assert ((x - want_grad).abs() <= allowed).all(), ((x - want_grad).abs() / allowed).max()
@@ -67,8 +60,8 @@ def test_gradient_of_a_sure_target(cross_entropy, dtype):
     want = torch.expm1(-nats.double())
     assert (want < 0).all() and (want > -1e-3).all()
     got = logits.gather(1, targets[:, None])[:, 0]
-    places = torch.finfo(dtype)
-    allowed = want.abs() * 2 * places.eps + places.smallest_normal * places.eps
+    info = torch.finfo(dtype)
+    allowed = want.abs() * 2 * info.eps + info.smallest_normal * info.eps
     if cross_entropy is kernels.cross_entropy:
         allowed = allowed + 2 * EPS
     assert ((got - want).abs() <= allowed).all(), (got - want).abs() / allowed
@@ -84,8 +77,8 @@ def test_not_finite_where_the_reference_is_not(value):
     for cross_entropy in BACKENDS:
         x = logits.clone()
         results.append((cross_entropy(x, targets, True).isfinite(), x.isfinite()))
-    for places, want_places in zip(results[1], results[0]):
-        assert torch.equal(places, want_places)
+    for finite, want_finite in zip(results[1], results[0]):
+        assert torch.equal(finite, want_finite)
     assert not results[0][0][4] and results[0][0][[0, 2, 3, 5]].all()
 
 

@@ -12,12 +12,6 @@ END = 60  # ends a text
 STOP = 59  # so does this
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    poison()
-
-
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
     if request.param == "triton":

@@ -20,13 +20,6 @@ OUT = {torch.float32: (16, 64), torch.float16: (1, 1), torch.bfloat16: (1, 1)}
 GRADIENT = {torch.float32: (32, 128), torch.float16: (1, 4), torch.bfloat16: (1, 4)}
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    poison()
-
-
 def limits_of(table, dtype):
     """-> whole, row of assert_close"""
     return [torch.finfo(dtype).eps * places for places in table[dtype]]

@@ -23,7 +23,7 @@ E4M3 = torch.float8_e4m3fn
 INF = float("inf")
 NAN = float("nan")
 FILTER_ALL = index.FilterRegime(
-    queries=1, keys=1, keys_per_head=0, keys_per_topk=0, most_keys=2**20, most_topk=2048)
+    queries=1, keys=1, keys_per_topk=0, most_keys=2**20, most_topk=2048, most_heads=2**10)
 
 # Errors of scores. Products of 8-bit and of 16-bit floats are exact in float32, sums are rounded to 2^-24;
 # the some 200 roundings of a score add like a random walk, and it is a few times smaller than what it sums.
@@ -264,6 +264,7 @@ def select_from(scores, topk, first=None, last=None):
     """What `topk` should give, by a stable sort."""
     S, T = scores.shape[1:]
     seen = reference.visible(S, T, first, last, slice(None), DEVICE)
+    scores = scores.masked_fill(scores.isnan(), NAN)  # CUDA sorts other ones by their bits
     best, position = scores.masked_fill(~seen, -INF).sort(dim=-1, descending=True, stable=True)
     want = position[..., :topk].masked_fill(best[..., :topk] == -INF, T).sort(-1).values
     want = want.masked_fill(want == T, -1).int()

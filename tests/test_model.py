@@ -17,10 +17,8 @@ SMALL = dict(num_hidden_layers=1, num_attention_heads=2, index_n_heads=2, index_
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+def nothing_compiled():
     torch._dynamo.reset()
-    poison()
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -95,7 +93,7 @@ def test_the_indexer_learns(attention):
         optimizer.zero_grad()
         model(*batch, index_loss=True)[1]["kl"].backward()
         optimizer.step()
-    assert model(*batch, index_loss=True)[1]["kl"].item() < 0.9 * before
+    assert 0 < model(*batch, index_loss=True)[1]["kl"].item() < 0.9 * before
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])

@@ -1,4 +1,6 @@
 """Generation: what is sampled, where it stops, and what a token sees."""
+import functools
+
 import pytest
 import torch
 
@@ -196,8 +198,7 @@ def test_a_document_is_a_prompt_of_its_own(attention, chunk):
 
 def test_compiled_steps(monkeypatch):
     """torch.compile changes nothing but the speed of a step."""
-    compile_with = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *args, **more: compile_with(*args, backend="aot_eager", **more))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     model = tiny()
     prompt = texts(3, 15)[0]
     assert greedy(model, prompt, 12, compiled=True) == greedy(model, prompt, 12)

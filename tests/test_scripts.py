@@ -101,7 +101,7 @@ def signal_at(process, folder, how, stage, steps):
         time.sleep(0.005)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stopped(place):
     """-> a function: a copy of a run that was interrupted in its third step, under this name."""
     step = torch.optim.AdamW.step
@@ -116,7 +116,7 @@ def stopped(place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", interrupted)
         code, _, err = train(place, "stopped")
-    assert code == 130 and "stopped after dense step 3" in err
+    assert code == 130 and "stopped after dense step 3" in err, err
     [state] = runs.states(place / "stopped")
     assert state.name == "state-0-0000003"
 
@@ -386,7 +386,7 @@ def test_not_finite(place):
     code, _, err = train(place, "boom", "--dense_lr=1e30", "--grad_clip=1e30", "--ramp_steps=0",
                          "--save_interval=1", "--dense_steps=20")
     assert code == 1
-    assert re.search(r"dense step \d+, batch \d+: not finite.*last good checkpoint: .*state-0-", err)
+    assert re.search(r"dense step \d+, batches \d+\.\.\d+: not finite.*last good checkpoint: .*state-0-", err)
     assert all(json.dumps(r).count("NaN") == 0 for r in metrics(place / "boom"))
 
 

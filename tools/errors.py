@@ -3,8 +3,7 @@ worst row, gradients included.
 
     python -m tools.errors                              # random inputs: DeepSeek-V3.2's shapes, GPT-2-small's
     python -m tools.errors --checkpoint=out/sparse      # and what a trained model feeds them
-    compute-sanitizer --tool memcheck python -m tools.errors --small  # every kernel on small shapes; or
-    racecheck
+    compute-sanitizer --tool memcheck python -m tools.errors --small    # every kernel, small (or racecheck)
 
 The reference takes what the kernels take, rounded to bf16 as it is, and computes in float32. Rows are
 measured as in tests/common.py. Selections are compared as sets: the share of queries that select exactly the
@@ -44,7 +43,7 @@ OPERATIONS = {
     "indexer_loss_sparse": Operation(indexer.indexer_loss_sparse, LOSS, dict(dq=5, dk=6, dw=7)),
 }
 FILTER_ALWAYS = index.FilterRegime(
-    queries=1, keys=1, keys_per_head=0, keys_per_topk=0, most_keys=2**20, most_topk=2048)
+    queries=1, keys=1, keys_per_topk=0, most_keys=2**20, most_topk=2048, most_heads=2**10)
 
 
 # ---- the comparison ----
@@ -166,7 +165,8 @@ def recorded(model, tokens, dtype=None):
 
     hooks = [block.self_attn.register_forward_pre_hook(watch) for block in model.model.layers]
     try:
-        for model.attention in ("dense", "sparse"):
+        for attention in ("dense", "sparse"):
+            model.attention = attention
             with torch.no_grad(), torch.autocast(tokens.device.type, dtype, enabled=dtype is not None):
                 model(tokens[:, :-1], tokens[:, 1:], index_loss=True, return_logits=False)
     finally:
@@ -185,7 +185,8 @@ def small_kernels():
         w = w * q_scale[..., 0]
         k_scale = k_scale[..., 0]
         kernels.index_scores(q, k_index, w, k_scale)
-        for index.SELECT_FILTER in (usual, FILTER_ALWAYS):
+        for regime in (usual, FILTER_ALWAYS):
+            index.SELECT_FILTER = regime
             same = same_selection((q, k_index, w, k, k_scale))
             print(f"select, {HI} x {DI}, {k} of {T}: {same:.2%} of the queries as the reference", flush=True)
         index.SELECT_FILTER = usual

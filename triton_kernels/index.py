@@ -52,14 +52,14 @@ class FilterRegime(NamedTuple):
     """Where `select` filters instead of keeping scores."""
     queries: int  # at least; the host has to read whether rows are left over
     keys: int  # at least
-    keys_per_head: int  # at least, of the indexer's: what is saved is memory traffic, not products
     keys_per_topk: int  # at least
     most_keys: int  # a larger sample does not fit a program
     most_topk: int
+    most_heads: int  # of the indexer: what is saved is memory traffic, not products
 
 
 SELECT_FILTER = FilterRegime(
-    queries=256, keys=65536, keys_per_head=16384, keys_per_topk=64, most_keys=2**20, most_topk=1024)
+    queries=256, keys=2**18, keys_per_topk=64, most_keys=2**20, most_topk=1024, most_heads=4)
 
 
 # ---- quantise ----
@@ -1085,9 +1085,9 @@ def filters(q, T, K):
     """Does `select` filter? Not while a CUDA graph is captured, as the host must read what is left over."""
     regime = SELECT_FILTER
     S, HI = q.shape[1:3]
-    if S < regime.queries or K > regime.most_topk or T > regime.most_keys:
+    if S < regime.queries or T < max(regime.keys, regime.keys_per_topk * K):
         return False
-    if T < max(regime.keys, regime.keys_per_head * HI, regime.keys_per_topk * K):
+    if T > regime.most_keys or K > regime.most_topk or HI > regime.most_heads:
         return False
     return not (q.is_cuda and torch.cuda.is_current_stream_capturing())
 
