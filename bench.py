@@ -31,9 +31,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 from config import Config
-from generate import Decoder, stream
+from generate import Decoder, new_caches, stream
 from model import Transformer
-from sparse_attn import Cache, pack_latents
+from sparse_attn import pack_latents
 from support import cli, report, tokenizer
 from train import GPU, Options, trainable
 
@@ -805,16 +805,13 @@ def bench_million(table):
 
 
 def full_caches(model, B, T):
-    """Caches of T tokens, all random, as `stream` makes them."""
-    caches = []
-    for layer in range(model.config.num_hidden_layers):
-        indexed = model.config.has_indexer(layer)
-        cache = Cache(model.config, B, T, DEVICE, BF16, index_fp8=model.index_fp8, indexed=indexed)
+    """Caches of T tokens, all random."""
+    caches = new_caches(model, B, T, DEVICE, BF16)
+    for layer, cache in enumerate(caches):
         cache.latents.normal_()
-        if indexed:
+        if model.config.has_indexer(layer):
             cache.index_keys.copy_(randn(*cache.index_keys.shape))
             cache.index_scales.uniform_()
-        caches.append(cache)
     return caches
 
 
@@ -823,8 +820,7 @@ def decoding(model, B, T, compiled):
     """Steps at the end of a context of T, as `stream` takes them -> ms of one, kernels of one."""
     token = torch.randint(0, VOCABULARY, (B,), device=DEVICE)
     first = torch.zeros(B, dtype=torch.int32, device=DEVICE)
-    caches = full_caches(model, B, T)
-    decoder = Decoder(model, caches, B, token.device, model.backend_on(token.device), compiled)
+    decoder = Decoder(model, full_caches(model, B, T), compiled)
 
     def step():
         decoder.step(token, T - 1, first)

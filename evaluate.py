@@ -2,6 +2,7 @@
 
     python evaluate.py                                        # out/sparse, on the validation text of its run
     python evaluate.py --checkpoint=DIR --block_size=16384
+    torchrun --standalone --nproc-per-node=4 evaluate.py      # batches spread over four GPUs
 
 Measures (results as tables, evaluation.json and four plots in --out_dir):
   loss      validation loss by tokens in sight (of the same document, itself included); up to k, sparse
@@ -27,8 +28,6 @@ import math
 import os
 import shutil
 import sys
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +39,10 @@ from tqdm import tqdm
 
 import data
 import indexer
-from model import Transformer, exact
+import parallel
+from model import Transformer, watched
+from precision import exact
+from sparse_attn import attention_mass
 from support import checkpoint, cli, files, report, tokenizer
 
 ATTENTIONS = ("dense", "sparse")
@@ -91,6 +93,9 @@ def parse(argv):
     parser.add_argument(
         "--backend", choices=["auto", "torch", "triton"], default="auto",
         help="attention path (auto: triton on a CUDA GPU)")
+    parser.add_argument(
+        "--shard", action="store_true",
+        help="under torchrun: spread the weights over the processes, for models that one GPU cannot hold")
     return parser.parse_args(argv)
 
 
@@ -195,44 +200,26 @@ class Statistics(NamedTuple):
     neighbours: Tensor  # (B, R, 2): NEIGHBOURS, NaN unless all 8 see more than k tokens of one document
 
 
-@contextmanager
 def watching(model, record):
-    """A context in which each layer of a sparse forward, whatever the backend, calls record(layer,
+    """-> a context in which each layer of a sparse forward, whatever the backend, calls record(layer,
     SelectArguments, AttentionArguments); in a layer that shares a selection, the former are those of the
     layer it comes from."""
     selecting = None
 
-    def watch(module, args, layer):
-        h, run, *rest = args
-
+    def wrap(layer, h, ops):
         def select(*arguments):
             nonlocal selecting
             selecting = SelectArguments(*arguments)
-            return run.ops.select(*arguments)
+            return ops.select(*arguments)
 
         def sparse_attention(*arguments):
             with exact(h):
                 record(layer, selecting, AttentionArguments(*arguments))
-            return run.ops.sparse_attention(*arguments)
+            return ops.sparse_attention(*arguments)
 
-        ops = run.ops._replace(select=select, sparse_attention=sparse_attention)
-        return h, replace(run, ops=ops), *rest
+        return ops._replace(select=select, sparse_attention=sparse_attention)
 
-    hooks = []
-    for layer, block in enumerate(model.model.layers):
-        hooks.append(block.self_attn.register_forward_pre_hook(functools.partial(watch, layer=layer)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def attention_mass(q, latents, scale, seen):
-    """What dense attention looks at, mean over heads: q (B,R,H,D), latents (B,T,D), seen (1 or B,R,T) ->
-    (B,R,T) probabilities."""
-    logits = torch.einsum("bshd,btd->bsht", q.float(), latents.float()) * scale  # (B, R, H, T)
-    return logits.masked_fill(~seen[:, :, None], float("-inf")).softmax(-1).mean(2)
+    return watched(model, wrap)
 
 
 def selected(x, chosen, empty):
@@ -329,13 +316,14 @@ def predict(model, x, y, first, attention, dtype):
         kept.append(out[:, -n:])
 
     def some(part):
-        logits = model.lm_head(kept[0][:, part]).float()  # (B, part, vocab)
+        logits = F.linear(kept[0][:, part], weight).float()  # (B, part, vocab)
         nats = F.cross_entropy(logits.transpose(1, 2), y[:, part], reduction="none")  # (B, part)
         return nats, logits.argmax(-1) == y[:, part]
 
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         with model.model["norm"].register_forward_hook(keep):
             model(x, first=first, return_logits=False)
+        weight = parallel.whole_tensor(model.lm_head.weight)  # (vocab, hidden)
         return indexer.over_rows(some, n, x.shape[0] * model.config.vocab_size)
 
 
@@ -350,35 +338,62 @@ def sample_rows(sight, topk, count, generator):
     return rows[drawn.to(rows.device)]
 
 
-def measure_text(model, batches, options, device):
-    """Dense and sparse attention on the validation batches -> TextMeasures."""
+def measure_batch(model, batch, rows, options):
+    """Dense and sparse attention on a batch x, y, first (B,S), at the queries rows (R,) -> TextMeasures."""
     topk = model.config.index_topk
     edges = bucket_bounds(options.block_size)
-    generator = torch.Generator().manual_seed(options.seed)
-    nats = {attention: [] for attention in ATTENTIONS}
-    sights = []
-    row_sights = []
+    x, y, first = [tensor.to(rows.device) for tensor in batch]
+    sight = tokens_in_sight(first)  # (B, S)
+    chooses = sight[:, rows] > topk  # (B, R)
     layers = [[] for _ in model.model.layers]
-    for number in tqdm(range(options.batches), desc="validation text", disable=None, dynamic_ncols=True):
-        x, y, first = [tensor.to(device) for tensor in batches.batch(number)]  # (B, S) each
-        sight = torch.arange(1, options.block_size + 1, device=device) - first  # (B, S)
-        rows = sample_rows(sight, topk, options.rows, generator)  # (R,)
-        chooses = sight[:, rows] > topk  # (B, R)
 
-        def record(layer, selecting, attending):
-            statistics = layer_statistics(selecting, attending, rows, edges)
-            layers[layer].append([measure[chooses].cpu() for measure in statistics])
+    def record(layer, selecting, attending):
+        statistics = layer_statistics(selecting, attending, rows, edges)
+        layers[layer] = Statistics(*[measure[chooses].cpu() for measure in statistics])
 
-        nats["dense"].append(predict(model, x, y, first, "dense", options.dtype)[0].flatten().cpu())
-        with watching(model, record):
-            nats["sparse"].append(predict(model, x, y, first, "sparse", options.dtype)[0].flatten().cpu())
-        sights.append(sight.flatten().cpu())
-        row_sights.append(sight[:, rows][chooses].cpu())
+    nats = dict(dense=predict(model, x, y, first, "dense", options.dtype)[0].flatten().cpu())
+    with watching(model, record):
+        nats["sparse"] = predict(model, x, y, first, "sparse", options.dtype)[0].flatten().cpu()
+    return TextMeasures(nats, sight.flatten().cpu(), sight[:, rows][chooses].cpu(), layers)
+
+
+def tokens_in_sight(first):
+    """first (B,S), where the document of each token begins -> (B,S), itself included"""
+    return torch.arange(1, first.shape[1] + 1, device=first.device) - first
+
+
+def measure_text(model, batches, options, ranks):
+    """Dense and sparse attention on the validation batches, which the ranks share -> TextMeasures."""
+    generator = torch.Generator().manual_seed(options.seed)
+    rows = []  # of each batch (R,)
+    for number in range(options.batches):
+        sight = tokens_in_sight(batches.batch(number)[2])  # (B, S)
+        rows.append(sample_rows(sight, model.config.index_topk, options.rows, generator).to(ranks.device))
+
+    measured = {}
+    for number, counts in tqdm(ranks.turns(options.batches), desc="validation text", disable=None,
+                               dynamic_ncols=True):
+        measures = measure_batch(model, batches.batch(number), rows[number], options)
+        if counts:
+            measured[number] = measures
+    return joined([measures for _, measures in sorted(all_of(measured, ranks).items())])
+
+
+def all_of(measured, ranks):
+    """What each rank measured, by number -> that of all."""
+    return functools.reduce(dict.__or__, ranks.gathered(measured))
+
+
+def joined(parts):
+    """TextMeasures of several batches -> of all."""
+    layers = []
+    for of_layer in zip(*[part.layers for part in parts]):
+        layers.append(Statistics(*map(torch.cat, zip(*of_layer))))
     return TextMeasures(
-        nats={attention: torch.cat(parts) for attention, parts in nats.items()},
-        sight=torch.cat(sights),
-        row_sight=torch.cat(row_sights),
-        layers=[Statistics(*map(torch.cat, zip(*batches_of_layer))) for batches_of_layer in layers])
+        nats={attention: torch.cat([part.nats[attention] for part in parts]) for attention in ATTENTIONS},
+        sight=torch.cat([part.sight for part in parts]),
+        row_sight=torch.cat([part.row_sight for part in parts]),
+        layers=layers)
 
 
 def summarise(measures):
@@ -465,18 +480,24 @@ def copy_task(tokens, eot, T, count, seed):
     return length, len(alphabet), samples
 
 
-def measure_copies(model, samples, length, options, device):
+def measure_copies(model, samples, length, options, ranks):
     """-> {"dense", "sparse"}: accuracy over the second halves of the strings, a list over the distances of
-    samples."""
-    accuracy = {attention: [] for attention in ATTENTIONS}
+    samples, which the ranks share."""
+    measured = {}
     half = length // 2
-    for x in tqdm(samples.values(), desc="copying", disable=None, dynamic_ncols=True):
+    samples = list(samples.values())
+    for number, counts in tqdm(ranks.turns(len(samples)), desc="copying", disable=None, dynamic_ncols=True):
+        accuracy = {}
         for attention in ATTENTIONS:
             right = []
-            for part in x.to(device).split(options.batch_size):
+            for part in samples[number].to(ranks.device).split(options.batch_size):
                 right.append(predict(model, part[:, :-1], part[:, -half:], None, attention, options.dtype)[1])
-            accuracy[attention].append(torch.cat(right).float().mean().item())
-    return accuracy
+            accuracy[attention] = torch.cat(right).float().mean().item()
+        if counts:
+            measured[number] = accuracy
+    measured = all_of(measured, ranks)
+    accuracies = [measured[number] for number in range(len(samples))]
+    return {attention: [accuracy[attention] for accuracy in accuracies] for attention in ATTENTIONS}
 
 
 # ---- tables and plots ----
@@ -590,21 +611,24 @@ def main():
     """Measure, print, and write everything at the end."""
     options, config = resolve(sys.argv[1:])
     k = config.index_topk
-    device = cli.device(options.device)
+    device = parallel.device(options.device)
+    ranks = parallel.start(device, 1, vars(options))
     options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     backend = cli.backend(options.backend, device)
-    validation, batches = validation_batches(options, config)
+    prepared = ranks.first(validation_batches, options, config)
+    validation, batches = prepared or validation_batches(options, config)  # the others find the text prepared
+    prepare = functools.partial(parallel.shard, ranks=ranks) if options.shard else None
     model = Transformer.from_pretrained(
-        options.checkpoint, backend, "sparse", options.index_fp8, device=device)
+        options.checkpoint, backend, "sparse", options.index_fp8, device=device, prepare=prepare)
     results = dict(options=vars(options), index_topk=k, commit=cli.commit(), **report.machine(device))
     print(f"{options.checkpoint}: {config.num_hidden_layers} layers, top-k {k}, context {options.block_size}"
           f" | {options.data}, {options.batches} x {options.batch_size} sequences, {options.rows} queries of "
           f"each | {results['device']}, {options.dtype}, commit {results['commit']}\n")
 
-    results |= summarise(measure_text(model, batches, options, device))
+    results |= summarise(measure_text(model, batches, options, ranks))
     length, alphabet, samples = copy_task(
         validation.tokens, validation.header["eot"], options.block_size, options.copies, options.seed)
-    results["copy"] = dict(distance=list(samples)) | measure_copies(model, samples, length, options, device)
+    results["copy"] = dict(distance=list(samples)) | measure_copies(model, samples, length, options, ranks)
     results["copy_task"] = dict(
         length=length,
         cue=length - length // 2,
@@ -612,7 +636,7 @@ def main():
         alphabet=alphabet,
         chance=1 / alphabet)
 
-    write(results, k, Path(options.out_dir))
+    ranks.first(write, results, k, Path(options.out_dir))
     print_tables(results, k, options.out_dir)
     return 0
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from precision import product_dtype
 from sparse_attn import Cache
 
 SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
@@ -69,19 +70,34 @@ def document_starts(idx, end_ids):
     return starts.int()
 
 
+def new_caches(model, B, capacity, device, dtype, fp8=False):
+    """-> an empty Cache for each layer: latents in dtype, or in the published FP8 layout."""
+    caches = []
+    for layer in range(model.config.num_hidden_layers):
+        indexed = model.config.has_indexer(layer)
+        caches.append(Cache(model.config, B, capacity, device, dtype, fp8, model.index_fp8, indexed))
+    return caches
+
+
 class Decoder:
     """Decoding steps of B rows whose prompts are in the caches.
 
     With the Triton kernels on a GPU the first step is captured as a CUDA graph: lengths are read on the
     device, so one graph serves every position and no time goes to launches. Routing to experts needs the
-    host, so models with experts run step by step. compiled: by torch.compile first. traced: the selections of
-    a step are kept in `selections`, (B,1,k) for each layer."""
+    host, so models with experts run step by step, and so do sharded ones. compiled: by torch.compile first.
+    traced: the selections of a step are kept in `selections`, (B,1,k) for each layer."""
 
-    def __init__(self, model, caches, B, device, backend, compiled=False, traced=False):
+    def __init__(self, model, caches, compiled=False, traced=False):
+        latents = caches[0].latents  # (B, capacity, ...)
+        B = len(latents)
+        device = latents.device
+        triton = model.backend_on(device) == "triton"
         self.model = torch.compile(model, dynamic=False) if compiled else model
         self.compiled = compiled
         self.caches = caches
-        self.captures = device.type == "cuda" and backend == "triton" and not model.config.n_routed_experts
+        self.captures = device.type == "cuda" and triton and not model.config.n_routed_experts
+        if hasattr(model, "reshard"):  # of FSDP
+            self.captures = False
         self.graph = None
         self.logits = None
         self.traced = traced and model.attention == "sparse"
@@ -127,16 +143,11 @@ class Decoder:
 
 
 def make_decoder(model, B, capacity, device, fp8_cache=False, compiled=False, traced=False):
-    """-> the Decoder of B rows of up to `capacity` tokens, with new caches: latents in the published FP8
+    """-> the Decoder of B rows of up to `capacity` tokens, with empty caches: latents in the published FP8
     layout, or in what the model computes in."""
-    config = model.config
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.lm_head.weight.dtype
-    caches = []
-    for layer in range(config.num_hidden_layers):
-        indexed = config.has_indexer(layer)
-        caches.append(Cache(config, B, capacity, device, dtype, fp8_cache, model.index_fp8, indexed))
-    return Decoder(model, caches, B, device, model.backend_on(device), compiled, traced)
+    dtype = product_dtype(model.lm_head.weight)
+    caches = new_caches(model, B, capacity, device, dtype, fp8_cache)
+    return Decoder(model, caches, compiled, traced)
 
 
 def check(T, n, temperature, top_k, top_p, chunk, config):
@@ -170,9 +181,27 @@ def default_chunk(config, B, device):
     return max(SMALL_CHUNK, min(LARGE_CHUNK, tokens))
 
 
+def share_prompt(model, idx, first, caches, chunk, ranks):
+    """Let a prompt idx (B,T) enter the caches, those of every rank, `chunk` tokens of each at once -> how
+    many have: all but a few at the end, at least one, which every rank computes for itself. first (B,T) or
+    None."""
+    cut = 2 * ranks.context
+    shared = (idx.shape[1] - 1) // cut * cut
+    step = max(1, chunk // 2) * cut
+    for begin in range(0, shared, step):
+        end = min(begin + step, shared)
+        split = ranks.split(end - begin, begin)
+        bounds = None if first is None else split.part(first)
+        position = torch.arange(begin, end, device=idx.device)
+        model(
+            split.part(idx), first=bounds, caches=caches, position=position, return_logits=False, split=split)
+    return shared
+
+
 @torch.inference_mode()
 def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=None,
-           fp8_cache=False, end_ids=(), go_on=False, compiled=False, steer=None, trace=None, decoder=None):
+           fp8_cache=False, end_ids=(), go_on=False, compiled=False, ranks=None, steer=None, trace=None,
+           decoder=None):
     """Yield up to n times the next token (B,) int64 after the prompts idx (B,T), sampled as by `sample`.
 
     end_ids: the ids that end a text. A row that has sampled one yields -1 from then on, and the stream stops
@@ -180,12 +209,13 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     an end of text, as in training; so of prompts of different lengths the shorter ones begin with ends of
     text, as many as are missing. The prompt enters the caches `chunk` tokens at a time, see
     `default_chunk`. fp8_cache: latents in the published FP8 layout. compiled: the steps by torch.compile.
-    Sets model.cache_bytes_per_token. ValueError: see `check`.
+    ranks: parallel.Ranks that share the prompt, called on all of them, all yield the same. Sets
+    model.cache_bytes_per_token. ValueError: see `check`.
 
     For reinforcement learning: steer(token (B,)) -> (B,) sees what was sampled and says what is taken, such
-    as the reply of a tool. trace: a Trace to fill; its selections also cover prompts up to k tokens, and
-    temperature must be above 0. decoder: one of `make_decoder` for these rows and T + n tokens, traced with a
-    trace, whose caches and CUDA graph serve call after call."""
+    as the reply of a tool. trace: a Trace to fill; its selections also cover prompts up to k tokens. It takes
+    a temperature above 0 and a prompt that no ranks share. decoder: one of `make_decoder` for these rows and
+    T + n tokens, traced with a trace, whose caches and CUDA graph serve call after call."""
     B, T = idx.shape
     config = model.config
     device = idx.device
@@ -193,17 +223,23 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     if trace is not None and temperature < 1e-6:
         raise ValueError(f"temperature={temperature}: a trace holds log-probabilities, which the most likely "
                          "token taken always has none of; sample above 0")
+    if trace is not None and ranks is not None and ranks.context > 1:
+        raise ValueError(f"{ranks.context} ranks share the prompt: a trace would hold the selections of a "
+                         "part of it; leave ranks or trace out")
     end_ids = list(end_ids)
     if decoder is None:
-        traced = trace is not None
-        decoder = make_decoder(model, B, T + n, device, fp8_cache, compiled, traced)
+        decoder = make_decoder(model, B, T + n, device, fp8_cache, compiled, traced=trace is not None)
     caches = decoder.caches
     model.cache_bytes_per_token = sum(cache.bytes_per_token for cache in caches)
 
     first = document_starts(idx.cpu(), end_ids)  # (B, T)
     packed = bool(first.any())  # one document needs no bounds
     first = first.to(device)
-    for position in torch.arange(T, device=device).split(chunk or default_chunk(config, B, device)):
+    chunk = chunk or default_chunk(config, B, device)
+    begin = 0
+    if ranks is not None and ranks.context > 1:
+        begin = share_prompt(model, idx, first if packed else None, caches, chunk, ranks)
+    for position in torch.arange(begin, T, device=device).split(chunk):
         bounds = first[:, position] if packed else None
         chosen = [] if decoder.traced else None
         logits, _ = model(
@@ -223,6 +259,8 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     for t in range(T, T + n):
         start = start.masked_fill(is_end, t)
         token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
+        if ranks is not None:
+            token = ranks.same(token)
         if steer is not None:
             token = steer(token)
         if trace is not None:

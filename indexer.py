@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from precision import exact
+
 E4M3_MAX = 448.0
 SLICE = 2**24  # elements of the largest tensor that the reference holds at once
 
@@ -235,7 +237,7 @@ class Indexer(nn.Module):
         q = self.rotate_first(q, rope)
         k = self.norm(self.wk(h))[:, :, None]  # (B, S, 1, DI)
         k = self.rotate_first(k, rope).squeeze(2)  # (B, S, DI)
-        with torch.autocast(h.device.type, enabled=False):  # w stays float32: rounding it to bf16 makes ties
+        with exact(h):  # w stays float32: rounding it to bf16 makes ties
             w = F.linear(h.float(), self.weights_proj.weight.float())  # (B, S, HI)
             w = w * (self.heads**-0.5 * self.dim**-0.5)
         return q, k, w

@@ -1,9 +1,9 @@
-"""The Triton path: every operation of indexer.py and sparse_attn.py once more, fast. Same names, same
-signatures, same results, which tests hold.
+"""The Triton path: twins of the functions that model.Operations lists, fast. Same names, same signatures,
+same results, which tests hold.
 
 This page is the table of contents: what each operation promises, and the file that holds it. Equations are
-those of DeepSeek-V3.2-Exp, section 2. All are registered with torch.library as torch.ops.dsa.*, so that
-torch.compile(model, fullgraph=True) passes through them.
+those of DeepSeek-V3.2-Exp, section 2. Registered with torch.library as torch.ops.dsa.* (dense_attention as
+flash_attention, beside cuDNN's own), so that torch.compile(model, fullgraph=True) passes through them.
 
 Which kernel runs
     select               on up to 2048 keys a row is its own list of candidates; on more, two passes over the
@@ -12,6 +12,7 @@ Which kernel runs
       more, 4 heads      as scores of so few heads are bound by memory
     dense_attention      causal over one document, 16-bit heads of a size that it knows: cuDNN, the fastest
       else               flash: documents, MQA on latents, odd sizes, float32; few queries: keys in parts
+    split_attention      the same for two chunks of a sequence that ranks share: cuDNN in pieces
     sparse_attention     the published shape (bf16, latents 512 + 64, 64 heads and more) on Hopper: Gluon,
                          warps that gather beside warps that multiply
       up to 32 heads     flash over the union of neighbouring queries' selections: one gather serves several
@@ -20,7 +21,7 @@ Which kernel runs
       backward           latents up to 128: P, dS and dq in one kernel; wider: a kernel each
     indexer_loss_dense   the target by Gluon on Hopper (bf16, 16 heads and more of 64, 128 or 192), else by
                          Triton; the rest by Triton
-    indexer_loss_sparse  over the same unions as sparse_attention
+    indexer_loss_sparse  over unions, too, of as many queries as make 64 rows of the larger number of heads
     Portable from Ampere on: tiles follow the device's shared memory, and below sm_89, which has no FP8
     products, e4m3 becomes fp16 in registers. triton_kernels/hopper.py alone needs sm_90.
 
@@ -29,6 +30,8 @@ Letters
     H  attention heads   D  their dimensions   V  dimensions of a value  R  rope dimensions
     HI indexer heads     DI their dimensions   U  tokens of a union      N  rows (query, head) of a tile
     m, l  running maximum and sum of a softmax         BLOCK_x  extent of a tile along x
+    Equations keep the paper's indices, t a query and s a token that it may see; code counts queries by s < S
+    and keys by t < T.
 """
 from triton_kernels import cross_entropy as _cross_entropy
 from triton_kernels import dense, index, loss, sparse
@@ -43,7 +46,7 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
     amax clamped at 1e-4, scale = amax * float32(1/448), ue8m0: rounded up to a power of two (act_quant of the
     V3.2-Exp inference code). rotate: the orthonormal Walsh-Hadamard transform of the last dimension first. A
     block that is not finite becomes NaN. Not differentiable. ValueError: rotate with a d that is not a power
-    of two; a smaller block that is none."""
+    of two; a block below d that is not a power of two."""
     return index.quantise(x, block, rotate, ue8m0)
 
 
@@ -59,7 +62,7 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 
 def select(q, k, w, topk, k_scale=None, first=None, last=None):
     """S_t = the topk visible keys with the highest index score   (section 2.1)
-    -> (B,S,topk) int32: ascending positions, then -1 in unused slots.
+    -> (B,S,K) int32, K = topk: ascending positions, then -1 in unused slots.
 
     Arguments as `index_scores`. Equal scores go to the lower position (-0.0 equals 0.0), NaN ranks above all,
     and what scores -inf counts as not visible; the same bits in every run. topk may exceed T. Memory: the
@@ -70,7 +73,7 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
 
 
 def topk(scores, topk, first=None, last=None):
-    """`select` from scores (B,S,T) float32 that exist -> (B,S,topk) int32. Not differentiable. ValueError:
+    """`select` from scores (B,S,T) float32 that exist -> (B,S,K) int32. Not differentiable. ValueError:
     topk < 1."""
     return index.topk(scores, topk, first, last)
 
@@ -88,6 +91,15 @@ def dense_attention(q, k, v, scale, first=None, last=None):
     return dense.dense_attention(q, k, v, scale, first, last)
 
 
+def split_attention(q, k, v, scale, early, late):
+    """`dense_attention` of queries that are two chunks of one document, of equal lengths, which begin at the
+    positions early and late (a rank's part of a sequence, see parallel.py): arguments and results as there.
+
+    Where cuDNN takes the heads: each chunk attends to its own keys causally, to all earlier ones without a
+    mask, and the two are merged by their lse."""
+    return dense.split_attention(q, k, v, scale, early, late)
+
+
 def sparse_attention(q, latents, indices, scale, value_dim):
     """Softmax attention over the selected tokens only, MQA mode   (eq. 2)
 
@@ -95,8 +107,8 @@ def sparse_attention(q, latents, indices, scale, value_dim):
     (B,T,bytes) uint8 (forward only), indices (B,S,K) int32, -1 = empty slot -> out (B,S,H,value_dim) in q's
     dtype, lse (B,S,H) float32, natural logarithm, not differentiated. A row with nothing selected: out 0, lse
     -inf, gradient 0. Differentiable in q and latents; dlatents is summed in float32 by atomics, so its last
-    bits vary from run to run. Memory beyond outputs: 8 bytes x B S K (lists), at most 1 GB for P and dS, 4
-    bytes x B T D (dlatents). ValueError: shapes or dtypes that do not fit.
+    bits vary from run to run. Memory beyond outputs: 8 bytes x B S K (lists), scratch of the lists, some 150
+    MB, at most 1 GB for P and dS, 4 bytes x B T D (dlatents). ValueError: shapes or dtypes that do not fit.
 
     Not finite: NaN in q, or in a token that a query selected, makes its rows NaN, out and lse. A token that
     nobody selected is not read, given that empty slots come last, as `select` leaves them. Queries that share

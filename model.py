@@ -7,9 +7,11 @@ reference, "triton" the kernels that tests hold equal to it. Parameters and conf
 published checkpoints, of which four families run here: deepseek_v2, deepseek_v3 (dense attention; `index` of
 `from_pretrained` grafts indexers onto them), deepseek_v32 and glm_moe_dsa.
 """
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ import generate
 import indexer
 import sparse_attn
 from moe import MLP, MoE
+from precision import exact, product_dtype
 
 RECALL_QUERIES = 16  # of a sequence, for the recall that training reports
 DECODE_QUERIES = 16  # up to so many new queries read the latents themselves: expanding a cache costs more
@@ -29,12 +32,6 @@ LOSS_SLICE = 2**28  # logits that the language-model loss holds at a time
 
 
 # ---- norms and positions ----
-
-def product_dtype(x):
-    """What a linear layer computes x in: autocast's dtype, else its own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32; under autocast rounded to its dtype,
@@ -109,6 +106,7 @@ class Operations(NamedTuple):
     quantise: Callable
     select: Callable
     dense_attention: Callable
+    split_attention: Callable
     sparse_attention: Callable
     indexer_loss_dense: Callable
     indexer_loss_sparse: Callable
@@ -129,6 +127,7 @@ def operations(backend):
             quantise=kernels.quantise,
             select=kernels.select,
             dense_attention=kernels.dense_attention,
+            split_attention=kernels.split_attention,
             sparse_attention=kernels.sparse_attention,
             indexer_loss_dense=kernels.indexer_loss_dense,
             indexer_loss_sparse=kernels.indexer_loss_sparse)
@@ -136,14 +135,29 @@ def operations(backend):
         quantise=indexer.quantise,
         select=indexer.select,
         dense_attention=sparse_attn.dense_attention,
+        split_attention=sparse_attn.split_attention,
         sparse_attention=sparse_attn.sparse_attention,
         indexer_loss_dense=indexer.indexer_loss_dense,
         indexer_loss_sparse=indexer.indexer_loss_sparse)
 
 
-def exact(x):
-    """A context in which operations compute in the dtype of their inputs, whatever autocast says."""
-    return torch.autocast(x.device.type, enabled=False)
+@contextmanager
+def watched(model, wrap):
+    """A context in which the attention of each layer calls what wrap(layer, h, ops) makes of its
+    Operations."""
+
+    def watch(module, args, layer):
+        h, run, *rest = args
+        return h, replace(run, ops=wrap(layer, h, run.ops)), *rest
+
+    hooks = []
+    for layer, block in enumerate(model.model.layers):
+        hooks.append(block.self_attn.register_forward_pre_hook(functools.partial(watch, layer=layer)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass
@@ -152,10 +166,11 @@ class Run:
     ops: Operations
     cos: Tensor  # (S, 1, rope / 2) float32, as sin
     sin: Tensor
-    position: Tensor  # (S,) int64
+    position: Tensor  # (S,) int64, of what enters the caches: the tokens of all ranks that share a sequence
     length: int  # tokens in the caches, these included
     first: Tensor | None  # (B, S) int32
     last: Tensor | None  # (B, S) int32
+    split: object | None  # parallel.Split, where ranks share a sequence
     sparse: bool  # attend to the selection
     index_loss: bool
     index_fp8: bool  # select by quantised scores
@@ -166,6 +181,16 @@ class Run:
     def rope(self, x, interleaved):
         """`apply_rope` at these positions."""
         return apply_rope(x, interleaved, self.cos, self.sin)
+
+    def gather(self, x):
+        """x (B,S,...) of the tokens here -> of the whole sequence, where ranks share it."""
+        return x if self.split is None else self.split.gather(x)
+
+    def dense_attention(self, q, k, v, scale):
+        """The operation of this name, by two chunks of the sequence where it is shared and one document."""
+        if self.split is not None and self.first is None:
+            return self.ops.split_attention(q, k, v, scale, *self.split.starts)
+        return self.ops.dense_attention(q, k, v, scale, self.first, self.last)
 
 
 class Scorer(NamedTuple):
@@ -270,8 +295,9 @@ class Attention(nn.Module):
             q_index, k_index, w = self.indexer(*inputs, run.rope)  # (B, S, HI, DI), (B, S, DI), (B, S, HI)
             # one dtype for the kernels, also where a float32 indexer sits in a bf16 model
             q_index = q_index.to(latents.dtype)
-            k_index = k_index.to(latents.dtype)
+            k_index = run.gather(k_index.to(latents.dtype))
             scorer = self.scorer(q_index, k_index, w, run, cache)
+        latents = run.gather(latents)
         if cache is not None:
             latents = cache.append(run.position, run.length, latents)  # (B, T, rank + rope), or bytes
         T = latents.shape[1]
@@ -298,7 +324,7 @@ class Attention(nn.Module):
                     indices = scorer.select(run.ops, self.config.index_topk, run.first, run.last)  # (B, S, k)
                 out, lse = run.ops.sparse_attention(q, latents, indices, self.scale, self.rank)
             else:
-                out, lse = run.ops.dense_attention(q, k, v, self.scale, run.first, run.last)
+                out, lse = run.dense_attention(q, k, v, self.scale)
             if run.index_loss and self.indexer:
                 if sparse:
                     kl, kl_uniform = run.ops.indexer_loss_sparse(
@@ -316,7 +342,7 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(2)), indices, index_loss  # out (B, S, H, value)
 
     def scorer(self, q, k, w, run, cache):
-        """What tokens are selected by: the indexer's q (B,S,HI,DI), k (B,S,DI), w (B,S,HI) without gradient,
+        """What tokens are selected by: the indexer's q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) without gradient,
         quantised if run.index_fp8; with a cache, k of everything in it."""
         q = q.detach()
         k = k.detach()
@@ -327,7 +353,7 @@ class Attention(nn.Module):
                 q, q_scale = run.ops.quantise(q, block=self.indexer.dim, rotate=True)
                 k, k_scale = run.ops.quantise(k, block=self.indexer.dim, rotate=True)
             w = w * q_scale.squeeze(-1)  # (B, S, HI)
-            k_scale = k_scale.squeeze(-1)  # (B, S)
+            k_scale = k_scale.squeeze(-1)  # (B, T)
         if cache is not None:
             k, k_scale = cache.append_index(run.position, run.length, k, k_scale)
         return Scorer(q, k, w, k_scale)
@@ -338,7 +364,7 @@ class Attention(nn.Module):
         linear cost. indices (B,S,k), or None where nothing was selected yet."""
         B, S = q_nope.shape[:2]
         rows = torch.linspace(0, S - 1, min(S, RECALL_QUERIES), device=q_nope.device).long()  # (16,)
-        last = rows.expand(B, -1).int()  # (B, 16)
+        last = rows.expand(B, -1).int() if run.last is None else run.last[:, rows]  # (B, 16)
         first = torch.zeros_like(last) if run.first is None else run.first[:, rows]
         if indices is None:
             some = scorer._replace(q=scorer.q[:, rows], w=scorer.w[:, rows])
@@ -507,7 +533,7 @@ class Transformer(nn.Module):
         return [p for name, p in self.named_parameters() if ".indexer." in name]
 
     def forward(self, idx, targets=None, first=None, index_loss=False, caches=None, position=None, last=None,
-                return_logits=True, selections=None):
+                return_logits=True, split=None, selections=None):
         """idx (B,S) int64, targets (B,S) int64 or None, first (B,S) int32 or None: first visible position
         (packed documents).
 
@@ -516,11 +542,13 @@ class Transformer(nn.Module):
         layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
         return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
-        With `last` (B,S) given, lengths are read on the device (CUDA graphs). selections: (B,S,k) int32 for
-        each layer, to attend to instead of what the indexers select now (they still learn by it); an empty
-        list is filled with what they select. ValueError: sequence longer than max_position_embeddings."""
+        With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
+        process has a part of the sequence, others the rest; idx, targets, first, selections and the results
+        are those of the part. selections: (B,S,k) int32 for each layer, to attend to instead of what the
+        indexers select now (they still learn by it); an empty list is filled with what they select.
+        ValueError: sequence longer than max_position_embeddings."""
         backend = self.backend_on(idx.device)
-        run = self.run(backend, idx, first, index_loss, caches, position, last, selections)
+        run = self.run(backend, idx, first, index_loss, caches, position, last, split, selections)
         h = self.model.embed_tokens(idx)  # (B, S, hidden)
         indices = None
         index_losses = []
@@ -548,12 +576,15 @@ class Transformer(nn.Module):
         logits = self.lm_head(h) if return_logits else None  # (B, S or 1, vocab)
         return logits, losses
 
-    def run(self, backend, idx, first, index_loss, caches, position, last, selections=None):
+    def run(self, backend, idx, first, index_loss, caches, position, last, split=None, selections=None):
         """Check the arguments of `forward` -> Run."""
         if index_loss and caches is not None:
             raise ValueError("index_loss=True needs the whole sequence in one forward; leave caches out")
         S = idx.shape[1]
-        if caches is None:
+        if split is not None:
+            length = split.length
+            last = split.position.expand(idx.shape).int()
+        elif caches is None:
             length = S
         elif last is not None:
             length = caches[0].capacity
@@ -564,7 +595,8 @@ class Transformer(nn.Module):
                              f"max_position_embeddings={self.config.max_position_embeddings}; shorten it")
         if position is None:
             position = torch.arange(S, device=idx.device)
-        angles = (position[:, None].float() * self.rope_frequencies)[:, None]  # (S, 1, rope / 2)
+        own = position if split is None else split.position
+        angles = (own[:, None].float() * self.rope_frequencies)[:, None]  # (S, 1, rope / 2)
         return Run(
             ops=operations(backend),
             cos=angles.cos() * self.rope_amplitude,
@@ -573,6 +605,7 @@ class Transformer(nn.Module):
             length=length,
             first=first,
             last=last,
+            split=split,
             sparse=self.attention == "sparse",
             index_loss=index_loss,
             index_fp8=self.index_fp8,
@@ -587,13 +620,15 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu", dtype=None,
-                        index=None):
+                        index=None, prepare=None):
         """The model of a checkpoint folder, ours or a published one (see support/checkpoint.py), in eval
         mode.
 
         dtype: None keeps the stored ones. index: a dict of index_n_heads, index_head_dim and index_topk
         grafts new float32 indexers onto the checkpoint, in place of any it has; attention is then "dense"
-        unless given. FileNotFoundError or ValueError name what is wrong with which file."""
+        unless given. prepare: a function of the model that is called before its parameters have numbers, to
+        change their dtypes or to shard them (parallel.shard); then a process reads its part alone.
+        FileNotFoundError or ValueError name what is wrong with which file."""
         from support import checkpoint
         config = checkpoint.read_config(folder)
         if index:
@@ -601,7 +636,7 @@ class Transformer(nn.Module):
             attention = attention or "dense"
         with torch.device("meta"):
             model = cls(config, backend, attention, index_fp8)
-        checkpoint.read_weights(folder, model, device, dtype, new_indexers=bool(index))
+        checkpoint.read_weights(folder, model, device, dtype, new_indexers=bool(index), prepare=prepare)
         model.rope_frequencies = rope_frequencies(config)[0].to(device)
         return model.eval()
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from precision import exact, product_dtype
+
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
@@ -28,10 +30,8 @@ def grouped_linear(x, weight, ends):
 
     One kernel for all experts on a GPU in bf16 (its rows must be multiples of 16 bytes), else a loop over the
     experts that were hit."""
-    if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        weight = weight.to(dtype)
+    x = x.to(product_dtype(x))  # grouped_mm is not on autocast's list
+    weight = weight.to(product_dtype(weight))
     bf16 = x.dtype == weight.dtype == torch.bfloat16
     if x.is_cuda and bf16 and weight.shape[1] % 8 == weight.shape[2] % 8 == 0:
         return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)
@@ -70,7 +70,7 @@ class MoE(nn.Module):
 
     def scores(self, x):
         """x (N,hidden) -> scores and what experts are chosen by, (N,E) float32 each."""
-        with torch.autocast(x.device.type, enabled=False):
+        with exact(x):
             logits = F.linear(x.float(), self.gate.weight.float())  # (N, E)
         if self.config.topk_method == "noaux_tc":
             scores = logits.sigmoid()

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import exam
 import grpo
+import parallel
 import tasks
 from config import Config, option
 from model import Transformer
@@ -160,6 +161,9 @@ def resolve(argv):
     that is in out_dir, --quick, the device's defaults. ValueError or FileNotFoundError: one line with value
     and fix."""
     given = cli.parse_fields(cli.Parser(__doc__), (*fields(Options), *MODEL_FIELDS), GPU, argv)
+    if parallel.world_size() > 1:
+        raise ValueError(f"{parallel.world_size()} processes of torchrun: post-training runs in one; start it "
+                         "with python")
     out = Path(given.get("out_dir", Options.out_dir))
     earlier = {}
     if given.get("resume") and not (out / "run.json").is_file():
@@ -610,7 +614,7 @@ def run_job(run, job):
         for p in groups[1]:
             p.requires_grad_(False)
     optimizer = adamw(*groups, o, run.device)
-    start = runs.restore(optimizer, saved) if saved else 0
+    start = runs.restore(optimizer, saved, parallel.sharded_state) if saved else 0
     take = Learner(run, job, model).step if job.kind == "grpo" else supervised_step
 
     bar = tqdm(range(start, job.steps), desc=job.name, initial=start, total=job.steps, disable=None,

@@ -142,9 +142,8 @@ class Roller:
     """Rolls out one model, whose weights may change from call to call: caches and the CUDA graph of a shape
     are kept.
 
-    autocast: makes the context that the model runs in; it must not cache
-    casts of weights, which a CUDA graph would read when they are stale. fp8_cache: latents in the published
-    FP8 layout."""
+    autocast: makes the context that the model runs in; it must not cache casts of weights, which a CUDA graph
+    would read when they are stale. fp8_cache: latents in the published FP8 layout."""
 
     def __init__(self, model, device, autocast=nullcontext, fp8_cache=False):
         self.model = model
@@ -171,8 +170,9 @@ class Roller:
         trace = Trace() if traced else None
         with self.autocast():
             decoder = self.decoder(len(tasks), columns + limit, traced)
-            for _ in stream(self.model, prompts, limit, temperature, None, top_p, generator, chunk,
-                            end_ids=(EOT,), steer=turns, trace=trace, decoder=decoder):
+            for _ in stream(self.model, prompts, limit, temperature=temperature, top_p=top_p,
+                            generator=generator, chunk=chunk, end_ids=(EOT,), steer=turns, trace=trace,
+                            decoder=decoder):
                 if all(turns.over):
                     break
         rollout = assemble(tasks, prompts, turns, trace, self.device)

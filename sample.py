@@ -2,9 +2,11 @@
 
     python sample.py --prompt="def main("                    # from out/sparse
     echo "def main(" | python sample.py - --temperature=0    # prompt from standard input
+    torchrun --standalone --nproc-per-node=4 sample.py --prompt_file=FILE    # a prompt over four GPUs
     python sample.py --chat --checkpoint=out/post/mixed --domain=agent --think    # a task of post_train.py
     python sample.py --chat --checkpoint=out/post/mixed --prompt="add 47 85"      # a question of your own
 """
+import functools
 import math
 import os
 import sys
@@ -13,6 +15,7 @@ from random import Random
 
 import torch
 
+import parallel
 import tasks
 from generate import stream
 from model import Transformer
@@ -57,7 +60,11 @@ def options(argv):
         "float32)")
     add("--backend", choices=["auto", "torch", "triton"], default="auto", help="attention path (auto: triton "
         "on a CUDA GPU)")
+    add("--shard", action="store_true", help="under torchrun: spread the weights over the processes, for "
+        "models that one GPU cannot hold; slower per token")
     o = parser.parse_args(argv)
+    if o.stdin and parallel.world_size() > 1:
+        raise ValueError("-: the processes of torchrun have no standard input; use --prompt_file")
     if sum(source is not None for source in (o.stdin, o.prompt, o.prompt_file)) > 1:
         raise ValueError("give one of --prompt, --prompt_file and -, not several")
     cli.check_ranges(o, ("num_tokens", 1, math.inf), ("count", 1, math.inf), ("temperature", 0, math.inf),
@@ -154,20 +161,22 @@ def chat_task(o, text):
     return Chat(text, o.think, o.num_tokens)
 
 
-def talk(o, model, tokens_of, task, device):
+def talk(o, model, tokens_of, task, ranks):
     """Answer a task: the conversation to standard output as it comes, turns by their names, the checker's
     word to standard error."""
     names = {token: name for name, token in chat.turns_of(o.checkpoint).items()}
     if {name: token for token, name in names.items()} != tasks.TURNS:
         raise ValueError(f"{o.checkpoint}: its turn tokens are {names}, those of tasks.py are {tasks.TURNS}")
-    prompt = task.prompt()
-    generator = torch.Generator(device).manual_seed(o.seed)
+    ids = task.prompt()
+    prompt = torch.tensor([ids], device=ranks.device)  # (1, tokens)
+    generator = torch.Generator(ranks.device).manual_seed(o.seed)
     turns = Turns([task])
     text = tokens_of.stream()
-    print(f"<|user|>{task.question}{names[prompt[-1]]}", end="", flush=True)
+    print(f"<|user|>{task.question}{names[ids[-1]]}", end="", flush=True)
     rows = stream(
-        model, torch.tensor([prompt], device=device), task.limit, o.temperature, o.top_k, o.top_p, generator,
-        o.chunk, o.cache == "fp8", tokens_of.end_ids, compiled=o.compile, steer=turns)
+        model, prompt, task.limit, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p,
+        generator=generator, chunk=o.chunk, fp8_cache=o.cache == "fp8", end_ids=tokens_of.end_ids,
+        compiled=o.compile, ranks=ranks, steer=turns)
     for row in rows:
         [token] = row.tolist()
         if token in names:
@@ -184,7 +193,8 @@ def main():
     """Load, stream to standard output, report speed on standard error."""
     o = options(sys.argv[1:])
     text = prompt_text(o)
-    device = cli.device(o.device)
+    device = parallel.device(o.device)
+    ranks = parallel.start(device, parallel.world_size(), vars(o))
     config = checkpoint.read_config(o.checkpoint)
     if o.index_fp8 and config.index_topk:
         cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
@@ -198,17 +208,19 @@ def main():
     else:
         ids = prompt_ids(o, text, tokens_of, config.vocab_size)
     model = Transformer.from_pretrained(
-        o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype)
+        o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype,
+        prepare=functools.partial(parallel.shard, ranks=ranks) if o.shard else None)
     if o.chat:
-        talk(o, model, tokens_of, task, device)
+        talk(o, model, tokens_of, task, ranks)
         return 0
 
     prompt = torch.tensor([ids], device=device).expand(o.count, -1)  # (count, tokens)
     generator = torch.Generator(device).manual_seed(o.seed)
     printer = Printer(text, tokens_of, ids, o.count, stops=not o.ignore_eos)
     rows = stream(
-        model, prompt, o.num_tokens, o.temperature, o.top_k, o.top_p, generator, o.chunk, o.cache == "fp8",
-        tokens_of.end_ids, o.ignore_eos, o.compile)
+        model, prompt, o.num_tokens, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p,
+        generator=generator, chunk=o.chunk, fp8_cache=o.cache == "fp8", end_ids=tokens_of.end_ids,
+        go_on=o.ignore_eos, compiled=o.compile, ranks=ranks)
     began = time.perf_counter()
     times = []
     for row in rows:

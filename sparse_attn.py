@@ -42,6 +42,15 @@ def dense_attention(q, k, v, scale, first=None, last=None):
     return over_rows(some, S, B * H * T)
 
 
+def split_attention(q, k, v, scale, early, late):
+    """`dense_attention` of queries that are two chunks of one document, of equal lengths, which begin at the
+    positions early and late: a rank's part of the sequence, see parallel.Split."""
+    B, S = q.shape[:2]
+    chunk = torch.arange(S // 2, dtype=torch.int32, device=q.device)  # (S / 2,)
+    last = torch.cat((early + chunk, late + chunk)).expand(B, -1)  # (B, S)
+    return dense_attention(q, k, v, scale, None, last)
+
+
 def sparse_attention(q, latents, indices, scale, value_dim):
     """Softmax attention over the selected tokens only, MQA mode   (paper eq. 2)
 
@@ -66,17 +75,22 @@ def sparse_attention(q, latents, indices, scale, value_dim):
     return over_rows(some, S, B * K * (D + H))
 
 
+def attention_mass(q, latents, scale, seen):
+    """What dense attention looks at, mean over heads: q (B,S,H,D) absorbed, latents (B,T,D), seen (1 or
+    B,S,T) -> (B,S,T) float32 probabilities, NaN where nothing is visible. Holds (B,S,H,T) logits: for a few
+    sampled queries."""
+    logits = torch.einsum("bshd,btd->bsht", q.float(), latents.float()) * scale  # (B, S, H, T)
+    return logits.masked_fill_(~seen[:, :, None], float("-inf")).softmax(-1).mean(2)
+
+
 @torch.no_grad()
 def selected_mass(q, latents, indices, scale, first, last):
     """Recall: the share of the dense attention's mass, averaged over heads, that the selected tokens hold ->
     (B,S) float32.
 
-    Shapes as `sparse_attention`, first and last (B,S) required. Holds (B,S,H,T) logits: for a few sampled
-    queries, as a metric."""
-    logits = torch.einsum("bshd,btd->bsht", q.float(), latents.float()) * scale  # (B, S, H, T)
+    Shapes as `sparse_attention`, first and last (B,S) required. A metric, see `attention_mass`."""
     seen = visible(q.shape[1], latents.shape[1], first, last, slice(None), q.device)  # (B, S, T)
-    logits = logits.masked_fill_(~seen[:, :, None], float("-inf"))
-    p = torch.softmax(logits, -1).mean(2)  # (B, S, T), NaN where nothing is visible, hence nothing selected
+    p = attention_mass(q, latents, scale, seen)  # (B, S, T); where that is NaN nothing is selected
     selected = p.gather(-1, indices.clamp(min=0).long())  # (B, S, K)
     return selected.masked_fill(indices < 0, 0).sum(-1)
 

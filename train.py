@@ -3,6 +3,7 @@ attention.
 
     python train.py                                     # all three stages; picks sizes for the device
     python train.py --stage=warmup --init_from=DIR      # put sparse attention on a model that exists
+    torchrun --standalone --nproc-per-node=4 train.py   # on four GPUs, see parallel.py
 
 Stages (DeepSeek-V3.2-Exp, section 2.1.1; each starts from the checkpoint of the one before):
   dense    ordinary language-model training with full attention; stands in for the base model
@@ -30,6 +31,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import data
+import parallel
 from config import Config, option
 from model import Transformer
 from support import checkpoint, cli, files, report, runs, tokenizer
@@ -63,7 +65,10 @@ class Options:
     index_fp8: bool = option(True, "select by FP8 index scores, as the published inference does")
     block_size: int = option(256, "context length in tokens")
     batch_size: int = option(8, "sequences per micro-batch")
-    gradient_accumulation_steps: int = option(1, "micro-batches per step")
+    gradient_accumulation_steps: int = option(
+        1, "micro-batches per step, of all processes together (under torchrun by default one for each group)")
+    context_parallel: int = option(1, "processes of torchrun that share each sequence; groups of so many "
+                                   "share the micro-batches")
     dense_steps: int = option(400, "optimizer steps of the dense stage")
     warmup_steps: int = option(100, "optimizer steps of the indexer's warm-up")
     sparse_steps: int = option(120, "optimizer steps of the sparse stage")
@@ -108,7 +113,7 @@ RANGES = (
     ("ramp_steps", 0, math.inf), ("min_lr", 0, 1), ("weight_decay", 0, math.inf),
     ("beta1", 0, 0.9999999), ("beta2", 0, 0.9999999), ("grad_clip", 1e-12, math.inf),
     ("eval_interval", 1, math.inf), ("eval_steps", 1, math.inf), ("save_interval", 1, math.inf),
-    ("seed", 0, 2**63 - 1))
+    ("context_parallel", 1, math.inf), ("seed", 0, 2**63 - 1))
 
 
 def resolve(argv):
@@ -124,8 +129,10 @@ def resolve(argv):
         earlier = control_options(given)
     else:
         earlier = {}
-    device = cli.device(given.get("device", earlier.get("device", "auto")))
+    device = parallel.device(given.get("device", earlier.get("device", "auto")))
     defaults = {} if given.get("resume") else device_defaults(given, device)
+    groups = parallel.world_size() // max(1, given.get("context_parallel", 1))
+    defaults = defaults | dict(gradient_accumulation_steps=max(1, groups))
     values = defaults | earlier | given
 
     o = Options(**{name: value for name, value in values.items() if name in TRAINING})
@@ -202,6 +209,12 @@ def tokenizer_of(folder):
 def check_options(o, device):
     """ValueError or FileNotFoundError for options that are wrong by themselves or on this device."""
     cli.check_ranges(o, *RANGES)
+    parallel.check_context(o.context_parallel, o.block_size)
+    groups = parallel.world_size() // o.context_parallel
+    if o.gradient_accumulation_steps % groups:
+        raise ValueError(f"--gradient_accumulation_steps={o.gradient_accumulation_steps}: the micro-batches "
+                         f"of a step go to {groups} groups of processes; use a multiple of {groups}, or "
+                         "another number of processes")
     if not o.out_dir:
         raise ValueError("--out_dir=: name a folder")
     files.destination(o.out_dir)
@@ -239,14 +252,14 @@ def check_context(config, o):
 
 # ---- the model ----
 
-def build(o, sizes, device, stages, vocab_size):
-    """-> the model to start `stages` with: fresh, or of the checkpoint in `start_folder`. ValueError: it has
-    no place for the options given."""
+def build(o, sizes, device, stages, vocab_size, prepare):
+    """-> the model to start `stages` with: fresh, or of the checkpoint in `start_folder`; prepare: see
+    Transformer.from_pretrained. ValueError: it has no place for the options given."""
     switches = dict(backend=cli.backend(o.backend, device), index_fp8=o.index_fp8)
     folder = start_folder(o)
     if not folder:
         model = Transformer(Config(vocab_size=vocab_size, **sizes), **switches)
-        return model.to(device)
+        return prepare(model.to(device))
     old = checkpoint.read_config(folder)
     index = new_indexers(old, sizes, stages)
     if index:
@@ -256,7 +269,8 @@ def build(o, sizes, device, stages, vocab_size):
         print(f"indexers start anew: {index['index_n_heads']} heads of {index['index_head_dim']} {there} in "
               f"{folder}")
     dtype = torch.float32 if o.dtype == "float32" else None
-    model = Transformer.from_pretrained(folder, device=device, index=index, dtype=dtype, **switches)
+    model = Transformer.from_pretrained(
+        folder, device=device, index=index, dtype=dtype, prepare=prepare, **switches)
     fit(model.config, sizes, folder)
     if model.config.vocab_size < vocab_size:
         raise ValueError(f"--tokenizer={o.tokenizer} has {vocab_size} tokens, the checkpoint {folder} only "
@@ -307,7 +321,8 @@ def trainable(model, stage, train):
         p.requires_grad_(learns)
         if not learns:
             continue
-        p.data = p.data.float()
+        if p.dtype != torch.float32:
+            p.data = p.data.float()
         if p in indexers:
             index.append(p)
         else:
@@ -343,6 +358,8 @@ class Run:
     """What the stages of a run share."""
     o: Options
     device: torch.device
+    ranks: parallel.Ranks
+    split: parallel.Split | None  # this rank's part of a sequence, where several share it
     out: Path
     stages: list  # still to be trained
     replaced: list  # whose records and summary this run writes anew
@@ -350,7 +367,7 @@ class Run:
     saved: dict | None  # the trainer state that its first stage continues from
     model: Transformer
     forward: Callable  # the model, or it compiled
-    rate: float  # FLOPs per second that the device reaches
+    rate: float  # FLOPs per second that the devices of all ranks reach
     batches: data.Batches
     validation: data.Batches
     training_file: data.TokenFile
@@ -361,13 +378,20 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.o.dtype == "bfloat16")
 
     def batch(self, batches, number):
-        """-> x, y, first (batch_size, block_size) on the device, see data.Batches."""
-        return [t.to(self.device, non_blocking=True) for t in batches.batch(number)]
+        """-> x, y, first (batch_size, block_size, or this rank's part of it) on the device, see data.Batches;
+        first is None where no document begins: attention without bounds is faster."""
+        x, y, first = batches.batch(number)
+        tensors = [x, y, first] if first.any() else [x, y]
+        if self.split is not None:
+            tensors = [self.split.part(t) for t in tensors]
+        tensors = [t.to(self.device, non_blocking=True) for t in tensors]
+        return tensors if len(tensors) == 3 else [*tensors, None]
 
 
 def set_up(o, sizes, device):
     """Everything that can still be refused: what lies in out_dir, text, checkpoint -> Run. Nothing is written
     yet."""
+    ranks = parallel.start(device, o.context_parallel, asdict(o) | sizes)
     out = Path(o.out_dir)
     stages = list(STAGES[:3]) if o.stage == "all" else [o.stage]
     # with all stages also a control, which belongs to the warm-up that it started from
@@ -382,7 +406,8 @@ def set_up(o, sizes, device):
     for stage in stages:
         files.destination(out / stage)  # raises if it is a link that leads nowhere
 
-    training_file, validation_file = data.prepare(o.data, o.tokenizer)
+    prepared = ranks.first(data.prepare, o.data, o.tokenizer)
+    training_file, validation_file = prepared or data.prepare(o.data, o.tokenizer)  # the others find it done
     eot = training_file.header["eot"]
     batches = data.Batches(training_file.tokens, o.block_size, o.batch_size, eot, o.seed)
     validation = data.Batches(validation_file.tokens, o.block_size, o.batch_size, eot, 0)
@@ -390,20 +415,28 @@ def set_up(o, sizes, device):
         raise ValueError(f"--resume: the text of --data={o.data} has changed since the run was interrupted, "
                          "its batches would be others; start anew with --overwrite")
 
+    def prepare(model):
+        """What any of the stages trains is float32 before it is sharded."""
+        for stage in stages:
+            trainable(model, stage, o.train)
+        return parallel.shard(model, ranks)
+
     torch.manual_seed(o.seed)
     if saved:
         backend = cli.backend(o.backend, device)
-        model = Transformer.from_pretrained(saved["folder"], backend, index_fp8=o.index_fp8, device=device)
+        model = Transformer.from_pretrained(
+            saved["folder"], backend, index_fp8=o.index_fp8, device=device, prepare=prepare)
     else:
-        model = build(o, sizes, device, stages, training_file.header["vocab_size"])
+        model = build(o, sizes, device, stages, training_file.header["vocab_size"], prepare)
     check_context(model.config, o)
     model.train()
     model.recompute = o.recompute
     model.detach = o.detach
     forward = torch.compile(model) if o.compile else model
-    rate = report.matmul_rate(device, getattr(torch, o.dtype))
+    [rate] = ranks.total([report.matmul_rate(device, getattr(torch, o.dtype))])
     return Run(
-        o=o, device=device, out=out, stages=stages, replaced=replaced, earlier=earlier, saved=saved,
+        o=o, device=device, ranks=ranks, split=ranks.split(o.block_size),
+        out=out, stages=stages, replaced=replaced, earlier=earlier, saved=saved,
         model=model, forward=forward, rate=rate,
         batches=batches, validation=validation, training_file=training_file, validation_file=validation_file)
 
@@ -459,6 +492,9 @@ def describe(run, facts):
     model = run.model
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     in_indexers = sum(p.numel() for p in model.indexer_parameters()) / 1e6
+    ranks = run.ranks
+    if ranks.world > 1:
+        print(f"{ranks.world} processes: {ranks.data} x micro-batches, {ranks.context} x context")
     print(f"{facts['device']} | torch {facts['torch']} | commit {facts['commit']} | "
           f"backend {o.backend}, {o.dtype} | GB: {report.memory_meaning(run.device)}")
     print(f"model: {parameters:.1f}M parameters ({in_indexers:.2f}M in indexers), "
@@ -472,18 +508,36 @@ def describe(run, facts):
 def save_stage(run, stage, summary):
     """The stage's checkpoint, its validation losses in summary.json, and the plot so far."""
     dtype = run.model.lm_head.weight.dtype
-    indexers = set(run.model.indexer_parameters())
-    # one dtype again, of a bf16 checkpoint of which only the attention was trained in float32
-    for p in run.model.parameters():
-        if p.requires_grad and p not in indexers:
-            p.data = p.data.to(dtype)
-    with runs.saving(run.out):
-        run.model.save_pretrained(run.out / stage, run.o.tokenizer)
+    for p in trained(run.model):
+        if p.dtype != dtype:
+            p.data.copy_(p.data.to(dtype))  # as it will be saved
+    plain = parallel.whole_model(run.model, run.ranks)
+    run.ranks.first(write_stage, run, plain, stage, dtype)
     attentions = ("dense",)
     if stage in ("warmup", "sparse"):
         attentions = ("dense", "sparse")
     for attention in attentions:
         summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(run, attention)
+    run.ranks.first(write_summary, run, summary)
+
+
+def trained(model):
+    """The parameters of the main model that learnt in this stage."""
+    indexers = set(model.indexer_parameters())
+    return [p for p in model.parameters() if p.requires_grad and p not in indexers]
+
+
+def write_stage(run, model, stage, dtype):
+    """The checkpoint of a stage, its main model in one dtype again: that of a bf16 checkpoint of which only
+    the attention was trained in float32."""
+    for p in trained(model):
+        p.data = p.data.to(dtype)
+    with runs.saving(run.out):
+        model.save_pretrained(run.out / stage, run.o.tokenizer)
+
+
+def write_summary(run, summary):
+    """The losses so far, and the plot."""
     runs.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     with runs.saving(run.out):
         report.plot(run.out / "metrics.jsonl", run.out / "plot.png", run.o.compare)
@@ -499,17 +553,18 @@ def evaluate(run, attention):
     trained_with = model.attention
     model.attention = attention
     losses = []
-    for number in range(run.o.eval_steps):
+    for number, counts in run.ranks.turns(run.o.eval_steps):
         x, y, first = run.batch(run.validation, number)
         with run.autocast():
-            losses.append(model(x, y, first, return_logits=False)[1]["lm"])
+            loss = model(x, y, first, return_logits=False, split=run.split)[1]["lm"]
+        losses.append(loss if counts else torch.zeros_like(loss))
     model.attention = trained_with
-    losses = torch.stack(losses).tolist()
-    return sum(losses) / len(losses)
+    [total] = run.ranks.total([sum(torch.stack(losses).tolist())])
+    return total / run.ranks.context / run.o.eval_steps
 
 
 def batch_numbers(o, stage, step):
-    """The numbers of a step's micro-batches: they count on from stage to stage."""
+    """The numbers of a step's micro-batches, of all ranks: they count on from stage to stage."""
     steps_before = sum(getattr(o, f"{before}_steps") for before in STAGES[:STAGES.index(stage)])
     first = (steps_before + step) * o.gradient_accumulation_steps
     return range(first, first + o.gradient_accumulation_steps)
@@ -526,6 +581,12 @@ def read(losses, norms):
     return means | dict(grad_norm=values[-2], index_grad_norm=values[-1])
 
 
+def gradient_norm(parameters, o, device):
+    """Clip the gradients of these parameters together -> their norm before, ()."""
+    norm = clip_grad_norm_(parameters, o.grad_clip)
+    return parallel.whole_tensor(norm).to(device)
+
+
 def train_stage(run, stage, caught):
     """Train one stage, or the rest of the one that was interrupted -> 0, or the exit code of a run that
     stops: 1 for losses that are not finite, 130 or 143 for the signal in `caught`."""
@@ -539,7 +600,7 @@ def train_stage(run, stage, caught):
     main, index = trainable(model, stage, o.train)
     optimizer = adamw(main, index, o, run.device)
     resumed = run.saved and stage == run.saved["stage"]
-    start = runs.restore(optimizer, run.saved) if resumed else 0
+    start = runs.restore(optimizer, run.saved, parallel.sharded_state) if resumed else 0
     tokens_per_step = o.batch_size * o.block_size * o.gradient_accumulation_steps
     flops_per_token = report.flops_per_token(model, o.block_size, stage)
     report.reset_peak_memory(run.device)
@@ -556,24 +617,27 @@ def train_stage(run, stage, caught):
         # Micro-batches, whose gradients add up to that of the mean loss. The warm-up needs no logits
         losses = []
         batches = batch_numbers(o, like, step)
-        for number in batches:
+        numbers = batches[run.ranks.data_rank::run.ranks.data]  # of this rank
+        for number in numbers:
+            parallel.synchronise(model, number == numbers[-1])
             x, y, first = run.batch(run.batches, number)  # (batch_size, block_size) each
             targets = None if stage == "warmup" else y
             with run.autocast():
-                micro = run.forward(x, targets, first, index_loss=indexing, return_logits=False)[1]
+                micro = run.forward(
+                    x, targets, first, index_loss=indexing, return_logits=False, split=run.split)[1]
             objective = sum(micro[name] for name in ("lm", "kl") if name in micro)
-            (objective / o.gradient_accumulation_steps).backward()
+            (objective / len(numbers)).backward()
             losses.append({name: loss.detach() for name, loss in micro.items()})
 
         # Clip the model and the indexers apart: one norm over both would couple their objectives
-        norms = [clip_grad_norm_(group, o.grad_clip).to(run.device) for group in (main, index)]
+        norms = [gradient_norm(group, o, run.device) for group in (main, index)]
 
         # Stop before a step by something that is not finite
-        values = read(losses, norms)
+        values = run.ranks.means(read(losses, norms))
         if not all(map(math.isfinite, values.values())):
-            print(f"train.py: {stage} step {step}, batches {batches[0]}..{batches[-1]}: not finite: {values}; "
-                  f"last good checkpoint: {last_good(run)}. Lower --{like}_lr or raise --ramp_steps",
-                  file=sys.stderr)
+            print(f"train.py: {stage} step {step}, batches {batches[0]}..{batches[-1]}: not finite: "
+                  f"{values}; last good checkpoint: {last_good(run)}. Lower --{like}_lr or raise "
+                  "--ramp_steps", file=sys.stderr)
             return 1
 
         # Step
@@ -586,7 +650,7 @@ def train_stage(run, stage, caught):
         record = dict(
             stage=stage, step=step, loss=values.get("lm", values.get("kl")), **values, lr=lr,
             tokens_per_second=speed, mfu=speed * flops_per_token / run.rate,
-            memory_gb=report.peak_memory(run.device))
+            memory_gb=run.ranks.largest([report.peak_memory(run.device)])[0])
         shown = {name: f"{record[name]:.3f}" for name in ("loss", "kl", "recall") if name in record}
         bar.set_postfix(shown | dict(tok_s=f"{speed:.0f}"))
 
@@ -594,17 +658,31 @@ def train_stage(run, stage, caught):
         if (step + 1) % o.eval_interval == 0 or step + 1 == steps:
             record["val_loss"] = evaluate(run, model.attention)
             tqdm.write(report.line(record))
-        runs.append_record(run.out, record)
+        run.ranks.first(runs.append_record, run.out, record)
 
-        # Save what --resume goes on from
-        if caught or (step + 1) % o.save_interval == 0 or step + 1 == steps:
-            runs.save_state(run.out, model, optimizer, stage, step + 1, run.training_file.header["sha256"])
-        if caught:
-            print(f"\nstopped after {stage} step {step + 1}; continue with: python train.py --resume "
-                  f"--out_dir={o.out_dir}", file=sys.stderr)
-            return 130 if caught[0] == signal.SIGINT else 143
+        # Save what --resume goes on from. A signal to one rank stops all
+        [stop] = run.ranks.largest([caught[0] if caught else 0])
+        if stop or (step + 1) % o.save_interval == 0 or step + 1 == steps:
+            save_state(run, optimizer, stage, step + 1)
+        if stop:
+            run.ranks.first(print_stop, run, stage, step + 1)
+            return 130 if stop == signal.SIGINT else 143
     bar.close()
     return 0
+
+
+def save_state(run, optimizer, stage, step):
+    """What --resume goes on from: weights and optimizer whole, as of one process."""
+    plain = parallel.whole_model(run.model, run.ranks)
+    moments = parallel.whole(optimizer.state_dict(), run.ranks)
+    corpus = run.training_file.header["sha256"]
+    run.ranks.first(runs.save_state, run.out, plain, moments, stage, step, corpus)
+
+
+def print_stop(run, stage, step):
+    """Where an interrupted run goes on."""
+    print(f"\nstopped after {stage} step {step}; continue with: python train.py --resume "
+          f"--out_dir={run.o.out_dir}", file=sys.stderr)
 
 
 def last_good(run):
@@ -623,7 +701,7 @@ def print_sample(run, stage):
     run.model.eval()
     with run.autocast():
         out = run.model.generate(prompt, min(256, o.block_size - length), temperature=0.8, top_k=50,
-                                 end_ids=(eot,), go_on=True)  # (1, length + n)
+                                 end_ids=(eot,), go_on=True, ranks=run.ranks)  # (1, length + n)
     text = tokenizer.load_tokenizer(run.out / stage).decode(out[0, length:].tolist())
     print(f"sample after the first {length} tokens of the validation text:\n{text}\n")
 
@@ -633,14 +711,14 @@ def main():
     run = set_up(*resolve(sys.argv[1:]))
     again = tuple(f"after {stage}" for stage in run.replaced)
     summary = {name: loss for name, loss in runs.read_summary(run.out).items() if not name.endswith(again)}
-    begin(run)
+    run.ranks.first(begin, run)
     with cli.interruptible() as caught:
         for stage in run.stages:
             code = train_stage(run, stage, caught)
             if code:
                 return code
             save_stage(run, stage, summary)
-    runs.remove_states(run.out)
+    run.ranks.first(runs.remove_states, run.out)
 
     print("\n".join(f"{name}: {loss:.4f}" for name, loss in summary.items()))
     print_sample(run, stage)

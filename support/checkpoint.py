@@ -8,6 +8,7 @@ stack. FP8 weights are dequantised on the way. Nothing in a folder can execute c
 otherwise than its publishers is refused by name, and so is a tensor that the model does not account for.
 """
 import errno
+import functools
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -393,16 +394,17 @@ def sources(name, shape, available):
     return found
 
 
-def dequantise(values, scale, block, dtype):
-    """values (out,in) e4m3, scale (ceil(out / block[0]), ceil(in / block[1])): one factor per block
-    -> (out,in) in dtype. A scale of type e8m0, or its bits as uint8, is the power of two 2^(bits - 127), NaN
+def dequantise(values, scale, block, dtype, start=0):
+    """values (rows,in) e4m3, the rows from `start` on of a matrix (out,in), scale (ceil(out / block[0]),
+    ceil(in / block[1])): one factor per block
+    -> (rows,in) in dtype. A scale of type e8m0, or its bits as uint8, is the power of two 2^(bits - 127), NaN
     for 255 (OCP Microscaling formats, section 5.4.1)."""
     rows, columns = values.shape
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
     scale = scale.float().to(values.device)
-    scale = scale.repeat_interleave(block[0], 0)[:rows]  # (out, in / block)
-    scale = scale.repeat_interleave(block[1], 1)[:, :columns]  # (out, in)
+    scale = scale.repeat_interleave(block[0], 0)[start:start + rows]  # (rows, in / block)
+    scale = scale.repeat_interleave(block[1], 1)[:, :columns]  # (rows, in)
     return (values.float() * scale).to(dtype)
 
 
@@ -508,12 +510,33 @@ def check_leftovers(folder, tensors, used, config, values, new_indexers):
               "have none", file=sys.stderr)
 
 
-def read_weights(folder, model, device, dtype=None, new_indexers=False):
+def own_rows(p):
+    """-> start, stop: the rows of a parameter that this process has, all unless it is sharded. Sharded like
+    torch.chunk: equal parts, the last ones shorter or empty."""
+    if not hasattr(p, "device_mesh"):
+        return 0, len(p)
+    step = -(-len(p) // p.device_mesh.size())
+    start = min(len(p), p.device_mesh.get_local_rank() * step)
+    return start, min(len(p), start + step)
+
+
+def sharded_like(rows, p):
+    """This process's rows of a parameter -> what takes its place."""
+    if not hasattr(p, "device_mesh"):
+        return rows
+    from torch.distributed.tensor import DTensor  # takes a second to import
+    return DTensor.from_local(
+        rows.contiguous(), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def read_weights(folder, model, device, dtype=None, new_indexers=False, prepare=None):
     """Give model (on the meta device) the folder's tensors on `device`, as stored or in `dtype` (but for
     correction bias and weights_proj); FP8 weights become bf16 or `dtype`.
 
-    new_indexers: indexers start from random float32 weights, whatever the folder has. Names, shapes and types
-    are checked before any tensor is read. ValueError, FileNotFoundError: one line naming file and tensor."""
+    new_indexers: indexers start from random float32 weights, whatever the folder has. prepare: see
+    Transformer.from_pretrained; of a parameter that it shards each process reads its rows alone. Names,
+    shapes and types are checked before any tensor is read. ValueError, FileNotFoundError: one line naming
+    file and tensor."""
     folder = locate(folder)
     config = model.config
     values = read_json(folder / "config.json")
@@ -524,7 +547,7 @@ def read_weights(folder, model, device, dtype=None, new_indexers=False):
     wanted = dict(model.state_dict())
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    fresh = {name for name in wanted if new_indexers and ".indexer." in name}
+    fresh = [name for name in wanted if new_indexers and ".indexer." in name]
     plan = {name: sources(name, p.shape, tensors) for name, p in wanted.items() if name not in fresh}
 
     # all there, in a format that we know, and nothing else
@@ -537,38 +560,48 @@ def read_weights(folder, model, device, dtype=None, new_indexers=False):
             used.update(check_source(source, shape, tensors, block))
     check_leftovers(folder, tensors, used, config, values, new_indexers)
 
-    def dtype_of(source, keep):
-        """What this tensor is read as."""
-        stored = TORCH.get(tensors[source].dtype, torch.bfloat16)
-        return stored if keep or dtype is None else dtype
+    # what each is read as; rounding correction biases and weights_proj would change choices
+    dtypes = dict.fromkeys(fresh, torch.float32)
+    for name, parts in plan.items():
+        keep = dtype is None or name.endswith(("e_score_correction_bias", "weights_proj.weight"))
+        found = [TORCH.get(tensors[source].dtype, dtype or torch.bfloat16) for source, _, _ in parts]
+        dtypes[name] = functools.reduce(torch.promote_types, found) if keep else dtype
+    for name, p in model.named_parameters():
+        p.data = p.data.to(dtypes[name])
+    if prepare is not None:
+        prepare(model)
+        wanted = dict(model.state_dict())
+        dtypes |= {name: p.dtype for name, p in model.named_parameters()}
 
-    def read(source, keep):
-        x = tensors[source].read().to(device)
+    def read(source, start, stop):
+        """Some rows of a stored tensor, on the device; FP8 in the widest dtype that it may be wanted in."""
+        stored = tensors[source]
+        x = stored.read() if (start, stop) == (0, stored.shape[0]) else stored.rows(start, stop)
+        x = x.to(device)
         if x.dtype == torch.float8_e4m3fn:
-            scale = tensors[source + "_scale_inv"].read()
-            return dequantise(x, scale, block, dtype or torch.bfloat16)
-        return x.to(dtype_of(source, keep))
+            x = dequantise(x, tensors[source + "_scale_inv"].read(), block, dtype or torch.bfloat16, start)
+        return x
 
     state = {}
     for name, parts in plan.items():
-        # rounding these would change choices
-        keep = name.endswith(("e_score_correction_bias", "weights_proj.weight"))
-        if parts[0][2] is ...:
-            state[name] = read(parts[0][0], keep)
-            continue
-        widest = dtype_of(parts[0][0], keep)
-        for source, _, _ in parts:
-            widest = torch.promote_types(widest, dtype_of(source, keep))
-        state[name] = torch.empty(wanted[name].shape, dtype=widest, device=device)
-        for source, _, place in parts:
-            state[name][place] = read(source, keep)
+        start, stop = own_rows(wanted[name])
+        source, _, place = parts[0]
+        if place is ...:
+            rows = read(source, start, stop).to(dtypes[name])
+        else:  # a stack of experts
+            rows = torch.empty((stop - start, *wanted[name].shape[1:]), dtype=dtypes[name], device=device)
+            for source, shape, (expert, place) in parts:
+                if start <= expert < stop:
+                    rows[expert - start, place] = read(source, 0, shape[0])
+        state[name] = sharded_like(rows, wanted[name])
     for name in fresh:
         x = torch.zeros(wanted[name].shape, device=device)
         if "k_norm.weight" in name:
             x.fill_(1)
         elif not name.endswith("bias"):
             x.normal_(std=config.initializer_range)
-        state[name] = x
+        start, stop = own_rows(wanted[name])
+        state[name] = sharded_like(x[start:stop], wanted[name])
     model.load_state_dict(state, strict=False, assign=True)
     if config.tie_word_embeddings:  # one parameter again, not two that share memory
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -218,14 +220,44 @@ def interruptible():
 
 
 def run(main):
-    """sys.exit(main()); what functions raise about bad input becomes one line and exit 2, Ctrl-C exit 130."""
+    """sys.exit(main()); what functions raise about bad input becomes one line and exit 2, Ctrl-C exit 130.
+    Under torchrun, see `fail`."""
     try:
         sys.exit(main())
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        fail(error, 2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        end(130)
+    except Exception as error:
+        if "RANK" not in os.environ:
+            raise
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            fail("another process has ended, so this one does; where it trained, the last complete state is "
+                 "in --out_dir: go on with --resume", 1)
+        traceback.print_exc(file=sys.__stderr__)
+        end(1)
+
+
+def fail(message, code):
+    """End with one line. Of torchrun's processes mostly all fail, and by the same error: rank 0 says it, and
+    the others wait for torchrun to end them, unless the error is their own."""
+    rank = int(os.environ.get("RANK", 0))
+    where = ""
+    if rank:
+        time.sleep(1)
+        where = f"rank {rank}: "
+    stream = sys.__stderr__ if rank else sys.stderr  # parallel.start silences the others
+    print(f"{Path(sys.argv[0]).name}: {where}{one_line(message)}", file=stream)
+    end(code)
+
+
+def end(code):
+    """Exit; as one of several processes without saying goodbye to the others, which may not be there."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.__stderr__.flush()
+        os._exit(code)
+    sys.exit(code)

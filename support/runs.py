@@ -53,12 +53,13 @@ def read_trainer(state, stages):
     return trainer | dict(folder=state)
 
 
-def restore(optimizer, trainer):
-    """Give an optimizer what `read_trainer` read -> the step to go on with. ValueError names the file."""
+def restore(optimizer, trainer, shard):
+    """Give an optimizer what `read_trainer` read -> the step to go on with. shard: parallel.sharded_state.
+    ValueError names the file."""
     try:
-        optimizer.load_state_dict(trainer["optimizer"])
+        optimizer.load_state_dict(shard(optimizer, trainer["optimizer"]))
         fits = all(moments["exp_avg"].shape == p.shape for p, moments in optimizer.state.items())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         fits = False
     if not fits:
         raise ValueError(f"{trainer['folder'] / 'trainer.pt'}: its optimizer belongs to another model; start "
@@ -128,9 +129,10 @@ def append_record(out, record):
 
 
 def save_state(out, model, optimizer, stage, step, corpus):
-    """The folder state-<stage>-<step> for --resume; it appears whole, then older ones go."""
+    """The folder state-<stage>-<step> for --resume; it appears whole, then older ones go. optimizer: its
+    state_dict."""
     folder = out / f"state-{report.STAGES.index(stage)}-{step:07d}"
-    trainer = dict(stage=stage, step=step, corpus=corpus, optimizer=optimizer.state_dict())
+    trainer = dict(stage=stage, step=step, corpus=corpus, optimizer=optimizer)
     with saving(out), files.whole_folder(folder) as part:
         model.save_pretrained(part)
         with open(part / "trainer.pt", "wb") as file:

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,25 @@ def start(place, script, *args, **kwargs):
     return subprocess.Popen(
         command, cwd=place, env=environment(place), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, **kwargs)
+
+
+def launch(place, ranks, script, *args, options=None, **kwargs):
+    """A script on so many ranks in the folder `place`, as torchrun starts it -> list of subprocess.Popen.
+    options: {rank: further options of this one}."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = dict(
+        WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    processes = []
+    for rank in range(ranks):
+        own = dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        further = (options or {}).get(rank, ())
+        processes.append(subprocess.Popen(
+            [sys.executable, str(ROOT / script), *map(str, args), *further], cwd=place,
+            env=environment(place) | world | own, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs))
+    return processes
 
 
 def finish(process, stdin=""):

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 import kernels
 import model
-from tests.common import poison
 from tests.inputs import DEVICE, DTYPES, EPS, big, random
 
 BACKENDS = [model.cross_entropy, kernels.cross_entropy]

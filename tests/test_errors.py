@@ -76,17 +76,17 @@ def test_trained_activations(calls, name, layer):
 
 @pytest.mark.parametrize("name", errors.OPERATIONS)
 def test_a_wrong_kernel_is_seen(calls, name, monkeypatch):
-    """A kernel whose first output is a percent off, and with it every gradient."""
+    """A kernel whose first output is five percent off, and with it every gradient."""
     reference = errors.OPERATIONS[name].reference
 
     def wrong(*args):
         first, second = reference(*args)
-        return 1.01 * first, second
+        return 1.05 * first, second
 
     monkeypatch.setattr(errors.kernels, name, wrong)
     for what, (whole, worst) in errors.differences(name, calls[name][0]).items():
         right = what in ("lse", "kl_uniform")
-        assert whole < 1e-6 if right else 0.008 < whole < 0.012, (what, whole, worst)
+        assert whole < 1e-6 if right else 0.045 < whole < 0.055, (what, whole, worst)
 
 
 def test_trained_selection(calls):

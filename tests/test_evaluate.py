@@ -17,6 +17,7 @@ import evaluate
 import indexer
 from config import Config
 from model import Transformer
+from parallel import Ranks
 from support import cli
 
 SCRIPT = Path(__file__).parent.parent / "evaluate.py"
@@ -297,7 +298,7 @@ def test_measure_text(kinds):
     model = tiny(indexer_types=kinds)
     batches = data.Batches(text_tokens(), T, 3, EOT)
     with torch.no_grad():
-        measures = evaluate.measure_text(model, batches, OPTIONS, torch.device("cpu"))
+        measures = evaluate.measure_text(model, batches, OPTIONS, Ranks(torch.device("cpu")))
         for attention, nats in measures.nats.items():  # their mean is the model's loss on train.py's batches
             model.attention = attention
             losses = []
@@ -333,7 +334,7 @@ def test_only_queries_that_choose_are_measured():
     batches = data.Batches(text_tokens(), T, 3, EOT)
     every_row = SimpleNamespace(**vars(OPTIONS) | dict(rows=T, batches=2))
     with torch.no_grad():
-        measures = evaluate.measure_text(tiny(), batches, every_row, torch.device("cpu"))
+        measures = evaluate.measure_text(tiny(), batches, every_row, Ranks(torch.device("cpu")))
     sights = []
     for number in range(2):
         first = batches.batch(number)[2].tolist()
@@ -379,7 +380,7 @@ def test_accuracy_of_copies(monkeypatch):
         return None, guess == y
 
     monkeypatch.setattr(evaluate, "predict", lookup)
-    accuracy = evaluate.measure_copies(None, samples, length, OPTIONS, torch.device("cpu"))
+    accuracy = evaluate.measure_copies(None, samples, length, OPTIONS, Ranks(torch.device("cpu")))
     assert accuracy == dict(dense=[1, 1, 1], sparse=[1, 1, 0])
 
 

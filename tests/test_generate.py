@@ -6,7 +6,7 @@ import torch
 import generate
 import sparse_attn
 from config import Config
-from tests.common import FLOAT32, assert_close, device_of, poison, tiny_model
+from tests.common import FLOAT32, assert_close, device_of, tiny_model
 
 END = 60  # ends a text
 STOP = 59  # so does this

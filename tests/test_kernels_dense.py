@@ -6,10 +6,10 @@ import triton.language as tl
 
 import kernels
 import sparse_attn
-from tests.common import MEAN_ROW, assert_close, poison
+from tests.common import MEAN_ROW, assert_close
 from tests.inputs import (
     CUDA, DEVICE, DTYPES, EPS, big, bounds, double, exact_attention, random, visible)
-from triton_kernels import dense
+from triton_kernels import common
 from triton_kernels.common import unit_stride
 
 # Relative errors of the whole tensor and of the worst row, in units of the dtype's eps. In 16 bits p (or ds)
@@ -105,10 +105,10 @@ def test_incoming_gradient_of_any_layout():
 def test_queries_that_see_nothing_between_others(monkeypatch):
     """Keys whose queries come in two runs, the second at the start of a block of the search: the gap between
     them gets and gives no gradient."""
-    block = dense.QUERIES_AT_ONCE.value
+    block = common.QUERIES_AT_ONCE.value
     if not CUDA:  # a compiled kernel keeps its constants
         block = 32
-        monkeypatch.setattr(dense, "QUERIES_AT_ONCE", tl.constexpr(block))
+        monkeypatch.setattr(common, "QUERIES_AT_ONCE", tl.constexpr(block))
     S = 2 * block + 9
     T = 40
     first = torch.zeros(1, S, dtype=torch.int32, device=DEVICE)

@@ -17,7 +17,7 @@ import kernels
 import sparse_attn
 from tests.common import assert_close, relative_errors
 from triton_kernels import hopper
-from triton_kernels.common import LOG2E
+from triton_kernels.common import LOG2E, token_rows
 
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
@@ -106,17 +106,17 @@ def reference(q, latents, indices):
 
 
 def check_forward(q, latents, indices, entries):
-    """sparse_forward from `entries` (latents, or the cache that stands for them); P and out are rounded."""
+    """gluon_forward from `entries` (latents, or the cache that stands for them); P and out are rounded."""
     _, _, want, want_lse = reference(q, latents, indices)
     with poisoned():
-        out, lse = hopper.sparse_forward(q, entries, indices, SCALE)
+        out, lse = hopper.gluon_forward(q, entries, indices, SCALE)
     assert out.is_contiguous() and lse.is_contiguous()
     assert_close(out, want, whole(2), 2 * BF16, "out")
     empty = want_lse == -INF
     assert torch.equal(lse == -INF, empty)
     assert not out[empty].any()
     assert (lse - want_lse)[~empty].abs().max() <= sum_error(q, latents, SCALE)
-    again, lse2 = hopper.sparse_forward(q, entries, indices, SCALE)
+    again, lse2 = hopper.gluon_forward(q, entries, indices, SCALE)
     assert torch.equal(out, again) and torch.equal(lse, lse2)
 
 
@@ -167,10 +167,10 @@ def test_backward(B, S, T, H, K):
     cancel); as a whole by autograd, to which the roundings of P and out in delta come."""
     q, latents, dout = inputs(B, S, T, H)
     indices = selection(B, S, T, K)
-    out, lse = hopper.sparse_forward(q, latents, indices, SCALE)
+    out, lse = hopper.gluon_forward(q, latents, indices, SCALE)
     scratch = 3 * 4 * H * K if S > 100 else hopper.SCRATCH_BYTES  # chunks of three queries
     with poisoned():
-        dq, dlatents = hopper.sparse_backward(q, latents, indices, out, lse, dout, SCALE, scratch)
+        dq, dlatents = hopper.gluon_backward(q, latents, indices, out, lse, dout, SCALE, scratch)
     assert dq.is_contiguous() and dlatents.is_contiguous() and dlatents.dtype == torch.float32
 
     want_dq, want_dlatents = gradients(q, latents, indices, out, dout)
@@ -191,7 +191,7 @@ def test_backward(B, S, T, H, K):
     assert not dlatents[~used[:, 1:]].any()
 
     # float32 atomics: the order of the sums varies
-    dq2, dlatents2 = hopper.sparse_backward(q, latents, indices, out, lse, dout, SCALE, scratch)
+    dq2, dlatents2 = hopper.gluon_backward(q, latents, indices, out, lse, dout, SCALE, scratch)
     assert torch.equal(dq, dq2)
     assert (dlatents - dlatents2).norm() < 1e-5 * dlatents.norm()
 
@@ -201,9 +201,9 @@ def test_backward_one_token():
     """The softmax over one token does not depend on q: dq is what two float32 sums of 512 differ by."""
     q, latents, dout = inputs(1, 1, 1, 128)
     indices = torch.zeros(1, 1, 1, dtype=torch.int32, device="cuda")
-    out, lse = hopper.sparse_forward(q, latents, indices, SCALE)
+    out, lse = hopper.gluon_forward(q, latents, indices, SCALE)
     assert torch.equal(out, latents[:, :, None, :512].expand_as(out))
-    dq, dlatents = hopper.sparse_backward(q, latents, indices, out, lse, dout, SCALE)
+    dq, dlatents = hopper.gluon_backward(q, latents, indices, out, lse, dout, SCALE)
     ds = 2 * SCALE * sum_error(dout, latents[..., :512], 1.0)
     assert dq.float().norm(dim=-1).max() <= 1.01 * ds * latents.float().norm()
     assert_close(dlatents[..., :512], dout.double().sum(2), BF16 / 4, BF16 / 4)
@@ -235,11 +235,11 @@ def test_not_finite(where, column, value):
     leaves = q.float().requires_grad_(), latents.float().requires_grad_()
     want, want_lse = sparse_attn.sparse_attention(*leaves, indices, SCALE, 512)
     assert want.isfinite().any() and not want[0, 4, 3].isfinite().all()
-    out, lse = hopper.sparse_forward(q, latents, indices, SCALE)
+    out, lse = hopper.gluon_forward(q, latents, indices, SCALE)
     assert_same_finite(out, want, whole(2), 2 * BF16, "out")
     assert torch.equal(lse.isfinite(), want_lse.isfinite())
 
-    dq, dlatents = hopper.sparse_backward(q, latents, indices, out, lse, dout, SCALE)
+    dq, dlatents = hopper.gluon_backward(q, latents, indices, out, lse, dout, SCALE)
     want_dq, want_dlatents = torch.autograd.grad((want * dout.float()).sum(), leaves)
     assert want_dq.isfinite().any() and not want_dq[0, 4, 3].isfinite().any()
     assert torch.equal(dq.isfinite(), want_dq.isfinite())
@@ -254,7 +254,7 @@ def test_logits_of_minus_infinity():
     indices[:, 2, 0] = 7
     q[0, 2, 3, 540] = -INF * latents[0, 7, 540].sign()
     want, want_lse = sparse_attn.sparse_attention(q.float(), latents.float(), indices, SCALE, 512)
-    out, lse = hopper.sparse_forward(q, latents, indices, SCALE)
+    out, lse = hopper.gluon_forward(q, latents, indices, SCALE)
     assert want[0, 2, 3].isnan().all() and want_lse[0, 2, 3] == -INF
     assert_same_finite(out, want, whole(2), 2 * BF16, "out")
     assert lse[0, 2, 3] == -INF
@@ -274,7 +274,7 @@ def test_not_finite_in_the_cache():
     latents[0, 7, 515] = INF
     want, want_lse = sparse_attn.sparse_attention(q.float(), latents.float(), indices, SCALE, 512)
     assert not want.isfinite().all() and want.isfinite().any()
-    out, lse = hopper.sparse_forward(q, cache, indices, SCALE)
+    out, lse = hopper.gluon_forward(q, cache, indices, SCALE)
     assert_same_finite(out, want, whole(2), 2 * BF16, "out")
     assert torch.equal(lse.isfinite(), want_lse.isfinite())
 
@@ -303,14 +303,14 @@ def target_reference(q, k, seen):
 
 
 def target_of(q, k, lse, first, last):
-    """loss_target, a sequence at a time, so that chunks begin in the middle -> p (B,S,TP)."""
+    """gluon_target, a sequence at a time, so that chunks begin in the middle -> p (B,S,TP)."""
     B, S, _, D = q.shape
     blocks = -(-S // 128)
     lse2 = (lse * LOG2E.value).float().transpose(1, 2).contiguous()  # (B, H, S)
     parts = []
     for b in range(B):
         p = torch.full((blocks * 128, -(-k.shape[1] // 128) * 128), -1.0, device="cuda")
-        hopper.loss_target(q, k, lse2, p, D**-0.5, first, last, b * blocks, blocks)
+        hopper.gluon_target(q, k, lse2, p, D**-0.5, first, last, b * blocks, blocks)
         parts.append(p[:S])
     return torch.stack(parts)
 
@@ -358,15 +358,27 @@ def test_loss_target_not_finite(name, place):
     assert_close(got, want, bound, bound, "p")
 
 
-def test_supported(monkeypatch):
-    """Which arguments go to these kernels; no GPU needed."""
+@on_hopper
+@pytest.mark.parametrize("packed", [False, True])
+def test_forward_from_a_slice_of_a_larger_cache(packed):
+    """The filled part of a cache is read where it lies, with the same bits as from a copy."""
+    q, latents, _ = inputs(2, 9, 300, 128)
+    indices = selection(2, 9, 200, 128)
+    cache = packed_cache(2, 300)[0] if packed else latents
+    taken = cache[:, :200]
+    assert token_rows(taken)[0] is taken
+    got = hopper.gluon_forward(q, taken, indices, SCALE)
+    want = hopper.gluon_forward(q, taken.contiguous(), indices, SCALE)
+    for x, y in zip(got, want):
+        assert torch.equal(x, y)
+
+
+def test_supported():
+    """Which arguments go to these kernels on a Hopper GPU; none needed."""
     q = torch.zeros(1, 4, 64, 576, dtype=torch.bfloat16)
     latents = torch.zeros(1, 100, 576, dtype=torch.bfloat16)
     cache = torch.zeros(1, 100, 656, dtype=torch.uint8)
     indices = torch.zeros(1, 4, 8, dtype=torch.int32)
-    assert not hopper.supported(q, latents, indices, 512)  # on the CPU
-    assert not hopper.target_supported(q[..., :192])
-    monkeypatch.setattr(hopper, "is_hopper", lambda x: True)
     assert hopper.supported(q, latents, indices, 512)
     assert hopper.supported(q, cache, indices, 512)
     assert not hopper.supported(q.half(), latents.half(), indices, 512)

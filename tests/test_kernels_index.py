@@ -565,7 +565,7 @@ def test_select_filter_fails(monkeypatch):
     q[0, :2, :, 0] = 1
     q[0, 2, :, 1] = 1
     w = torch.ones(1, 4, 2, device=DEVICE)
-    tiles = index.filter_tiles(q, T, topk)
+    tiles = index.filter_tiles(*q.shape[2:], T, topk, q.dtype)
     assert tiles.stride == 9 and tiles.cap == 1024
     got, left = filtered(monkeypatch, q.half(), k.half(), w, topk)
     assert torch.equal(got, reference.select(q, k, w, topk)) and left == 3
@@ -581,7 +581,7 @@ def test_filter_tiles():
     candidates fit a program"""
     for topk in (1, 2, 9, 33, 64, 100, 256, 300, 511, 512, 700, 1023, 1024):
         for T in (65536, 65537, 100_003, 2**17, 2**18, 500_000, 2**19, 2**20 - 1, 2**20):
-            tiles = index.filter_tiles(torch.empty(1, 1, 4, 64), T, topk)
+            tiles = index.filter_tiles(4, 64, T, topk, torch.float32)
             mean = topk / tiles.stride
             rank = int(mean + index.SIGMAS.value * mean**0.5 + 3)
             too_few = 1 - poisson_below(mean, rank)  # rank or more of the K best are sampled
@@ -595,14 +595,14 @@ def test_filter_tiles():
 def test_filter_threshold(T, topk):
     """the threshold of random scores lets K..CAP of them through, up to a million keys"""
     R = 8
-    tiles = index.filter_tiles(torch.empty(1, 1, 4, 64), T, topk)
+    tiles = index.filter_tiles(4, 64, T, topk, torch.float32)
     scores = rand(R, T, seed=T + topk)
     sample = scores[:, ::tiles.stride].contiguous()
     last = positions([T - 1, T - 1, T // 2, T // 2, T // 7, tiles.cap + 1, topk + 1, topk // 2])
     threshold = torch.full((R,), NAN, device=DEVICE)
     index.threshold_kernel[(R,)](
         sample_ptr=sample, first_ptr=None, last_ptr=last, threshold_ptr=threshold,
-        S=R, T=T, row0=0, rows=R, width=sample.shape[1], K=topk, stride=tiles.stride,
+        S=R, T=T, first_row=0, rows=R, width=sample.shape[1], K=topk, stride=tiles.stride,
         SAMPLE=tiles.sample,
         num_warps=tiles.sample_warps)
     for row in range(R):

@@ -8,7 +8,7 @@ import torch
 import indexer
 import kernels
 import sparse_attn
-from tests.common import assert_close, poison
+from tests.common import assert_close
 from tests.inputs import CUDA, DEVICE, DTYPES, EPS, big, bounds, double, exact_attention, random, visible
 from triton_kernels import loss
 

@@ -189,10 +189,10 @@ def test_chunks_and_incoming_gradient(dtype, monkeypatch):
     q, latents, indices, scale, V, dout = draw((1, 7, 37, 16, 32, 16, 16), dtype)
     out, lse = sparse_attention(q.detach(), latents.detach(), indices, scale, V)
     inputs = (q.detach(), latents.detach(), indices, out, lse)
-    one = sparse.sparse_backward(*inputs, dout, scale)
-    double = sparse.sparse_backward(*inputs, 2 * dout, scale)
+    one = sparse.sparse_attention_backward(*inputs, dout, scale)
+    double = sparse.sparse_attention_backward(*inputs, 2 * dout, scale)
     monkeypatch.setattr(sparse, "SCORES_BYTES", 1)
-    many = sparse.sparse_backward(*inputs, dout, scale)
+    many = sparse.sparse_attention_backward(*inputs, dout, scale)
     assert torch.equal(one[0], many[0])
     eps = torch.finfo(dtype).eps  # atomics add in any order; subnormal fp16 does not double to the bit
     torch.testing.assert_close(many[1], one[1], rtol=2 * eps, atol=2 * eps)
@@ -225,11 +225,55 @@ def test_lists_in_parts(dtype, packed, monkeypatch):
     assert_lse(lse, lse64, shape)
 
 
+@pytest.mark.parametrize("S", [2, 12])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_slice_of_a_larger_cache_is_not_copied(S, packed, monkeypatch):
+    """Decoding hands over the filled part of a cache: the kernel reads it where it lies, nothing behind it,
+    and gives the same bits as from a copy."""
+    q, latents, indices, scale, V, _ = draw((3, S, 40, 3, 16, 16, 9), HALF)
+    tokens = latents.detach()
+    if packed:
+        tokens, _ = pack(tokens, V, True)
+    cache = torch.cat((tokens, tokens[:, :17]), 1)  # (B, 57, ...)
+    cache[:, 40:].view(HALF).fill_(NAN)
+    name = "fp8_kernel" if packed else "flash_kernel"
+    kernel = getattr(sparse, name)
+    read = []
+
+    class Launches:
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                read.append(arguments["cache_ptr" if packed else "latents_ptr"].data_ptr())
+                kernel[grid](**arguments)
+            return launch
+
+    monkeypatch.setattr(sparse, name, Launches())
+    out, lse = sparse_attention(q.detach(), cache[:, :40], indices, scale, V)
+    assert read == [cache.data_ptr()]
+    want, want_lse = sparse_attention(q.detach(), tokens.contiguous(), indices, scale, V)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse) and out.isfinite().all()
+
+
 @pytest.mark.parametrize("size", [1e-4, 30.0])
 def test_magnitudes(size):
     """Nearly equal scores, and softmaxes of nearly one token. There dP - delta cancels in most rows of dq, to
     less than the rounding of the mean row."""
     check((1, 9, 60, 4, 32, 16, 24), HALF, size=size, worst=2 * WORST)
+
+
+def test_latent_gradients_are_summed_in_float32():
+    """(T24) 60 queries with lists of their own add to the same four tokens, all with one sign: in 16 bits the
+    sum would lose most of the last addends."""
+    q, latents, indices, scale, V, dout = draw((1, 60, 4, 40, 16, 16, 4), HALF)
+    indices[:] = torch.arange(4)
+    dout = dout.abs()
+    out, _ = sparse_attention(q, latents, indices, scale, V)
+    dlatents, = torch.autograd.grad(out, latents, dout)
+    latents64 = latents.detach().double().requires_grad_()
+    out64, _ = attend(q.detach().double(), latents64, indices, scale, V)
+    want, = torch.autograd.grad(out64, latents64, dout.double())
+    eps = torch.finfo(HALF).eps
+    assert_close(dlatents[..., :V], want[..., :V], eps / 2, eps / 2, "dlatents")
 
 
 @pytest.mark.parametrize("S,T,K", [(0, 20, 4), (5, 20, 0), (5, 0, 0), (12, 0, 3)])
@@ -511,17 +555,18 @@ def samples():
     """(operation, its arguments): the three operations on small and on odd sizes."""
     for shape, dtype in (((1, 9, 12, 2, 16, 16, 4), HALF), ((1, 3, 12, 2, 24, 8, 4), torch.float32)):
         q, latents, indices, scale, V, dout = draw(shape, dtype)
-        yield sparse.sparse_forward, (q, latents, indices, scale, V)
+        yield sparse.sparse_attention_operation, (q, latents, indices, scale, V)
         out, lse = sparse_attention(q.detach(), latents.detach(), indices, scale, V)
-        yield sparse.sparse_backward, (q.detach(), latents.detach(), indices, out, lse, dout, scale)
-        yield sparse.sparse_forward_fp8, (q.detach(), pack(latents.detach(), V, True)[0], indices, scale, V)
+        yield sparse.sparse_attention_backward, (q.detach(), latents.detach(), indices, out, lse, dout, scale)
+        packed, _ = pack(latents.detach(), V, True)
+        yield sparse.sparse_attention_fp8_operation, (q.detach(), packed, indices, scale, V)
 
 
 @pytest.mark.parametrize("number", range(6))
 def test_registration(number):
     """Schema, fake results (shapes, dtypes, strides) and autograd hold, also with dynamic shapes."""
     operation, arguments = list(samples())[number]
-    if CUDA and operation is sparse.sparse_backward:  # atomics: two runs differ in the last bits
+    if CUDA and operation is sparse.sparse_attention_backward:  # atomics: two runs differ in the last bits
         opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
     else:
         eps = torch.finfo(arguments[0].dtype).eps
@@ -553,20 +598,20 @@ def test_hopper_takes_over_where_it_is_supported(monkeypatch):
 
     def chapter(*arguments):
         return None if calls and calls[-1] == "inside" else SimpleNamespace(
-            sparse_forward=forward, sparse_backward=backward)
+            gluon_forward=forward, gluon_backward=backward)
 
     def padded(x):
         return torch.cat((x, x), 2)[:, :, :x.shape[2]]
 
     def forward(q, latents, indices, scale):
         calls.append("inside")
-        out, lse = sparse.sparse_forward(q, latents, indices, scale, 16)
+        out, lse = sparse.sparse_attention_operation(q, latents, indices, scale, 16)
         calls[-1] = "forward"
         return padded(out), padded(lse)
 
     def backward(q, latents, indices, out, lse, dout, scale):
         calls.append("inside")
-        dq, dlatents = sparse.sparse_backward(q, latents, indices, out, lse, dout, scale)
+        dq, dlatents = sparse.sparse_attention_backward(q, latents, indices, out, lse, dout, scale)
         calls[-1] = "backward"
         return padded(dq), dlatents.float()
 

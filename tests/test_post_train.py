@@ -293,6 +293,11 @@ def test_bad_options(place, args, words):
     assert not (place / "bad").exists()
 
 
+def test_torchrun_is_refused(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(post(place, "bad"), "2 processes", "start it with python")
+
+
 def test_checkpoints_that_cannot_be_started_from(place, run):
     refused(post(place, "bad", f"--init_from={run[0]}/dense", "--hidden_size=64"), "--hidden_size=64")
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ import grpo
 import tasks
 from config import Config
 from model import Transformer
+from parallel import Ranks
 from rollout import Roller, Turns, join, part, prompt_columns, rounded, trim
 from tasks import ANSWER, CALL, END, EOT, REPLY, encode, make
 
@@ -244,6 +245,14 @@ def test_dense_attention_has_no_selections():
 def test_a_trace_needs_a_temperature():
     with pytest.raises(ValueError, match="temperature=0"):
         Roller(tiny(), CPU)(some_tasks("math"), 0.0, traced=True)
+
+
+def test_a_trace_needs_the_whole_prompt():
+    """Of a prompt that ranks share, each selects for its part."""
+    idx = torch.zeros(1, 9, dtype=torch.long)
+    rows = generate.stream(tiny(), idx, 1, trace=generate.Trace(), ranks=Ranks(CPU, world=2, context=2))
+    with pytest.raises(ValueError, match="2 ranks share the prompt"):
+        next(rows)
 
 
 def test_too_long_is_refused():

@@ -10,7 +10,6 @@ measured as in tests/common.py. Selections are compared as sets: the share of qu
 reference's tokens.
 """
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import indexer
 import kernels
 import sparse_attn
 from bench import randn, selection
-from model import Transformer
+from model import Transformer, watched
 from sparse_attn import pack_latents
 from support import cli, tokenizer
 from tests.common import MEAN_ROW, relative_errors
@@ -158,20 +157,14 @@ def recorded(model, tokens, dtype=None):
 
         return call
 
-    def watch(module, args):
-        h, run, *rest = args
-        listening = {name: listen(name, getattr(run.ops, name)) for name in calls}
-        return h, replace(run, ops=run.ops._replace(**listening)), *rest
+    def wrap(layer, h, ops):
+        return ops._replace(**{name: listen(name, getattr(ops, name)) for name in calls})
 
-    hooks = [block.self_attn.register_forward_pre_hook(watch) for block in model.model.layers]
-    try:
+    with watched(model, wrap):
         for attention in ("dense", "sparse"):
             model.attention = attention
             with torch.no_grad(), torch.autocast(tokens.device.type, dtype, enabled=dtype is not None):
                 model(tokens[:, :-1], tokens[:, 1:], index_loss=True, return_logits=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return calls
 
 

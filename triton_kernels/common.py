@@ -10,6 +10,13 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028235e38)  # running maxima begin here: finite, so that they never make inf - inf
+LOWEST_LSE = tl.constexpr(-1e30)  # the same for log-sum-exps, and on Hopper
+SCALE_BLOCK = tl.constexpr(128)  # e4m3 values of an FP8 cache entry to a scale
+QUERIES_AT_ONCE = tl.constexpr(1024)  # whose bounds `queries_seeing` compares in one step
+DELTA_ROWS = 16  # of a program of `delta_kernel`
+A100_SHARED_MEMORY = 160_000  # bytes, which A100, H100 and B200 exceed, and no smaller GPU
+H100_SHARED_MEMORY = 200_000  # which H100 and B200 exceed, and A100 does not
 PARTS_AT_ONCE = tl.constexpr(8)  # that `combine_kernel` adds up in one step
 
 
@@ -34,13 +41,18 @@ def operation(name, mutates_args=()):
 
 # ---- the device, and arguments ----
 
-def limits(device):
-    """-> bytes of shared memory that a program may use, number of multiprocessors (of the interpreter:
-    few)."""
+def shared_memory(device):
+    """Bytes of shared memory that a program may use; of the interpreter: plenty."""
     if device.type != "cuda":
-        return 2**20, 4
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, properties.multi_processor_count
+        return 2**20
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def multiprocessors(device):
+    """How many the device has; of the interpreter: few."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def is_hopper(x):
@@ -79,6 +91,15 @@ def unit_stride(x):
     return x if x.stride(-1) == 1 and near else x.contiguous()
 
 
+def token_rows(x):
+    """x (B,T,width) with the tokens of a sequence one behind the other -> x, tokens from a sequence to the
+    next. A slice of a larger cache is such a tensor, and not copied: then these are the cache's capacity."""
+    width = x.shape[2]
+    if x.stride()[1:] != (width, 1) or x.stride(0) % width:
+        x = x.contiguous()
+    return x, x.stride(0) // width
+
+
 def full_bounds(bound, B, S):
     """A bound of what queries see, None or broadcastable to (B,S), as contiguous (B,S) int32 or None."""
     return None if bound is None else bound.expand(B, S).int().contiguous()
@@ -105,11 +126,21 @@ def matmul(a, b, acc=None):
 
 
 @triton.jit
-def load_tile(ptr, row, ok, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """ptr[row, start : start + BLOCK_D], zero where the row is not ok or the column is not below D -> (rows,
-    BLOCK_D)"""
+def load_tile(ptr, offset, ok, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Elements start : start + BLOCK_D of the rows that begin at ptr + offset, zero where the row is not ok
+    or the column is not below D -> (rows, BLOCK_D)"""
     d = start + tl.arange(0, BLOCK_D)
-    return tl.load(ptr + row[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(ptr + offset[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, offset, ok, start, D: tl.constexpr, BLOCK_D: tl.constexpr, x):
+    """x (rows, BLOCK_D) -> elements start : start + BLOCK_D of the rows that begin at ptr + offset, where the
+    row is ok and the column below D"""
+    d = start + tl.arange(0, BLOCK_D)
+    tl.store(
+        ptr + offset[:, None] + d[None, :], x.to(ptr.dtype.element_ty),
+        mask=ok[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -136,6 +167,45 @@ def visible_range(first, last, T):
 
 
 @triton.jit
+def queries_seeing(first_ptr, last_ptr, b, t0, t1, s0, s1, S, T):
+    """The smallest range [lo, hi) of queries within [s0, s1) that holds every query of sequence b seeing any
+    of the keys [t0, t1), and mid: from there on all see all."""
+    lo = s1
+    hi = s0
+    mid = s0
+    for start in range(s0, s1, QUERIES_AT_ONCE):
+        s = start + tl.arange(0, QUERIES_AT_ONCE)
+        first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
+        sees = (s < s1) & (first <= last) & (first < t1) & (last >= t0)
+        lo = tl.minimum(lo, tl.min(tl.where(sees, s, s1)))
+        block_hi = tl.max(tl.where(sees, s + 1, s0))
+        # queries that see nothing do not count behind the last that sees, but between others
+        if block_hi > s0:
+            mid = tl.where((hi > s0) & (hi < start), start, mid)
+            hi = block_hi
+            all_of_them = sees & (first <= t0) & (last >= t1 - 1)
+            mid = tl.maximum(mid, tl.max(tl.where(all_of_them | (s >= block_hi), s0, s + 1)))
+    return lo, hi, mid
+
+
+@triton.jit
+def tile_of_program(
+        S, first_block, blocks, key_blocks,
+        BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
+    """Which tile of a chunk this program makes -> block of the chunk, sequence, first query, first key. GROUP
+    blocks of queries go side by side, so that their keys come from L2."""
+    pid = tl.program_id(0)
+    group = pid // (GROUP * key_blocks) * GROUP
+    size = tl.minimum(GROUP, blocks - group)
+    block = group + pid % (GROUP * key_blocks) % size
+    per_sequence = tl.cdiv(S, BLOCK_S)
+    b = (first_block + block) // per_sequence
+    s0 = (first_block + block) % per_sequence * BLOCK_S
+    t0 = pid % (GROUP * key_blocks) // size * BLOCK_T
+    return block, b, s0, t0
+
+
+@triton.jit
 def e4m3_to_fp16(x):
     """e4m3 bits (uint8) -> the same numbers in fp16, exactly, for GPUs without FP8.
 
@@ -153,17 +223,17 @@ def delta_kernel(
         V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, HEADS_FIRST: tl.constexpr):
     """delta = out . dout per (query, head), what softmax's backward subtracts, of out and dout (B,S,H,V);
     with lse_ptr also lse in base 2. Written as (B,S,H), or HEADS_FIRST as (B,H,S)."""
-    r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    ok = r < rows
-    row = r.to(tl.int64) * V
-    out = load_tile(out_ptr, row, ok, 0, V, BLOCK_V).to(tl.float32)
-    dout = load_tile(dout_ptr, row, ok, 0, V, BLOCK_V).to(tl.float32)
-    to = r
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    ok = row < rows
+    offset = row.to(tl.int64) * V
+    out = load_tile(out_ptr, offset, ok, 0, V, BLOCK_V).to(tl.float32)
+    dout = load_tile(dout_ptr, offset, ok, 0, V, BLOCK_V).to(tl.float32)
+    to = row
     if HEADS_FIRST:
-        to = (r // H // S * H + r % H) * S + r // H % S
+        to = (row // H // S * H + row % H) * S + row // H % S
     tl.store(delta_ptr + to, tl.sum(out * dout, 1), mask=ok)
     if lse_ptr is not None:
-        tl.store(lse2_ptr + to, tl.load(lse_ptr + r, mask=ok, other=0.0) * LOG2E, mask=ok)
+        tl.store(lse2_ptr + to, tl.load(lse_ptr + row, mask=ok, other=0.0) * LOG2E, mask=ok)
 
 
 def launch_delta(out, dout, lse=None, heads_first=False):
@@ -175,10 +245,10 @@ def launch_delta(out, dout, lse=None, heads_first=False):
     lse2 = None if lse is None else torch.empty_like(delta)
     rows = B * S * H
     if rows:
-        delta_kernel[(triton.cdiv(rows, 16),)](
+        delta_kernel[(triton.cdiv(rows, DELTA_ROWS),)](
             out_ptr=out, dout_ptr=dout, delta_ptr=delta, lse_ptr=lse, lse2_ptr=lse2,
             rows=rows, S=S, H=H, V=V,
-            BLOCK_V=power_of_two(V), BLOCK_ROWS=16, HEADS_FIRST=heads_first,
+            BLOCK_V=power_of_two(V), BLOCK_ROWS=DELTA_ROWS, HEADS_FIRST=heads_first,
             num_warps=4)
     return delta, lse2
 
@@ -193,7 +263,7 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_PARTS).to(tl.int64)
     part_lse = tl.load(part_lse_ptr + i * rows + row, mask=i < parts, other=float("-inf"))
-    top = tl.maximum(tl.max(part_lse), -1e30)  # finite: no inf - inf
+    top = tl.maximum(tl.max(part_lse), LOWEST_LSE)
     total = tl.sum(tl.exp(part_lse - top))
     v = tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_V], tl.float32)

@@ -9,11 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.common import (
-    LOG2E, fit, full_bounds, launch_combine, launch_delta, limits, load_bounds, load_tile, matmul, operation,
-    power_of_two, two_powers, unit_stride, visible_range)
-
-LOWEST = tl.constexpr(-3.4028235e38)  # running maxima begin here: finite, so that they never make inf - inf
-QUERIES_AT_ONCE = tl.constexpr(1024)  # whose bounds `queries_seeing` compares in one step
+    LOG2E, LOWEST, fit, full_bounds, launch_combine, launch_delta, load_bounds, load_tile, matmul,
+    multiprocessors, operation, power_of_two, queries_seeing, shared_memory, store_tile, two_powers,
+    unit_stride, visible_range)
 
 WIDE = 512  # columns of q and v together beyond which tiles are small
 NARROW = 192  # columns up to which the backward holds half as much and streams twice as much
@@ -21,7 +19,7 @@ PART_KEYS = 256  # keys that a part has at least, where few rows split the keys 
 MOST_PARTS = 128
 
 
-# ---- which keys a tile of queries sees, and which queries see a tile of keys ----
+# ---- which keys a tile of queries sees ----
 
 @triton.jit
 def whole_tiles(first, last, ok, lo, hi, BLOCK_T: tl.constexpr):
@@ -33,32 +31,11 @@ def whole_tiles(first, last, ok, lo, hi, BLOCK_T: tl.constexpr):
     return begin, begin + tl.maximum(full - begin, 0) // BLOCK_T * BLOCK_T
 
 
-@triton.jit
-def queries_seeing(first_ptr, last_ptr, b, t0, t1, s0, s1, S, T):
-    """The smallest range [lo, hi) of queries within [s0, s1) that holds every query of sequence b seeing any
-    of the keys [t0, t1), and mid: from there on all see all."""
-    lo = s1
-    hi = s0
-    mid = s0
-    for start in range(s0, s1, QUERIES_AT_ONCE):
-        s = start + tl.arange(0, QUERIES_AT_ONCE)
-        first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
-        sees = (s < s1) & (first <= last) & (first < t1) & (last >= t0)
-        lo = tl.minimum(lo, tl.min(tl.where(sees, s, s1)))
-        block_hi = tl.max(tl.where(sees, s + 1, s0))
-        # queries that see nothing do not count behind the last that sees, but between others
-        if block_hi > s0:
-            mid = tl.where((hi > s0) & (hi < start), start, mid)
-            hi = block_hi
-            all_of_them = sees & (first <= t0) & (last >= t1 - 1)
-            mid = tl.maximum(mid, tl.max(tl.where(all_of_them | (s >= block_hi), s0, s + 1)))
-    return lo, hi, mid
-
 
 # ---- dense_attention ----
 # contract    kernels.dense_attention
-# in PyTorch  logits = einsum("bshd,bthd->bsht", q, k) * scale, masked;  out = einsum("bsht,bthd->bshd",
-# softmax(logits), v)
+# in PyTorch  logits = einsum("bshd,bthd->bsht", q, k) * scale, masked
+#             out = einsum("bsht,bthd->bshd", softmax(logits), v)
 # equation    out[t] = sum_s p[t,s] v[s],  p[t,s] = exp(scale q[t].k[s] - lse[t]),  first[t] <= s <= last[t]
 #             dv = p^T dout,  ds = p (dout v^T - out.dout),  dq = scale ds k,  dk = scale ds^T q
 # tiling      a program keeps N rows and streams the keys that any of them sees, BLOCK_T at a time. A row is a
@@ -72,28 +49,21 @@ def queries_seeing(first_ptr, last_ptr, b, t0, t1, s0, s1, S, T):
 
 
 @triton.jit
-def query_and_head(row, key_head, GROUP: tl.constexpr):
+def dense_rows(row, key_head, GROUP: tl.constexpr):
     """Rows of one key head: its GROUP heads of query 0, then of query 1, ..."""
     return row // GROUP, key_head * GROUP + row % GROUP
 
 
 @triton.jit
-def load_and_multiply(held1, held2, ptr, row, ok, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+def load_and_multiply(held1, held2, ptr, offset, ok, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
     """Load a tile x (rows, D) as its first D1 columns and its other D2 -> x1, x2, and held x^T."""
-    x1 = load_tile(ptr, row, ok, 0, D, D1)
+    x1 = load_tile(ptr, offset, ok, 0, D, D1)
     x2 = x1
     product = matmul(held1, tl.trans(x1))
     if D2 > 0:
-        x2 = load_tile(ptr, row, ok, D1, D, D2)
+        x2 = load_tile(ptr, offset, ok, D1, D, D2)
         product = matmul(held2, tl.trans(x2), product)
     return x1, x2, product
-
-
-@triton.jit
-def store_tile(ptr, row, ok, start, D: tl.constexpr, BLOCK_D: tl.constexpr, x):
-    """x (rows, BLOCK_D) -> ptr[row, start : start + BLOCK_D], where the row is ok and the column below D"""
-    d = start + tl.arange(0, BLOCK_D)
-    tl.store(ptr + row[:, None] + d[None, :], x.to(ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -103,10 +73,10 @@ def flash_forward_kernel(
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
         V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
-        PARTS: tl.constexpr, V_IN_K: tl.constexpr, STAGES: tl.constexpr):
+        PARTS: tl.constexpr, V_IN_K: tl.constexpr, NUM_STAGES: tl.constexpr):
     b = tl.program_id(1) // (H // GROUP)
     key_head = tl.program_id(1) % (H // GROUP)
-    s, h = query_and_head(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
+    s, h = dense_rows(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
     ok = s < S
     first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
     lo, hi = visible_range(first, last, T)
@@ -117,11 +87,11 @@ def flash_forward_kernel(
     hi = tl.minimum(hi, lo + part_keys)
 
     # what is kept
-    row = s.to(tl.int64) * stride_qs + h * stride_qh + b.to(tl.int64) * stride_qb
-    q1 = load_tile(q_ptr, row, ok, 0, D, D1)
+    q_offset = s.to(tl.int64) * stride_qs + h * stride_qh + b.to(tl.int64) * stride_qb
+    q1 = load_tile(q_ptr, q_offset, ok, 0, D, D1)
     q2 = q1
     if D2 > 0:
-        q2 = load_tile(q_ptr, row, ok, D1, D, D2)
+        q2 = load_tile(q_ptr, q_offset, ok, D1, D, D2)
     k_ptr += b.to(tl.int64) * stride_kb + key_head * stride_kh
     v_ptr += b.to(tl.int64) * stride_vb + key_head * stride_vh
     m = tl.full([N], LOWEST, tl.float32)
@@ -132,7 +102,7 @@ def flash_forward_kernel(
     begin, end = whole_tiles(first, last, ok, lo, hi, BLOCK_T)
     cuts = (lo, begin, end, hi)
     for i in tl.static_range(3):
-        for t0 in tl.range(cuts[i], cuts[i + 1], BLOCK_T, num_stages=STAGES):
+        for t0 in tl.range(cuts[i], cuts[i + 1], BLOCK_T, num_stages=NUM_STAGES):
             t = t0 + tl.arange(0, BLOCK_T)
             k1, _, logits = load_and_multiply(q1, q2, k_ptr, t.to(tl.int64) * stride_kt, t < hi, D, D1, D2)
             logits *= scale_log2
@@ -149,7 +119,9 @@ def flash_forward_kernel(
             acc = matmul(p.to(v.dtype), v, acc * alpha[:, None])
             m = m_new
 
-    # out and lse of this part; a row without a visible key gives 0 and -inf, one of NaN keeps its NaN
+    # out and lse of this part; a row without a visible key gives 0 and -inf, one of NaN keeps its NaN. One
+    # part: by the bounds, so that a row of scores that are all -inf stays NaN as in the reference; a part
+    # cannot know what the others see
     if PARTS == 1:
         empty = first > last
     else:
@@ -165,7 +137,8 @@ def flash_dkdv_kernel(
         scale, S, T,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
+        NUM_STAGES: tl.constexpr):
     """dk and dv of BLOCK_T keys; all products transposed, (BLOCK_T, N). lse2, delta (B,H,S)."""
     b = tl.program_id(1) // (H // GROUP)
     key_head = tl.program_id(1) % (H // GROUP)
@@ -173,15 +146,15 @@ def flash_dkdv_kernel(
     t = t0 + tl.arange(0, BLOCK_T)
 
     # what is kept
-    key = b.to(tl.int64) * stride_kb + key_head * stride_kh + t.to(tl.int64) * stride_kt
-    k1 = load_tile(k_ptr, key, t < T, 0, D, D1)
+    k_offset = b.to(tl.int64) * stride_kb + key_head * stride_kh + t.to(tl.int64) * stride_kt
+    k1 = load_tile(k_ptr, k_offset, t < T, 0, D, D1)
     k2 = k1
-    value = b.to(tl.int64) * stride_vb + key_head * stride_vh + t.to(tl.int64) * stride_vt
-    v = load_tile(v_ptr, value, t < T, 0, V, BLOCK_V)
+    v_offset = b.to(tl.int64) * stride_vb + key_head * stride_vh + t.to(tl.int64) * stride_vt
+    v = load_tile(v_ptr, v_offset, t < T, 0, V, BLOCK_V)
     dk1 = tl.zeros([BLOCK_T, D1], tl.float32)
     dv = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     if D2 > 0:
-        k2 = load_tile(k_ptr, key, t < T, D1, D, D2)
+        k2 = load_tile(k_ptr, k_offset, t < T, D1, D, D2)
         dk2 = tl.zeros([BLOCK_T, D2], tl.float32)
 
     # the rows that see any of these keys; from mid on they see all and need no mask
@@ -192,13 +165,13 @@ def flash_dkdv_kernel(
     starts = (lo, mid)
     stops = (tl.minimum(mid, hi), hi)
     for i in tl.static_range(2):
-        for row0 in tl.range(starts[i], stops[i], N, num_stages=STAGES):
-            row = row0 + tl.arange(0, N)
+        for first_row in tl.range(starts[i], stops[i], N, num_stages=NUM_STAGES):
+            row = first_row + tl.arange(0, N)
             ok = row < hi
-            s, h = query_and_head(row, key_head, GROUP)
-            query = b.to(tl.int64) * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
+            s, h = dense_rows(row, key_head, GROUP)
+            q_offset = b.to(tl.int64) * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
             statistic = (b * H + h) * S + s
-            q1, q2, logits = load_and_multiply(k1, k2, q_ptr, query, ok, D, D1, D2)
+            q1, q2, logits = load_and_multiply(k1, k2, q_ptr, q_offset, ok, D, D1, D2)
             lse2 = tl.load(lse2_ptr + statistic, mask=ok, other=float("inf"))
             p = tl.exp2(logits * (scale * LOG2E) - lse2[None, :])
             if i == 0:
@@ -226,26 +199,27 @@ def flash_dq_kernel(
         scale, S, T,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+        V: tl.constexpr, BLOCK_V: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
+        NUM_STAGES: tl.constexpr):
     """dq of N rows. lse2, delta (B,H,S)."""
     b = tl.program_id(1) // (H // GROUP)
     key_head = tl.program_id(1) % (H // GROUP)
-    s, h = query_and_head(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
+    s, h = dense_rows(tl.program_id(0) * N + tl.arange(0, N), key_head, GROUP)
     ok = s < S
     first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
     lo, hi = visible_range(first, last, T)
 
     # what is kept
     row = (b.to(tl.int64) * S + s) * H + h
-    query = b.to(tl.int64) * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
-    q1 = load_tile(q_ptr, query, ok, 0, D, D1)
+    q_offset = b.to(tl.int64) * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
+    q1 = load_tile(q_ptr, q_offset, ok, 0, D, D1)
     q2 = q1
     dout = load_tile(dout_ptr, row * V, ok, 0, V, BLOCK_V)
     lse2 = tl.load(lse2_ptr + (b * H + h) * S + s, mask=ok, other=0.0)
     delta = tl.load(delta_ptr + (b * H + h) * S + s, mask=ok, other=0.0)
     dq1 = tl.zeros([N, D1], tl.float32)
     if D2 > 0:
-        q2 = load_tile(q_ptr, query, ok, D1, D, D2)
+        q2 = load_tile(q_ptr, q_offset, ok, D1, D, D2)
         dq2 = tl.zeros([N, D2], tl.float32)
     k_ptr += b.to(tl.int64) * stride_kb + key_head * stride_kh
     v_ptr += b.to(tl.int64) * stride_vb + key_head * stride_vh
@@ -254,7 +228,7 @@ def flash_dq_kernel(
     begin, end = whole_tiles(first, last, ok, lo, hi, BLOCK_T)
     cuts = (lo, begin, end, hi)
     for i in tl.static_range(3):
-        for t0 in tl.range(cuts[i], cuts[i + 1], BLOCK_T, num_stages=STAGES):
+        for t0 in tl.range(cuts[i], cuts[i + 1], BLOCK_T, num_stages=NUM_STAGES):
             t = t0 + tl.arange(0, BLOCK_T)
             k1, k2, logits = load_and_multiply(q1, q2, k_ptr, t.to(tl.int64) * stride_kt, t < hi, D, D1, D2)
             p = tl.exp2(logits * (scale * LOG2E) - lse2[:, None])
@@ -271,31 +245,39 @@ def flash_dq_kernel(
         store_tile(dq_ptr, row * D, ok, D1, D, D2, dq2 * scale)
 
 
-class FlashTiles(NamedTuple):
-    held: int  # extent of the side that a program keeps: rows, in the dkdv kernel keys
-    streamed: int  # extent of a step along the other side
+class DenseTiles(NamedTuple):
+    block_kept: int  # of the side that a program keeps: rows, in the dkdv kernel keys
+    block_streamed: int  # of a step along the other side
     num_stages: int
     num_warps: int
 
 
-def flash_tiles(x, width, backward):
-    """Tiles for q, k, v in x's dtype, of `width` padded columns in all; smaller where shared memory is
-    short."""
-    if x.dtype == torch.float32:  # larger ones of many columns keep ptxas busy for minutes, and spill
-        tiles = FlashTiles(16, 16, 1, 8) if width > WIDE else FlashTiles(32, 32, 1, 4)
+def dense_tiles(width, backward, dtype, device):
+    """Tiles for q, k, v of `width` padded columns in all; smaller where shared memory is short."""
+    if dtype == torch.float32:  # larger ones of many columns keep ptxas busy for minutes, and spill
+        if width > WIDE:
+            tiles = DenseTiles(block_kept=16, block_streamed=16, num_stages=1, num_warps=8)
+        else:
+            tiles = DenseTiles(block_kept=32, block_streamed=32, num_stages=1, num_warps=4)
     elif width > WIDE:
-        tiles = FlashTiles(32, 32, 1, 8) if backward else FlashTiles(64, 32, 2, 8)
+        if backward:
+            tiles = DenseTiles(block_kept=32, block_streamed=32, num_stages=1, num_warps=8)
+        else:
+            tiles = DenseTiles(block_kept=64, block_streamed=32, num_stages=2, num_warps=8)
     elif not backward:
-        tiles = FlashTiles(128, 64, 3, 8)
+        tiles = DenseTiles(block_kept=128, block_streamed=64, num_stages=3, num_warps=8)
+    elif width <= NARROW:
+        tiles = DenseTiles(block_kept=64, block_streamed=128, num_stages=2, num_warps=4)
     else:
-        tiles = FlashTiles(64, 128, 2, 4) if width <= NARROW else FlashTiles(128, 64, 2, 8)
-    held, streamed, num_stages, num_warps = tiles
-    while streamed > 16 and 2 * (held + num_stages * streamed) * width > limits(x.device)[0]:
-        held = max(16, held // 2)
+        tiles = DenseTiles(block_kept=128, block_streamed=64, num_stages=2, num_warps=8)
+
+    kept, streamed, num_stages, num_warps = tiles
+    while streamed > 16 and 2 * (kept + num_stages * streamed) * width > shared_memory(device):
+        kept = max(16, kept // 2)
         if num_stages == 1:
             streamed //= 2
         num_stages = max(1, num_stages - 1)
-    return FlashTiles(held, streamed, num_stages, num_warps)
+    return DenseTiles(block_kept=kept, block_streamed=streamed, num_stages=num_stages, num_warps=num_warps)
 
 
 @operation("flash_attention")
@@ -313,10 +295,10 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor
         return out, lse
 
     # few rows: the keys are split into parts, so that two programs per multiprocessor have something to do
-    tiles = flash_tiles(q, D1 + D2 + power_of_two(V), backward=False)
-    N = min(tiles.held, power_of_two(S * group))
+    tiles = dense_tiles(D1 + D2 + power_of_two(V), False, q.dtype, q.device)
+    N = min(tiles.block_kept, power_of_two(S * group))
     blocks = triton.cdiv(S * group, N)
-    parts = max(1, min(2 * limits(q.device)[1] // (blocks * B * Hk), T // PART_KEYS, MOST_PARTS))
+    parts = max(1, min(2 * multiprocessors(q.device) // (blocks * B * Hk), T // PART_KEYS, MOST_PARTS))
     part = out
     part_lse = lse
     if parts > 1:
@@ -329,9 +311,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor
         stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
         stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
         stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2),
-        H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V), N=N, BLOCK_T=tiles.streamed,
+        H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V), N=N, BLOCK_T=tiles.block_streamed,
         PARTS=parts, V_IN_K=v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and V == D1,
-        STAGES=tiles.num_stages,
+        NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
     if parts > 1:
         launch_combine(part, part_lse, out, lse)
@@ -353,26 +335,34 @@ def flash_attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
     T, Hk, V = v.shape[1:]
     group = H // Hk
     D1, D2 = two_powers(D)
-    tiles = flash_tiles(q, D1 + D2 + power_of_two(V), backward=True)
+    tiles = dense_tiles(D1 + D2 + power_of_two(V), True, q.dtype, q.device)
     dout = dout.contiguous()
     delta, lse2 = launch_delta(out, dout, lse, heads_first=True)  # (B, H, S)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=q.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=q.device)
-    shared = dict(
+    pointers = dict(
         q_ptr=q, k_ptr=k, v_ptr=v, dout_ptr=dout, lse2_ptr=lse2, delta_ptr=delta,
-        first_ptr=first, last_ptr=last,
-        scale=scale, S=S, T=T,
+        first_ptr=first, last_ptr=last)
+    sizes = dict(scale=scale, S=S, T=T)
+    strides = dict(
         stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
         stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=k.stride(2),
-        stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2),
-        H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V),
-        STAGES=tiles.num_stages,
+        stride_vb=v.stride(0), stride_vt=v.stride(1), stride_vh=v.stride(2))
+    constants = dict(
+        H=H, GROUP=group, D=D, D1=D1, D2=D2, V=V, BLOCK_V=power_of_two(V), NUM_STAGES=tiles.num_stages)
+    flash_dkdv_kernel[(triton.cdiv(T, tiles.block_kept), B * Hk)](
+        **pointers, dk_ptr=dk, dv_ptr=dv,
+        **sizes,
+        **strides,
+        **constants, N=tiles.block_streamed, BLOCK_T=tiles.block_kept,
         num_warps=tiles.num_warps)
-    flash_dkdv_kernel[(triton.cdiv(T, tiles.held), B * Hk)](
-        dk_ptr=dk, dv_ptr=dv, N=tiles.streamed, BLOCK_T=tiles.held, **shared)
-    flash_dq_kernel[(triton.cdiv(S * group, tiles.held), B * Hk)](
-        dq_ptr=dq, N=tiles.held, BLOCK_T=tiles.streamed, **shared)
+    flash_dq_kernel[(triton.cdiv(S * group, tiles.block_kept), B * Hk)](
+        **pointers, dq_ptr=dq,
+        **sizes,
+        **strides,
+        **constants, N=tiles.block_kept, BLOCK_T=tiles.block_streamed,
+        num_warps=tiles.num_warps)
     return dq, dk, dv
 
 
@@ -381,29 +371,29 @@ def _(dout, q, k, v, out, lse, scale, first, last):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def keep_inputs(ctx, inputs, output):
+def keep_flash_attention(ctx, inputs, output):
     q, k, v, ctx.scale, first, last = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, first, last)
 
 
-def differentiate(ctx, dout, dlse):
+def differentiate_flash_attention(ctx, dout, dlse):
     q, k, v, out, lse, first, last = ctx.saved_tensors
     dq, dk, dv = flash_attention_backward(dout, q, k, v, out, lse, ctx.scale, first, last)
     return dq, dk, dv, None, None, None
 
 
-flash_attention.register_autograd(differentiate, setup_context=keep_inputs)
+flash_attention.register_autograd(differentiate_flash_attention, setup_context=keep_flash_attention)
 
 
-def cudnn_takes(q, v, first, last):
-    """Is this what cuDNN's attention knows, and does best? Causal over one document, a key head per query
-    head, 16-bit heads of up to 128 dimensions or, from Hopper on, of 192 with values of 128."""
-    S, H, D = q.shape[1:]
-    T, Hk, V = v.shape[1:]
-    if first is not None or last is not None or S != T or S < 2 or Hk != H:
+def cudnn_takes(q, v):
+    """Does cuDNN's attention know these heads? A key head per query head, 16-bit heads of up to 128
+    dimensions or, from Hopper on, of 192 with values of 128."""
+    H, D = q.shape[2:]
+    Hk, V = v.shape[2:]
+    if Hk != H or not q.is_cuda or not torch.version.cuda:
         return False
-    if not q.is_cuda or not torch.version.cuda or q.dtype not in (torch.bfloat16, torch.float16):
+    if q.dtype not in (torch.bfloat16, torch.float16):
         return False
     if D % 8 or V % 8:
         return False
@@ -412,27 +402,141 @@ def cudnn_takes(q, v, first, last):
     return (D, V) == (192, 128) and torch.cuda.get_device_properties(q.device).major >= 9
 
 
-def cudnn_attention(q, k, v, scale):
-    """Causal attention by cuDNN, which takes and gives (B,H,S,D) -> out (B,S,H,V), lse (B,S,H)"""
+def cudnn_attention(q, k, v, scale, causal=True):
+    """Attention by cuDNN, which takes and gives (B,H,S,D): causal with S = T, or to all keys -> out
+    (B,S,H,V), lse (B,S,H)"""
     B, S, H, _ = q.shape
     results = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, True, False, scale=scale)
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, causal, False, scale=scale)
     out, lse = results[:2]
     return out.transpose(1, 2), lse.view(B, H, S).transpose(1, 2)
 
 
-def dense_attention(q, k, v, scale, first=None, last=None):
-    B, S, H, D = q.shape
+def check_heads(q, k, v):
+    """ValueError: key heads that do not divide the query heads, too many of them, shapes that do not fit."""
+    B, _, H, D = q.shape
     T, Hk, V = v.shape[1:]
     if Hk == 0 or H % Hk:
         raise ValueError(f"{H} query heads over {Hk} key heads: the key heads must divide the query heads")
     if B * Hk >= 2**16:
         raise ValueError(f"{B} sequences x {Hk} key heads: a launch takes less than 65536; split the batch")
     fit(k=(k, (B, T, Hk, D)), v=(v, (B, T, Hk, V)))
-    if cudnn_takes(q, v, first, last):
+
+
+def dense_attention(q, k, v, scale, first=None, last=None):
+    B, S = q.shape[:2]
+    check_heads(q, k, v)
+    causal = first is None and last is None and S == v.shape[1] and S >= 2
+    if causal and cudnn_takes(q, v):
         out, lse = cudnn_attention(q, k, v, scale)
     else:
         out, lse = flash_attention(
             unit_stride(q), unit_stride(k), unit_stride(v), scale,
             full_bounds(first, B, S), full_bounds(last, B, S))
+    return out, lse.detach()
+
+
+# ---- split_attention: two chunks of a sequence, whose other chunks are other ranks' ----
+# contract    kernels.split_attention
+# equation    as dense_attention, over two sets of keys: lse = log(exp lse1 + exp lse2),
+#             out = exp(lse1 - lse) out1 + exp(lse2 - lse) out2
+#             backward: p[t,s] = exp(scale q[t].k[s] - lse[t]) and out.dout are those of the whole row, so
+#             each piece gets the merged out and lse, and its dq, dk, dv are summands of the whole
+# tiling      of each chunk two pieces that cuDNN knows: its own keys, causal, and all earlier ones, unmasked
+
+
+def cudnn_backward(dout, q, k, v, out, lse, scale: float, causal: bool):
+    """dout, out (B,S,H,V), lse (B,S,H) of the whole row; the rest as `cudnn_attention` -> dq, dk, dv. PyTorch
+    caches cuDNN's graph by the layout of q, k, v alone: dout, out and lse must always come in the same
+    one."""
+    stats = lse.transpose(1, 2).contiguous()[..., None]  # (B, H, S, 1)
+    none = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout of 0
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout.contiguous().transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        out.contiguous().transpose(1, 2), stats, none, none, None, None, None, q.shape[1], k.shape[1], 0.0,
+        causal, scale=scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def pieces(S, early, late):
+    """Of two chunks of S / 2 queries -> [(rows, keys, causal)], slices: what each call computes."""
+    half = S // 2
+    calls = []
+    for number, start in enumerate((early, late)):
+        rows = slice(number * half, (number + 1) * half)
+        calls.append((rows, slice(start, start + half), True))
+        if start:
+            calls.append((rows, slice(0, start), False))
+    return calls
+
+
+@operation("split_attention")
+def split_attention_pieces(q: Tensor, k: Tensor, v: Tensor, scale: float, early: int,
+                           late: int) -> tuple[Tensor, Tensor]:
+    """Arguments as kernels.split_attention, heads as `cudnn_takes` -> out, lse"""
+    B, S, H, _ = q.shape
+    out = torch.zeros(B, S, H, v.shape[3], dtype=torch.float32, device=q.device)
+    lse = torch.full((B, S, H), float("-inf"), dtype=torch.float32, device=q.device)
+    for rows, keys, causal in pieces(S, early, late):
+        part, part_lse = cudnn_attention(q[:, rows], k[:, keys], v[:, keys], scale, causal)
+        merged = torch.logaddexp(lse[:, rows], part_lse)  # (B, S / 2, H)
+        out[:, rows] *= torch.exp(lse[:, rows] - merged)[..., None]
+        out[:, rows] += torch.exp(part_lse - merged)[..., None] * part
+        lse[:, rows] = merged
+    return out.to(v.dtype), lse
+
+
+@split_attention_pieces.register_fake
+def _(q, k, v, scale, early, late):
+    shape = (*q.shape[:3], v.shape[3])
+    return q.new_empty(shape, dtype=v.dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@operation("split_attention_backward")
+def split_attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                             scale: float, early: int, late: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dout (B,S,H,V), arguments and results of split_attention -> dq, dk, dv in the dtypes of q, k, v; added
+    up in float32"""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+    for rows, keys, causal in pieces(q.shape[1], early, late):
+        parts = cudnn_backward(
+            dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, rows], scale, causal)
+        dq[:, rows] += parts[0]
+        dk[:, keys] += parts[1]
+        dv[:, keys] += parts[2]
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@split_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, scale, early, late):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def keep_split(ctx, inputs, output):
+    q, k, v, ctx.scale, ctx.early, ctx.late = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def differentiate_split(ctx, dout, dlse):
+    grads = split_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.early, ctx.late)
+    return *grads, None, None, None
+
+
+split_attention_pieces.register_autograd(differentiate_split, setup_context=keep_split)
+
+
+def split_attention(q, k, v, scale, early, late):
+    B, S = q.shape[:2]
+    check_heads(q, k, v)
+    half = S // 2
+    if S % 2 or not 0 <= early <= late or late + half > k.shape[1]:
+        raise ValueError(f"{S} queries from the positions {early} and {late} on, over {k.shape[1]} keys: two "
+                         "chunks of equal length that lie within the keys")
+    if cudnn_takes(q, v) and half >= 2:
+        out, lse = split_attention_pieces(q, k, v, scale, early, late)
+    else:
+        chunk = torch.arange(half, dtype=torch.int32, device=q.device)  # (S / 2,)
+        last = torch.cat((early + chunk, late + chunk))  # (S,)
+        out, lse = flash_attention(
+            unit_stride(q), unit_stride(k), unit_stride(v), scale, None, full_bounds(last, B, S))
     return out, lse.detach()

@@ -5,12 +5,12 @@ cores idle while latents are gathered and the softmax runs. Here every warpgroup
 program has one role, and they meet only at barriers:
 
     operation        result                     warpgroups of a program
-    sparse_forward   out, lse                   producer | scores | pv left | pv right
-    sparse_backward  dq, dlatents               three kernels: the accumulators do not fit one register file
+    gluon_forward    out, lse                   producer | scores | pv left | pv right
+    gluon_backward   dq, dlatents               three kernels: the accumulators do not fit one register file
         1  scores    P and dS, in bf16          producer | consumer | consumer
         2  dq        dS K                       producer | consumer | consumer
         3  dlatents  dS^T Q + [P^T dO | 0]      producer | consumer | consumer
-    loss_target      p of the warm-up loss      producer | consumer | consumer
+    gluon_target     p of the warm-up loss      producer | consumer | consumer
 
 Regime: sm_90, bf16, the published latents of 512 + 64 (the forward also from the packed FP8 cache), 64 heads
 and more; the target: 16 heads and more of 64, 128 or 192 dimensions. The rest is for the portable chapters.
@@ -55,7 +55,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait)
 
-from triton_kernels.common import LN2, LOG2E, is_hopper, launch_delta, limits, load_bounds, visible_range
+from triton_kernels.common import (
+    LN2, LOG2E, LOWEST_LSE, SCALE_BLOCK, launch_delta, load_bounds, multiprocessors, tile_of_program,
+    token_rows, visible_range)
 
 # ---- sizes ----
 
@@ -63,13 +65,13 @@ V = gl.constexpr(512)  # dimensions of a value, which is the latent,
 R = gl.constexpr(64)  # of the rope part,
 D = gl.constexpr(V.value + R.value)  # of a key: both
 HALF = gl.constexpr(V.value // 2)  # of a latent: left, right
-GROUP = gl.constexpr(128)  # e4m3 values that share a scale in the FP8 cache
-ENTRY = gl.constexpr(V.value + 4 * (V.value // GROUP.value) + 2 * R.value)  # its bytes per token
+ENTRY = gl.constexpr(V.value + 4 * (V.value // SCALE_BLOCK.value) + 2 * R.value)  # bytes of the FP8 cache
 HEADS = gl.constexpr(64)  # of a work item: the rows of a wgmma
 PAIR = gl.constexpr(128)  # heads of two items, which dq and dlatents take together
 PIECE = gl.constexpr(64)  # columns: 128 bytes, the widest row that wgmma reads
 THREADS = gl.constexpr(128)  # of a warpgroup
 
+GROWTH = gl.constexpr(12.0)  # of a row's maximum, in log2 units, below which alpha stays 1
 SLOTS = gl.constexpr(64)  # of a tile
 SCORE_SLOTS = gl.constexpr(128)  # of a tile of the backward's scores
 SCORE_STAGES = gl.constexpr(5)
@@ -142,10 +144,10 @@ def copy_rows(to, row_ptr, COLUMN: gl.constexpr):
     async_copy.async_copy_global_to_shared(to, row_ptr + gl.expand_dims(d, 0))
 
 
-# ---- sparse_forward ----
+# ---- gluon_forward ----
 # contract    kernels.sparse_attention; an FP8 entry enters as bf16(value x scale), exact for powers of two
 # in PyTorch  x = scale * q @ k[idx].T;  out = softmax(x, -1) @ k[idx, :512]
-# equation    out[s,h] = sum_j p_j k[idx_j, :512], p = softmax_j(scale q[s,h] . k[idx_j])
+# equation    out[t,h] = sum_j p_j k[idx_j, :512], p = softmax_j(scale q[t,h] . k[idx_j])
 # tiling      an item is 64 heads of a query, a tile 64 slots in three pieces: rope (64 columns), left and
 #             right (256 each). Two stages. What passes between the four warpgroups:
 #
@@ -178,7 +180,7 @@ def forward_producer(
         q_ptr, latents_ptr, indices_ptr,
         k_left, k_right, k_rope, q_left, q_right, q_rope, tokens,
         full_left, empty_left, full_right, empty_right, full_q, empty_q,
-        items, S, T,
+        items, S, capacity,
         H: gl.constexpr, K: gl.constexpr):
     """Gather the tiles of the selection, and the items' Q."""
     r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
@@ -187,7 +189,7 @@ def forward_producer(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         s = (item // (H // HEADS)).to(gl.int64)
         index_ptr = indices_ptr + s * K
-        base_ptr = latents_ptr + (s // S) * T * D
+        base_ptr = latents_ptr + (s // S) * capacity * D
         following = gl.load(index_ptr + r)
         for tile in range(K // SLOTS):
             stage = n & 1
@@ -220,7 +222,7 @@ def forward_producer(
 @gluon.jit
 def load_values(entry_ptr, INDEX: gl.constexpr):
     """Group INDEX of the values of these entries of the cache, four e4m3 to a word -> (64, 32)."""
-    word = gl.arange(0, GROUP // 4, gl.SliceLayout(0, WORDS)) + INDEX * (GROUP // 4)
+    word = gl.arange(0, SCALE_BLOCK // 4, gl.SliceLayout(0, WORDS)) + INDEX * (SCALE_BLOCK // 4)
     entry_ptr = gl.multiple_of(entry_ptr.to(gl.pointer_type(gl.int32)), 16)
     return gl.load(gl.expand_dims(entry_ptr, 1) + gl.expand_dims(word, 0))
 
@@ -245,8 +247,8 @@ def store_values(to, words, entry_ptr, INDEX: gl.constexpr):
         cvt.rn.bf16x2.f32 $0, f1, f0;   cvt.rn.bf16x2.f32 $1, f3, f2;
         }""",
         "=r,=r,r,f", [words, gl.expand_dims(scale, 1)], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
-    pairs = gl.reshape(gl.join(low, high), [SLOTS, GROUP // 2])
-    to.slice((INDEX % 2) * (GROUP // 2), GROUP // 2, 1).store(pairs)
+    pairs = gl.reshape(gl.join(low, high), [SLOTS, SCALE_BLOCK // 2])
+    to.slice((INDEX % 2) * (SCALE_BLOCK // 2), SCALE_BLOCK // 2, 1).store(pairs)
 
 
 @gluon.jit
@@ -254,7 +256,7 @@ def forward_producer_fp8(
         q_ptr, cache_ptr, indices_ptr,
         k_left, k_right, k_rope, q_left, q_right, q_rope, tokens,
         full_left, empty_left, full_right, empty_right, full_q, empty_q,
-        items, S, T,
+        items, S, capacity,
         H: gl.constexpr, K: gl.constexpr):
     """The same from the packed cache, 512 e4m3 | 4 float32 scales | 64 bf16: e4m3 become bf16 on the way."""
     r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
@@ -264,7 +266,7 @@ def forward_producer_fp8(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         s = (item // (H // HEADS)).to(gl.int64)
         index_ptr = indices_ptr + s * K
-        base_ptr = cache_ptr + (s // S) * T * ENTRY
+        base_ptr = cache_ptr + (s // S) * capacity * ENTRY
         entry_ptr = base_ptr + gl.maximum(gl.load(index_ptr + r_words), 0).to(gl.int64) * ENTRY
         even = load_values(entry_ptr, 0)
         odd = load_values(entry_ptr, 1)
@@ -323,7 +325,7 @@ def forward_scores(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         mbarrier.wait(full_q, q_phase)
         q_phase ^= 1
-        m = gl.full([HEADS], -1e30, gl.float32, ROW)  # in log2 units; finite: no inf - inf
+        m = gl.full([HEADS], LOWEST_LSE, gl.float32, ROW)  # in log2 units
         l = gl.full([HEADS], 0.0, gl.float32, ROW)
         highest = gl.full([SLOTS], -1, gl.int32, EVERY_WARP_64)  # token selected so far
         zero = gl.zeros([HEADS, SLOTS], gl.float32, WGMMA_64)
@@ -334,26 +336,27 @@ def forward_scores(
             # S
             mbarrier.wait(full_left.index(stage), phase)
             fence_async_shared()
-            x = warpgroup_mma(q_rope, k_rope.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-            x = warpgroup_mma(q_left, k_left.index(stage).permute((1, 0)), x, is_async=True)
+            logits = warpgroup_mma(
+                q_rope, k_rope.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            logits = warpgroup_mma(q_left, k_left.index(stage).permute((1, 0)), logits, is_async=True)
             mbarrier.wait(full_right.index(stage), phase)
             fence_async_shared()
-            x = warpgroup_mma(q_right, k_right.index(stage).permute((1, 0)), x, is_async=True)
+            logits = warpgroup_mma(q_right, k_right.index(stage).permute((1, 0)), logits, is_async=True)
             token = tokens.index(stage).load(EVERY_WARP_64)
             holes = gl.min(token, 0) < 0
             highest = gl.maximum(highest, token)
-            x = warpgroup_mma_wait(0, deps=[x])
+            logits = warpgroup_mma_wait(0, deps=[logits])
             if tile + 1 == K // SLOTS:
                 mbarrier.arrive(empty_q)  # before the last softmax, under which the next Q arrives
 
             # the softmax so far
             if holes:
                 selected = tokens.index(stage).load(gl.SliceLayout(0, WGMMA_64)) >= 0
-                x = gl.where(gl.expand_dims(selected, 0), x, float("-inf"))
-            top = gl.max(x, 1) * scale_log2
-            m_new = gl.where(top > m + 12.0, top, m)
+                logits = gl.where(gl.expand_dims(selected, 0), logits, float("-inf"))
+            top = gl.max(logits, 1) * scale_log2
+            m_new = gl.where(top > m + GROWTH, top, m)
             alpha = gl.exp2(m - m_new)
-            p = gl.exp2(x * scale_log2 - gl.expand_dims(m_new, 1))
+            p = gl.exp2(logits * scale_log2 - gl.expand_dims(m_new, 1))
             m = m_new
 
             # P over the rope piece: Triton puts the warpgroup's own barrier between its last read and this
@@ -411,9 +414,9 @@ def forward_pv(
 
 
 @gluon.jit
-def sparse_forward_kernel(
+def gluon_forward_kernel(
         q_ptr, latents_ptr, indices_ptr, out_ptr, lse_ptr,
-        scale_log2, items, S, T,
+        scale_log2, items, S, capacity,
         H: gl.constexpr, K: gl.constexpr, FP8: gl.constexpr):
     k_left = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, HALF], SHARED_128)
     k_right = gl.allocate_shared_memory(gl.bfloat16, [2, SLOTS, HALF], SHARED_128)
@@ -466,15 +469,15 @@ def sparse_forward_kernel(
             q_ptr, latents_ptr, indices_ptr,
             k_left, k_right, k_rope, q_left, q_right, q_rope, tokens,
             full_left, empty_left, full_right, empty_right, full_q, empty_q,
-            items, S, T, H, K)),
+            items, S, capacity, H, K)),
     ], [4, 4, 4], [PV_REGISTERS, PV_REGISTERS, PRODUCER_FP8_REGISTERS if FP8 else PRODUCER_REGISTERS])
 
 
 def supported(q, latents, indices, value_dim):
-    """Do the attention kernels take q (B,S,H,D), latents (B,T,D or bytes), indices (B,S,K)? On a Hopper GPU:
+    """Do the attention kernels take, on a Hopper GPU, q (B,S,H,D), latents (B,T,D or bytes), indices (B,S,K)?
     bf16, latents also as the packed FP8 cache, 512 + 64 dimensions, at least 64 heads, T and K not 0."""
     widths = {torch.bfloat16: D.value, torch.uint8: ENTRY.value}
-    if not is_hopper(q) or q.dtype != torch.bfloat16 or latents.dtype not in widths:
+    if q.dtype != torch.bfloat16 or latents.dtype not in widths:
         return False
     if value_dim != V.value or q.shape[3] != D.value or latents.shape[2] != widths[latents.dtype]:
         return False
@@ -489,27 +492,28 @@ def padded(x, multiple, value=0.0):
     return x.contiguous()
 
 
-def sparse_forward(q, latents, indices, scale):
+def gluon_forward(q, latents, indices, scale):
     """q (B,S,H,576) bf16, latents (B,T,576) bf16 or the packed FP8 cache (B,T,656) uint8, indices (B,S,K)
     int32, -1 empty, as `supported` wants them -> out (B,S,H,512) bf16, lse (B,S,H) float32, natural
     logarithm, both contiguous. Deterministic."""
     B, S, H, _ = q.shape
     q = padded(q, HEADS.value)  # (B, S, HP, 576)
     indices = padded(indices, SLOTS.value, -1)  # (B, S, KP)
+    latents, capacity = token_rows(latents)
     HP = q.shape[2]
     out = torch.empty(B, S, HP, V.value, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, S, HP, dtype=torch.float32, device=q.device)
     items = B * S * HP // HEADS.value
     if items:
-        sparse_forward_kernel[(min(items, limits(q.device)[1]),)](
-            q_ptr=q, latents_ptr=latents.contiguous(), indices_ptr=indices, out_ptr=out, lse_ptr=lse,
-            scale_log2=scale * LOG2E.value, items=items, S=S, T=latents.shape[1],
+        gluon_forward_kernel[(min(items, multiprocessors(q.device)),)](
+            q_ptr=q, latents_ptr=latents, indices_ptr=indices, out_ptr=out, lse_ptr=lse,
+            scale_log2=scale * LOG2E.value, items=items, S=S, capacity=capacity,
             H=HP, K=indices.shape[2], FP8=latents.dtype == torch.uint8,
             num_warps=4)
     return out[:, :, :H].contiguous(), lse[:, :, :H].contiguous()
 
 
-# ---- sparse_backward ----
+# ---- gluon_backward ----
 # contract    kernels.sparse_attention: its gradients
 # in PyTorch  p = softmax(x, -1);  ds = scale * p * (dout @ k[idx, :512].T - (out * dout).sum(-1))
 #             dq = ds @ k[idx];  dlatents[idx] += ds.T @ q;  dlatents[idx, :512] += p.T @ dout
@@ -517,8 +521,8 @@ def sparse_forward(q, latents, indices, scale):
 # FLOPs       2 S H K (3 D + 2 V)
 
 # ---- backward, 1: scores ----
-# equation    P[s,h,j] = exp(scale q[s,h] . k[idx_j] - lse[s,h]), dS = scale P (dout . v - delta),
-#             delta[s,h] = sum(out dout)
+# equation    P[t,h,j] = exp(scale q[t,h] . k[idx_j] - lse[t,h]), dS = scale P (dout . v - delta),
+#             delta[t,h] = sum(out dout)
 # tiling      an item is 64 heads of a query; their Q and dO stay in shared memory (136 KB). A tile is 128
 #             slots, which pass through the ring in pieces, 128 x 64 (16 KB): each serves S and dP and is
 #             gone. The consumers take turns, one in its softmax and its stores while the other multiplies:
@@ -551,7 +555,7 @@ def scores_producer(
         q_ptr, dout_ptr, latents_ptr, indices_ptr,
         q, dout, k,
         full_piece, empty_piece, empty_q,
-        start, items, S, T,
+        first_row, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
     """Gather the tiles, piece by piece, and with those of an item's first tile its Q and dO: full_piece
     speaks for all copies before it."""
@@ -563,7 +567,7 @@ def scores_producer(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         s = (item // (H // HEADS)).to(gl.int64)
         index_ptr = indices_ptr + s * K + slot
-        base_ptr = latents_ptr + ((s + start) // S) * T * D
+        base_ptr = latents_ptr + ((s + first_row) // S) * T * D
         row = item.to(gl.int64) * HEADS + r
         following = gl.load(index_ptr)
         for tile in range(K // SCORE_SLOTS):
@@ -612,7 +616,7 @@ def scores_consumer(
             holes = gl.min(gl.load(tile_ptr + gl.arange(0, SCORE_SLOTS, EVERY_WARP_128)), 0) < 0
 
             # S and dP, from the same pieces; a piece is given back once the next one's products are under way
-            x = zero
+            logits = zero
             dp = zero
             mbarrier.wait(turn.index(WHO), turn_phase)
             turn_phase ^= 1
@@ -621,19 +625,19 @@ def scores_consumer(
                 mbarrier.wait(full_piece.index(stage), ((n + c) // SCORE_STAGES) & 1)
                 fence_async_shared()
                 piece = k.index(stage).permute((1, 0))
-                x = warpgroup_mma(q.index(c), piece, x, use_acc=c > 0, is_async=True)
+                logits = warpgroup_mma(q.index(c), piece, logits, use_acc=c > 0, is_async=True)
                 if c < PIECES - 1:
                     dp = warpgroup_mma(dout.index(c), piece, dp, use_acc=c > 0, is_async=True)
                 if c == PIECES - 1:
                     mbarrier.arrive(turn.index(1 - WHO))
-                    x, dp = warpgroup_mma_wait(1, deps=[x, dp])
+                    logits, dp = warpgroup_mma_wait(1, deps=[logits, dp])
                 elif c > 0:
-                    x, dp = warpgroup_mma_wait(2, deps=[x, dp])
+                    logits, dp = warpgroup_mma_wait(2, deps=[logits, dp])
                 if c > 0:
                     mbarrier.arrive(empty_piece.index((n + c - 1) % SCORE_STAGES))
                     if tile + 2 >= K // SCORE_SLOTS:
                         mbarrier.arrive(empty_q.index(c - 1))
-            x, dp = warpgroup_mma_wait(0, deps=[x, dp])
+            logits, dp = warpgroup_mma_wait(0, deps=[logits, dp])
             mbarrier.arrive(empty_piece.index((n + PIECES - 1) % SCORE_STAGES))
             if tile + 2 >= K // SCORE_SLOTS:
                 mbarrier.arrive(empty_q.index(PIECES - 1))
@@ -641,8 +645,8 @@ def scores_consumer(
 
             # P and dS
             if holes:
-                x = gl.where(gl.expand_dims(gl.load(tile_ptr + slot) >= 0, 0), x, float("-inf"))
-            p = gl.exp2(x * (scale * LOG2E) - gl.expand_dims(lse2, 1))
+                logits = gl.where(gl.expand_dims(gl.load(tile_ptr + slot) >= 0, 0), logits, float("-inf"))
+            p = gl.exp2(logits * (scale * LOG2E) - gl.expand_dims(lse2, 1))
             ds = p * (dp * scale - gl.expand_dims(delta, 1))
             p = in_slot_order(p.to(gl.bfloat16))
             ds = in_slot_order(ds.to(gl.bfloat16))
@@ -656,7 +660,7 @@ def scores_consumer(
 @gluon.jit
 def backward_scores_kernel(
         q_ptr, dout_ptr, latents_ptr, indices_ptr, lse_ptr, delta_ptr, p_ptr, ds_ptr,
-        scale, start, items, S, T,
+        scale, first_row, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
     q = gl.allocate_shared_memory(gl.bfloat16, [D // PIECE, HEADS, PIECE], SHARED_128)
     dout = gl.allocate_shared_memory(gl.bfloat16, [V // PIECE, HEADS, PIECE], SHARED_128)
@@ -679,7 +683,7 @@ def backward_scores_kernel(
             q_ptr, dout_ptr, latents_ptr, indices_ptr,
             q, dout, k,
             full_piece, empty_piece, empty_q,
-            start, items, S, T, H, K)),
+            first_row, items, S, T, H, K)),
         (scores_consumer, (
             p_ptr, ds_ptr, indices_ptr, lse_ptr, delta_ptr, scale,
             q, dout, k,
@@ -694,7 +698,7 @@ def backward_scores_kernel(
 
 
 # ---- backward, 2: dq ----
-# equation    dq[s,h] = sum_j dS[s,h,j] k[idx_j]
+# equation    dq[t,h] = sum_j dS[t,h,j] k[idx_j]
 # tiling      items 2 i and 2 i + 1 are the same 128 heads of a query and either half of the columns: 256 of
 #             the latent, 32 of the rope part. A tile is 64 slots, gathered half rows (36 KB) and dS (16 KB),
 #             in four stages. Each consumer has 64 heads: 144 registers of accumulator a thread
@@ -707,7 +711,7 @@ def dq_producer(
         latents_ptr, indices_ptr, ds_ptr,
         ds, k, k_rope,
         full_tile, empty_tile,
-        start, items, S, T,
+        first_row, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
     """Gather half rows of the tiles, and dS of both consumers."""
     r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
@@ -717,7 +721,7 @@ def dq_producer(
         half = item % 2
         s = (item // (H // HEADS)).to(gl.int64)  # H // 128 pairs x 2 halves
         index_ptr = indices_ptr + s * K + r
-        base_ptr = latents_ptr + ((s + start) // S) * T * D + half * HALF
+        base_ptr = latents_ptr + ((s + first_row) // S) * T * D + half * HALF
         row = (item // 2).to(gl.int64) * PAIR + r
         following = gl.load(index_ptr)
         for tile in range(K // SLOTS):
@@ -775,7 +779,7 @@ def dq_consumer(
 @gluon.jit
 def backward_dq_kernel(
         latents_ptr, indices_ptr, ds_ptr, dq_ptr,
-        start, items, S, T,
+        first_row, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
     ds = gl.allocate_shared_memory(gl.bfloat16, [2 * DQ_STAGES, HEADS, SLOTS], SHARED_128)
     k = gl.allocate_shared_memory(gl.bfloat16, [DQ_STAGES, SLOTS, HALF], SHARED_128)
@@ -792,7 +796,7 @@ def backward_dq_kernel(
             latents_ptr, indices_ptr, ds_ptr,
             ds, k, k_rope,
             full_tile, empty_tile,
-            start, items, S, T, H, K)),
+            first_row, items, S, T, H, K)),
         (dq_consumer, (
             dq_ptr,
             ds, k, k_rope,
@@ -807,7 +811,7 @@ def backward_dq_kernel(
 
 
 # ---- backward, 3: dlatents ----
-# equation    dlatents[idx_j] += sum_h dS[s,h,j] q[s,h] + [P[s,h,j] dout[s,h] | 0]
+# equation    dlatents[idx_j] += sum_h dS[t,h,j] q[t,h] + [P[t,h,j] dout[t,h] | 0]
 # tiling      items as in dq; their Q and dO stay in shared memory (136 KB). A tile is 64 slots of P and dS
 #             (32 KB), one stage for each consumer; they alternate: one sends its atomics while the other
 #             multiplies. All 128 heads are summed before they leave: it is bound by the atomics
@@ -877,7 +881,7 @@ def dlatents_consumer(
         dlatents_ptr, indices_ptr,
         q, q_rope, dout, p, ds,
         full_q, empty_q, full_tile, empty_tile,
-        start, items, S, T,
+        first_row, items, S, T,
         WHO: gl.constexpr, H: gl.constexpr, K: gl.constexpr):
     """Gradients of every second tile, from tile WHO on."""
     r = gl.arange(0, SLOTS, gl.SliceLayout(1, WGMMA_256))
@@ -909,7 +913,7 @@ def dlatents_consumer(
                 mbarrier.arrive(empty_q)
 
             # the atomics
-            row = ((s + start) // S * T + gl.maximum(token, 0)) * D
+            row = ((s + first_row) // S * T + gl.maximum(token, 0)) * D
             add_rows(dlatents_ptr + half * HALF, row, token >= 0, x, BY_4)
             add_rows(dlatents_ptr + V + half * (R // 2), row, token >= 0, rope, BY_4_ROPE)
 
@@ -917,7 +921,7 @@ def dlatents_consumer(
 @gluon.jit
 def backward_dlatents_kernel(
         q_ptr, dout_ptr, p_ptr, ds_ptr, indices_ptr, dlatents_ptr,
-        start, items, S, T,
+        first_row, items, S, T,
         H: gl.constexpr, K: gl.constexpr):
     q = gl.allocate_shared_memory(gl.bfloat16, [PAIR, HALF], SHARED_128)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [PAIR, R // 2], SHARED_64)
@@ -945,17 +949,17 @@ def backward_dlatents_kernel(
             dlatents_ptr, indices_ptr,
             q, q_rope, dout, p, ds,
             full_q, empty_q, full_tile, empty_tile,
-            start, items, S, T, 0, H, K)),
+            first_row, items, S, T, 0, H, K)),
         (dlatents_consumer, (
             dlatents_ptr, indices_ptr,
             q, q_rope, dout, p, ds,
             full_q, empty_q, full_tile, empty_tile,
-            start, items, S, T, 1, H, K)),
+            first_row, items, S, T, 1, H, K)),
     ], [4, 4], [DLATENTS_REGISTERS, DLATENTS_REGISTERS])
 
 
-def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SCRATCH_BYTES):
-    """The gradients of sparse_forward's out, bf16 latents only: its arguments and results, dout (B,S,H,512)
+def gluon_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SCRATCH_BYTES):
+    """The gradients of gluon_forward's out, bf16 latents only: its arguments and results, dout (B,S,H,512)
     bf16
     -> dq (B,S,H,576) bf16, dlatents (B,T,576) float32, both contiguous. lse is not differentiated.
 
@@ -976,41 +980,41 @@ def sparse_backward(q, latents, indices, out, lse, dout, scale, scratch_bytes=SC
     delta, _ = launch_delta(out, dout)  # (B, S, HP)
 
     # a chunk of queries at a time, in whole waves of programs
-    multiprocessors = limits(q.device)[1]
+    programs = multiprocessors(q.device)
     chunk = scratch_bytes // (4 * HP * K)
-    if chunk > multiprocessors:
-        chunk -= chunk % multiprocessors
+    if chunk > programs:
+        chunk -= chunk % programs
     chunk = max(1, min(chunk, B * S))
     p = torch.empty(chunk, HP, K, dtype=q.dtype, device=q.device)
     ds = torch.empty_like(p)
-    for start in range(0, B * S, chunk):
-        rows = slice(start, start + chunk)
+    for first_row in range(0, B * S, chunk):
+        rows = slice(first_row, first_row + chunk)
         q_rows = q.flatten(0, 1)[rows]  # (chunk, HP, 576)
         dout_rows = dout.flatten(0, 1)[rows]  # (chunk, HP, 512)
         indices_rows = indices.flatten(0, 1)[rows]  # (chunk, K)
         items = len(q_rows) * HP // HEADS.value
-        grid = (min(items, multiprocessors),)
+        grid = (min(items, programs),)
         backward_scores_kernel[grid](
             q_ptr=q_rows, dout_ptr=dout_rows, latents_ptr=latents, indices_ptr=indices_rows,
             lse_ptr=lse.flatten(0, 1)[rows], delta_ptr=delta.flatten(0, 1)[rows], p_ptr=p, ds_ptr=ds,
-            scale=scale, start=start, items=items, S=S, T=T,
+            scale=scale, first_row=first_row, items=items, S=S, T=T,
             H=HP, K=K,
             num_warps=4)
         backward_dq_kernel[grid](
             latents_ptr=latents, indices_ptr=indices_rows, ds_ptr=ds, dq_ptr=dq.flatten(0, 1)[rows],
-            start=start, items=items, S=S, T=T,
+            first_row=first_row, items=items, S=S, T=T,
             H=HP, K=K,
             num_warps=4)
         backward_dlatents_kernel[grid](
             q_ptr=q_rows, dout_ptr=dout_rows, p_ptr=p, ds_ptr=ds, indices_ptr=indices_rows,
             dlatents_ptr=dlatents,
-            start=start, items=items, S=S, T=T,
+            first_row=first_row, items=items, S=S, T=T,
             H=HP, K=K,
             num_warps=4)
     return dq[:, :, :H].contiguous(), dlatents
 
 
-# ---- loss_target ----
+# ---- gluon_target ----
 # contract    p of the warm-up loss (kernels.indexer_loss_dense), of a chunk of blocks of 128 queries
 # in PyTorch  p = torch.exp2(scale * LOG2E * q @ k.T - lse2).mean(heads)
 # equation    p[t,s] = 1 / H sum_h exp(scale q[t,h] . k[s,h] - lse[t,h])
@@ -1055,7 +1059,7 @@ def target_consumer(
         p_ptr, lse2_ptr,
         q, k,
         full_piece, empty_piece,
-        pieces, scale_log2, S, TP, queries, inverse,
+        pieces, scale_log2, S, width, queries, inverse,
         WHO: gl.constexpr, PIECES: gl.constexpr):
     """p of the queries 64 WHO ... of the block; without pieces it leaves p as it is."""
     i = WHO * TARGET_ROWS + gl.arange(0, TARGET_ROWS, gl.SliceLayout(1, WGMMA_128))
@@ -1066,41 +1070,37 @@ def target_consumer(
     for h in range(pieces // PIECES):
         lse2 = gl.load(row_ptr)
         row_ptr += S
-        x = zero
+        logits = zero
         for c in gl.static_range(PIECES):
             stage = (n + c) % TARGET_STAGES
             mbarrier.wait(full_piece.index(stage), ((n + c) // TARGET_STAGES) & 1)
             fence_async_shared()
-            x = warpgroup_mma(
-                q.index(2 * stage + WHO), k.index(stage).permute((1, 0)), x, use_acc=c > 0, is_async=True)
+            logits = warpgroup_mma(
+                q.index(2 * stage + WHO), k.index(stage).permute((1, 0)), logits, use_acc=c > 0,
+                is_async=True)
             if c > 0:
-                x = warpgroup_mma_wait(1, deps=[x])
+                logits = warpgroup_mma_wait(1, deps=[logits])
                 mbarrier.arrive(empty_piece.index((n + c - 1) % TARGET_STAGES))
-        x = warpgroup_mma_wait(0, deps=[x])
+        logits = warpgroup_mma_wait(0, deps=[logits])
         mbarrier.arrive(empty_piece.index((n + PIECES - 1) % TARGET_STAGES))
         n += PIECES
-        p += gl.exp2(x * scale_log2 - gl.expand_dims(lse2, 1))
+        p += gl.exp2(logits * scale_log2 - gl.expand_dims(lse2, 1))
     if pieces > 0:
-        at = gl.expand_dims(i.to(gl.int64) * TP, 1)
+        at = gl.expand_dims(i.to(gl.int64) * width, 1)
         at = at + gl.expand_dims(gl.arange(0, TARGET_BLOCK, gl.SliceLayout(0, WGMMA_128)), 0)
         gl.store(p_ptr + at, p * inverse)
 
 
 @gluon.jit
-def loss_target_kernel(
+def gluon_target_kernel(
         q_ptr, k_ptr, lse2_ptr, p_ptr, first_ptr, last_ptr,
-        scale_log2, inverse, S, T, TP, H, block0, blocks, key_blocks,
+        scale_log2, inverse, S, T, width, H, first_block, blocks, key_blocks,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh,
         PIECES: gl.constexpr):
     # this program's tile: block of queries `block` of the chunk, keys from t0 on
-    pid = gl.program_id(0)
-    group = pid // (TARGET_GROUP * key_blocks) * TARGET_GROUP
-    size = gl.minimum(TARGET_GROUP, blocks - group)
-    block = group + pid % (TARGET_GROUP * key_blocks) % size
-    t0 = pid % (TARGET_GROUP * key_blocks) // size * TARGET_BLOCK
-    per_sequence = (S + TARGET_BLOCK - 1) // TARGET_BLOCK
-    b = ((block0 + block) // per_sequence).to(gl.int64)
-    s0 = (block0 + block) % per_sequence * TARGET_BLOCK
+    block, b, s0, t0 = tile_of_program(
+        S, first_block, blocks, key_blocks, TARGET_BLOCK, TARGET_BLOCK, TARGET_GROUP)
+    b = b.to(gl.int64)
 
     # nothing to do where none of its queries sees one of its keys
     s = s0 + gl.arange(0, TARGET_BLOCK, ONE)
@@ -1118,7 +1118,7 @@ def loss_target_kernel(
 
     q_ptr += b * stride_qb + s0.to(gl.int64) * stride_qs
     k_ptr += b * stride_kb + t0.to(gl.int64) * stride_kt
-    p_ptr += block.to(gl.int64) * TARGET_BLOCK * TP + t0
+    p_ptr += block.to(gl.int64) * TARGET_BLOCK * width + t0
     lse2_ptr += b * H * S + s0
     gl.warp_specialize([
         (target_producer, (
@@ -1130,25 +1130,25 @@ def loss_target_kernel(
             p_ptr, lse2_ptr,
             q, k,
             full_piece, empty_piece,
-            pieces, scale_log2, S, TP, S - s0, inverse, 0, PIECES)),
+            pieces, scale_log2, S, width, S - s0, inverse, 0, PIECES)),
         (target_consumer, (
             p_ptr, lse2_ptr,
             q, k,
             full_piece, empty_piece,
-            pieces, scale_log2, S, TP, S - s0, inverse, 1, PIECES)),
+            pieces, scale_log2, S, width, S - s0, inverse, 1, PIECES)),
     ], [4, 4], [TARGET_REGISTERS, TARGET_REGISTERS])
 
 
 def target_supported(q):
-    """Does loss_target take these queries (B,S,H,D)? bf16 on a Hopper GPU, heads of 64, 128 or 192
+    """Does gluon_target take, on a Hopper GPU, these queries (B,S,H,D)? bf16, heads of 64, 128 or 192
     dimensions, and 16 of them or more, enough to fill the ring."""
-    return is_hopper(q) and q.dtype == torch.bfloat16 and q.shape[3] in (64, 128, 192) and q.shape[2] >= 16
+    return q.dtype == torch.bfloat16 and q.shape[3] in (64, 128, 192) and q.shape[2] >= 16
 
 
-def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
-    """Write p (128 blocks,TP) float32 of `blocks` blocks of 128 queries from block0 on, as target_supported
-    wants them. Blocks are numbered through the sequences, each of which begins a new one; TP is T rounded up
-    to 128.
+def gluon_target(q, k, lse2, p, scale, first, last, first_block, blocks):
+    """Write p (128 blocks,width) float32 of `blocks` blocks of 128 queries from first_block on, as
+    target_supported wants them. Blocks are numbered through the sequences, each of which begins a new one;
+    width is T rounded up to 128.
 
     q (B,S,H,D), k (B,T,H or 1,D) bf16, last dimension contiguous, lse2 (B,H,S) float32 contiguous, in base 2;
     first, last (B,S) int32 contiguous, the visible range, or None: 0 and T - S + i. Tiles that no query sees
@@ -1160,10 +1160,10 @@ def loss_target(q, k, lse2, p, scale, first, last, block0, blocks):
     stride_kb, stride_kt, stride_kh, _ = k.stride()
     if k.shape[2] == 1:
         stride_kh = 0
-    loss_target_kernel[(blocks * key_blocks,)](
+    gluon_target_kernel[(blocks * key_blocks,)](
         q_ptr=q, k_ptr=k, lse2_ptr=lse2, p_ptr=p, first_ptr=first, last_ptr=last,
-        scale_log2=scale * LOG2E.value, inverse=1 / H, S=S, T=T, TP=p.shape[1], H=H,
-        block0=block0, blocks=blocks, key_blocks=key_blocks,
+        scale_log2=scale * LOG2E.value, inverse=1 / H, S=S, T=T, width=p.shape[1], H=H,
+        first_block=first_block, blocks=blocks, key_blocks=key_blocks,
         stride_qb=stride_qb, stride_qs=stride_qs, stride_qh=stride_qh,
         stride_kb=stride_kb, stride_kt=stride_kt, stride_kh=stride_kh,
         PIECES=D // PIECE.value,

@@ -10,15 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.common import (
-    e4m3_to_fp16, fit, full_bounds, has_fp8, limits, load_bounds, operation, power_of_two, unit_stride,
-    visible_range)
+    e4m3_to_fp16, fit, full_bounds, has_fp8, load_bounds, multiprocessors, operation, power_of_two,
+    shared_memory, unit_stride, visible_range)
 
 # float32 as integers of the same order, see `ordered`
 INFINITY = tl.constexpr(0x7f800000)
 MINUS_INFINITY = tl.constexpr(-0x7f800001)
 LEAST = tl.constexpr(-0x7f800000)  # finite
 HIGHEST = tl.constexpr(0x7fffffff)  # every NaN
-LOWEST = tl.constexpr(-0x80000000)  # less than any float: not a score
+NOT_A_SCORE = tl.constexpr(-0x80000000)  # less than any float
 
 # quantise
 QUANTISE_ELEMENTS = 4096  # of a program
@@ -32,14 +32,21 @@ FLOAT_TILE_BYTES = 140 * 1024  # of shared memory, that a float32 tile of 64 key
 
 # topk
 DIRECT_ROW = 2048  # scores up to which all of a row are candidates
+ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to TILE: 64 bytes
 SHORT_ROW = 16384  # up to which a row is sampled, and scanned, in smaller pieces
 MIDDLE_ROW = 65536
 LEAST_CAP = 1024  # candidates that a program has room for
 GUESS_SIGMAS = tl.constexpr(4.0)  # by which a row's sample may err without another guess
 GUESSES = tl.constexpr(3)  # by the sample
+SKEWNESS = tl.constexpr(3)  # hits more than sigmas say, where few are expected
+SAMPLE_RUN = tl.constexpr(8)  # neighbouring scores of a sample, as many as memory reads at once
+LARGEST_RANK = tl.constexpr(0.9)  # of the sample
+SMALL_TILE = 2048  # scores that are compared at once: few candidates
+TILE = 4096  # else
 
 # select
 SELECT_CHUNK = 2**28  # scores that are held at a time, 1 GB; processors idle at the end of each chunk
+CHUNK_QUERIES = 256  # of a sequence that a chunk of several sequences has at least
 SIGMAS = tl.constexpr(4.5)  # by which the filter's sample may err before the row is left over
 SAMPLED_HITS = 32  # of the K best that this sample should hold
 SAMPLED_STRIDE = 8  # keys of which at most one is sampled
@@ -142,7 +149,7 @@ def quantise_kernel(
 
 
 @operation("quantise")
-def launch_quantise(x: Tensor, block: int, rotate: bool, ue8m0: bool) -> tuple[Tensor, Tensor]:
+def quantise_operation(x: Tensor, block: int, rotate: bool, ue8m0: bool) -> tuple[Tensor, Tensor]:
     """Arguments and results of kernels.quantise, block at most d"""
     x = x.contiguous()
     D = x.shape[-1]
@@ -153,7 +160,7 @@ def launch_quantise(x: Tensor, block: int, rotate: bool, ue8m0: bool) -> tuple[T
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((*x.shape[:-1], blocks), dtype=torch.float32, device=x.device)
     if rows:
-        share = triton.next_power_of_2(max(1, rows // (4 * limits(x.device)[1])))
+        share = triton.next_power_of_2(max(1, rows // (4 * multiprocessors(x.device))))
         block_rows = max(1, min(QUANTISE_ELEMENTS // padded_d, share))
         quantise_kernel[(triton.cdiv(rows, block_rows),)](
             x_ptr=x, values_ptr=values.view(torch.uint8), scales_ptr=scales,
@@ -164,7 +171,7 @@ def launch_quantise(x: Tensor, block: int, rotate: bool, ue8m0: bool) -> tuple[T
     return values, scales
 
 
-@launch_quantise.register_fake
+@quantise_operation.register_fake
 def _(x, block, rotate, ue8m0):
     blocks = -(-x.shape[-1] // block)
     values = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
@@ -180,7 +187,7 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
     block = min(block, D)
     if block < D and block & (block - 1):
         raise ValueError(f"block={block} is not a power of two and smaller than d={D}; choose 32, 64 or 128")
-    return launch_quantise(x, block, rotate, ue8m0)
+    return quantise_operation(x, block, rotate, ue8m0)
 
 
 # ---- index_scores ----
@@ -210,7 +217,7 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
 
 
 @triton.jit
-def query_and_head(BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, TURN: tl.constexpr):
+def dealt_columns(BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, TURN: tl.constexpr):
     """-> query, head of each column as in the picture, where TURN (here 4) queries take turns"""
     column = tl.arange(0, BLOCK_S * BLOCK_H)
     query = column // (TURN * BLOCK_H) * TURN + column // 2 % TURN
@@ -227,39 +234,41 @@ def score_keys(
     and weights w -> (n, BLOCK_S)"""
     if DECODE_E4M3:
         k = e4m3_to_fp16(k)
-    x = tl.dot(k, tl.trans(q), input_precision="tf32x3")
-    x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    # float32 as three products of tf32: nearly its precision, on the tensor cores; "ieee" would leave them
+    score = tl.dot(k, tl.trans(q), input_precision="tf32x3")
+    score = tl.maximum(score, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if HI != BLOCK_H:
-        x = tl.where((h < HI)[None, :], x, 0.0)  # no head: 0 times an infinite key would be NaN
-    x = x * w[None, :]
-    x = tl.permute(tl.reshape(x, [k.shape[0], BLOCK_S // TURN, BLOCK_H // 2, TURN, 2]), [0, 1, 3, 2, 4])
-    return tl.sum(tl.reshape(x, [k.shape[0], BLOCK_S, BLOCK_H]), 2)
+        score = tl.where((h < HI)[None, :], score, 0.0)  # no head: 0 times an infinite key would be NaN
+    score = score * w[None, :]
+    score = tl.reshape(score, [k.shape[0], BLOCK_S // TURN, BLOCK_H // 2, TURN, 2])
+    score = tl.permute(score, [0, 1, 3, 2, 4])
+    return tl.sum(tl.reshape(score, [k.shape[0], BLOCK_S, BLOCK_H]), 2)
 
 
 @triton.jit
-def fill_tiles(out, begin, end, stop, ok, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+def fill_tiles(out_row_ptr, begin, end, stop, ok, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """-inf to the tiles of keys that start in [begin, end), up to `stop`"""
     unseen = tl.full([BLOCK_T, BLOCK_S], float("-inf"), tl.float32)
     for t0 in range(begin, end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        tl.store(out[None, :] + t[:, None], unseen, mask=ok[None, :] & (t < stop)[:, None])
+        tl.store(out_row_ptr[None, :] + t[:, None], unseen, mask=ok[None, :] & (t < stop)[:, None])
 
 
 @triton.jit
 def scores_kernel(
         q_ptr, k_ptr, w_ptr, k_scale_ptr, threshold_ptr, first_ptr, last_ptr, out_ptr,
-        S, T, row0, rows, width, span,
+        S, T, first_row, rows, width, span,
         stride_kb, stride_kt, stride_sb, stride_st,
         HI: tl.constexpr, DI: tl.constexpr,
         BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
         TURN: tl.constexpr, DECODE_E4M3: tl.constexpr, FILL: tl.constexpr, WHOLE: tl.constexpr):
     b = tl.program_id(2).to(tl.int64)
     tile = tl.program_id(0) * BLOCK_S
-    end = tl.minimum(row0 + rows, S)
+    end = tl.minimum(first_row + rows, S)
 
     # what is kept: a column per query and head
-    s, h = query_and_head(BLOCK_S, BLOCK_H, TURN)
-    s += row0 + tile
+    s, h = dealt_columns(BLOCK_S, BLOCK_H, TURN)
+    s += first_row + tile
     d = tl.arange(0, BLOCK_D)
     ok = (s < end) & (h < HI)
     at = (b * S + s) * HI + h
@@ -270,7 +279,7 @@ def scores_kernel(
 
     # what the queries see, within this program's span
     r = tl.arange(0, BLOCK_S)
-    s = row0 + tile + r
+    s = first_row + tile + r
     ok = s < end
     first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
     lo, hi = visible_range(first, tl.where(ok, last, -1), T)
@@ -279,16 +288,16 @@ def scores_kernel(
     lo = tl.maximum(lo // BLOCK_T * BLOCK_T, begin)
     hi = tl.minimum(hi, stop)
 
-    out = out_ptr + (b * rows + tile + r) * width
+    out_row_ptr = out_ptr + (b * rows + tile + r) * width
     if threshold_ptr is not None:
         limit = tl.load(threshold_ptr + b * rows + tile + r, mask=ok, other=0.0)
         word = tl.arange(0, BLOCK_T // 16)
-        tile_words = out_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * width * BLOCK_S
-        words = tile_words + r[None, :] * (BLOCK_T // 16) + word[:, None]
+        tile_words_ptr = out_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * width * BLOCK_S
+        words_ptr = tile_words_ptr + r[None, :] * (BLOCK_T // 16) + word[:, None]
     if FILL:
         behind = lo + tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_T) * BLOCK_T
-        fill_tiles(out, begin, tl.minimum(lo, stop), stop, ok, BLOCK_T, BLOCK_S)
-        fill_tiles(out, tl.maximum(begin, behind), stop, stop, ok, BLOCK_T, BLOCK_S)
+        fill_tiles(out_row_ptr, begin, tl.minimum(lo, stop), stop, ok, BLOCK_T, BLOCK_S)
+        fill_tiles(out_row_ptr, tl.maximum(begin, behind), stop, stop, ok, BLOCK_T, BLOCK_S)
 
     # a tile of keys at a time; the scales of the next one are loaded behind this one's products, so that
     # nothing waits for them
@@ -316,61 +325,61 @@ def scores_kernel(
                 score <= limit[None, :],
                 tl.where(score < limit[None, :], 0, reaches),
                 reaches | (reaches << 16))
-            tl.store(words + t0 // 16 * BLOCK_S, tl.sum(tl.reshape(bits, [BLOCK_T // 16, 16, BLOCK_S]), 1))
+            tl.store(
+                words_ptr + t0 // 16 * BLOCK_S,
+                tl.sum(tl.reshape(bits, [BLOCK_T // 16, 16, BLOCK_S]), 1))
         else:
             if FILL:
                 seen = (t[:, None] >= first[None, :]) & (t[:, None] <= last[None, :])
                 score = tl.where(seen, score, float("-inf"))
-            tl.store(out[None, :] + t[:, None], score, mask=ok[None, :] & (t < T)[:, None])
+            tl.store(out_row_ptr[None, :] + t[:, None], score, mask=ok[None, :] & (t < T)[:, None])
 
 
-class ScoreTiles(NamedTuple):
+class IndexTiles(NamedTuple):
     block_s: int  # queries
     block_h: int  # heads of each
     block_d: int
     block_t: int  # keys of a step
     turn: int  # queries that take turns, see the picture
-    num_warps: int
     num_stages: int
+    num_warps: int
 
 
-def score_tiles(q, rows):
+def index_tiles(HI, DI, rows, dtype, device):
     """Tiles for q (B,S,HI,DI), `rows` of its S queries at a time; e4m3 that is decoded comes as uint8."""
-    HI, DI = q.shape[2:]
-    size = 2 if q.dtype == torch.uint8 else q.element_size()  # of an operand, in bytes
+    size = 2 if dtype == torch.uint8 else dtype.itemsize  # of an operand, in bytes
     block_h = power_of_two(HI, 2)
     block_d = power_of_two(DI, 32 if size == 1 else 16)
     columns = max(block_h, COLUMNS if size * block_d <= 128 else COLUMNS // size)
     block_s = max(16 // block_h, 1, min(columns // block_h, triton.next_power_of_2(rows)))
-    small = size == 4 and limits(q.device)[0] < FLOAT_TILE_BYTES
-    return ScoreTiles(
-        block_s, block_h, block_d,
-        block_t=32 if small else 64,
+    small = size == 4 and shared_memory(device) < FLOAT_TILE_BYTES
+    return IndexTiles(
+        block_s=block_s, block_h=block_h, block_d=block_d, block_t=32 if small else 64,
         turn=max(1, min(4, block_s, 128 // block_h)),
-        num_warps=8 if block_s * block_h == COLUMNS else 4,
-        num_stages=4 if size == 1 else 3)
+        num_stages=4 if size == 1 else 3,
+        num_warps=8 if block_s * block_h == COLUMNS else 4)
 
 
-def launch_scores(out, q, k, w, k_scale, first, last, row0, rows, fill=False, threshold=None):
-    """Scores of the queries row0..row0+rows into out (B,rows,width >= T); without fill, what a query does not
-    see is undefined. With threshold (B,rows), bits instead: a word of out (B,queries,width) per 16 keys, in
-    the order sequence, tile of block_s queries, tile of block_t keys, query, word."""
+def launch_scores(out, q, k, w, k_scale, first, last, first_row, rows, fill=False, threshold=None):
+    """Scores of the queries first_row..first_row+rows into out (B,rows,width >= T); without fill, what a
+    query does not see is undefined. With threshold (B,rows), bits instead: a word of out (B,queries,width)
+    per 16 keys, in the order sequence, tile of block_s queries, tile of block_t keys, query, word."""
     B, S, HI, DI = q.shape
     T = k.shape[1]
-    tiles = score_tiles(q, rows)
+    tiles = index_tiles(HI, DI, rows, q.dtype, q.device)
     blocks = triton.cdiv(rows, tiles.block_s)
-    span = triton.cdiv(B * blocks * T, PROGRAMS * limits(q.device)[1])
+    span = triton.cdiv(B * blocks * T, PROGRAMS * multiprocessors(q.device))
     span = min(max(triton.cdiv(span, tiles.block_t) * tiles.block_t, LEAST_SPAN), LONGEST_SPAN)
     stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
     scores_kernel[(blocks, triton.cdiv(T, span), B)](
         q_ptr=q, k_ptr=k, w_ptr=w, k_scale_ptr=k_scale, threshold_ptr=threshold,
         first_ptr=first, last_ptr=last, out_ptr=out,
-        S=S, T=T, row0=row0, rows=rows, width=out.shape[2], span=span,
+        S=S, T=T, first_row=first_row, rows=rows, width=out.shape[2], span=span,
         stride_kb=k.stride(0), stride_kt=k.stride(1), stride_sb=stride_sb, stride_st=stride_st,
         HI=HI, DI=DI, BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_h, BLOCK_D=tiles.block_d,
         BLOCK_T=tiles.block_t, TURN=tiles.turn, DECODE_E4M3=q.dtype == torch.uint8, FILL=fill,
         WHOLE=T % tiles.block_t == 0 and DI == tiles.block_d,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        num_stages=tiles.num_stages, num_warps=tiles.num_warps)
 
 
 def check_inputs(q, k, w, k_scale):
@@ -396,8 +405,9 @@ def operands(q, k, w):
 
 
 @operation("index_scores")
-def launch_index_scores(q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None, first: Tensor | None,
-                        last: Tensor | None) -> Tensor:
+def index_scores_operation(
+        q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None, first: Tensor | None,
+        last: Tensor | None) -> Tensor:
     """Arguments as kernels.index_scores, first and last (B,S) contiguous int32 -> (B,S,T) float32"""
     q, k, w = operands(q, k, w)
     B, S = q.shape[:2]
@@ -408,7 +418,7 @@ def launch_index_scores(q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None,
     return scores
 
 
-@launch_index_scores.register_fake
+@index_scores_operation.register_fake
 def _(q, k, w, k_scale, first, last):
     return q.new_empty(q.shape[0], q.shape[1], k.shape[1], dtype=torch.float32)
 
@@ -417,7 +427,7 @@ def _(q, k, w, k_scale, first, last):
 def index_scores(q, k, w, k_scale=None, first=None, last=None):
     check_inputs(q, k, w, k_scale)
     B, S = q.shape[:2]
-    return launch_index_scores(q, k, w, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))
+    return index_scores_operation(q, k, w, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))
 
 
 # ---- topk ----
@@ -512,11 +522,11 @@ def kth_value(v, k, lo, hi, at_lo, slack):
 
 
 @triton.jit
-def positions_of_bits(dst, p, above, ties, higher, equal, need, most):
+def positions_of_bits(to_ptr, p, above, ties, higher, equal, need, most):
     """Bit i of the words above[j] and ties[j] stands for position p[j] + i; positions ascend with j, and no
-    bit is set in both. Write to dst, ascending, the positions of all bits of `above` and of the first `need`
-    bits of `ties` (None: of none), the first `most` of them; higher and equal bits of either kind came before
-    -> higher, equal, these included."""
+    bit is set in both. Write at to_ptr, ascending, the positions of all bits of `above` and of the first
+    `need` bits of `ties` (None: of none), the first `most` of them; higher and equal bits of either kind came
+    before -> higher, equal, these included."""
     # where each word begins to write: behind the bits of all words before it
     if ties is None:
         word = above
@@ -540,12 +550,12 @@ def positions_of_bits(dst, p, above, ties, higher, equal, need, most):
         low = word & -word
         i = ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
         if ties is None:
-            tl.store(dst + at, p + i, mask=(word != 0) & (at < most))
+            tl.store(to_ptr + at, p + i, mask=(word != 0) & (at < most))
             at += 1
         else:
             tied = ((low & ties) != 0).to(tl.int32)
             ok = (word != 0) & ((tied == 0) | (ties_before < need))
-            tl.store(dst + at, p + i, mask=ok & (at < most))
+            tl.store(to_ptr + at, p + i, mask=ok & (at < most))
             at += ok.to(tl.int32)
             ties_before += tied
         word &= word - 1
@@ -567,12 +577,12 @@ def bits_between(first, last, p, BITS: tl.constexpr):
 
 @triton.jit
 def gather(
-        x, bitmap, dst,
+        scores_row_ptr, bitmap_ptr, to_ptr,
         first, last, width, t, need,
         CAP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, TIES: tl.constexpr):
-    """Write the positions of x[first..last] >= t to dst, ascending, the first CAP of them -> their number, 0.
-    TIES: all positions of x > t, and of x = t the first `need` -> the numbers of both. t is an ordered
-    integer, up to INFINITY without TIES."""
+    """Write the positions first..last of scores >= t at to_ptr, ascending, the first CAP of them -> their
+    number, 0. TIES: all positions of scores > t, and of scores = t the first `need` -> the numbers of both. t
+    is an ordered integer, up to INFINITY without TIES."""
     BITS: tl.constexpr = 16 if TIES else 32  # positions of a word
     bit = tl.arange(0, BITS)[None, :]
     group = tl.arange(0, TILE // BITS)
@@ -584,42 +594,42 @@ def gather(
         for piece in range(start, tl.minimum(start + BITS * WORDS, last + 1), TILE):
             p = tl.multiple_of(piece, TILE) + group[:, None] * BITS + bit  # (TILE / BITS, BITS)
             if MASKED:
-                v = tl.load(x + p, mask=p < width, other=float("-inf"))
+                v = tl.load(scores_row_ptr + p, mask=p < width, other=float("-inf"))
             else:
-                v = tl.load(x + p)
+                v = tl.load(scores_row_ptr + p)
             if TIES:
                 v = ordered(v)
                 flags = tl.where(v > t, 0x10000, tl.where(v == t, 1, 0))
             else:
                 flags = tl.where(v < limit, 0, 1)  # NaN is above any limit
-            tl.store(bitmap + (piece - start) // BITS + group, tl.sum(flags << bit, 1))
+            tl.store(bitmap_ptr + (piece - start) // BITS + group, tl.sum(flags << bit, 1))
         tl.debug_barrier()
 
         # write the positions, but none outside first..last
         p = start + tl.arange(0, WORDS) * BITS
-        word = tl.load(bitmap + tl.arange(0, WORDS), mask=p <= last, other=0, cache_modifier=".cg")
+        word = tl.load(bitmap_ptr + tl.arange(0, WORDS), mask=p <= last, other=0, cache_modifier=".cg")
         seen = bits_between(first, last, p, BITS)
         if TIES:
             higher, equal = positions_of_bits(
-                dst, p, (word >> 16) & seen, word & seen, higher, equal, need, CAP)
+                to_ptr, p, (word >> 16) & seen, word & seen, higher, equal, need, CAP)
         else:
-            higher, equal = positions_of_bits(dst, p, word & seen, None, higher, equal, 0, CAP)
+            higher, equal = positions_of_bits(to_ptr, p, word & seen, None, higher, equal, 0, CAP)
         tl.debug_barrier()
     return higher, equal
 
 
 @triton.jit
-def empty_slots(out, n, K, BLOCK_K: tl.constexpr):
-    """-1 to the slots n..K-1 of out"""
+def empty_slots(out_row_ptr, n, K, BLOCK_K: tl.constexpr):
+    """-1 to the slots n..K-1 of a row of selections"""
     slot = tl.arange(0, BLOCK_K)
-    tl.store(out + slot, slot * 0 - 1, mask=(slot >= n) & (slot < K))
+    tl.store(out_row_ptr + slot, slot * 0 - 1, mask=(slot >= n) & (slot < K))
 
 
 @triton.jit
-def write_best(out, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
-    """Write to out, of K slots, those of the positions p (ascending) that have the K highest values v
-    (ordered), equal ones by position; then -1. A value of -inf or LOWEST is not selected. WIDE: more than
-    2^15 values."""
+def write_best(out_row_ptr, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+    """Write at out_row_ptr, K slots, those of the positions p (ascending) that have the K highest values v
+    (ordered), equal ones by position; then -1. A value of -inf or NOT_A_SCORE is not selected. WIDE: more
+    than 2^15 values."""
     ok = v > MINUS_INFINITY
     n = tl.sum(ok.to(tl.int32), 0)
     t, _ = kth_value(v, K, tl.min(tl.where(ok, v, HIGHEST), 0), tl.max(v, 0), n, n * 0)
@@ -637,29 +647,29 @@ def write_best(out, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
         higher = (both >> 16) - above
         equal = (both & 0xffff) - tie
     chosen = (above != 0) | ((tie != 0) & (equal < need))
-    tl.store(out + higher + tl.minimum(equal, need), p, mask=chosen)
+    tl.store(out_row_ptr + higher + tl.minimum(equal, need), p, mask=chosen)
     if n < K:
-        empty_slots(out, n, K, BLOCK_K)
+        empty_slots(out_row_ptr, n, K, BLOCK_K)
 
 
 @triton.jit
 def topk_kernel(
         scores_ptr, first_ptr, last_ptr, out_ptr, scratch_ptr,
-        total, S, T, row0, rows, width, K,
+        total, S, T, first_row, rows, width, K,
         BLOCK_K: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr,
         TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
     slot = tl.arange(0, CAP)
     j = tl.arange(0, SAMPLE)
     # an odd distance: every layout then holds single elements, and nothing is converted between layouts
-    scratch = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
-    bitmap = scratch + CAP
+    scratch_row_ptr = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
+    bitmap_ptr = scratch_row_ptr + CAP
     for turn in range(tl.cdiv(total - tl.program_id(0), tl.num_programs(0))):
         row = tl.program_id(0) + turn * tl.num_programs(0)
         b = (row // rows).to(tl.int64)
-        s = row0 + row % rows
+        s = first_row + row % rows
         first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
         n = tl.maximum(last - first + 1, 0)
-        x = scores_ptr + row.to(tl.int64) * width
+        scores_row_ptr = scores_ptr + row.to(tl.int64) * width
         count = n
 
         # too many to compare all at once: gather candidates; lo <= the K-th value <= hi throughout
@@ -671,15 +681,14 @@ def topk_kernel(
                 tries = n * 0
                 done = n * 0
                 mean = SAMPLE * (K / n)  # hits of the K best in the sample
-                rank = tl.minimum(mean + GUESS_SIGMAS * tl.sqrt(mean) + 3, SAMPLE * 0.9)
+                rank = tl.minimum(mean + GUESS_SIGMAS * tl.sqrt(mean) + SKEWNESS, SAMPLE * LARGEST_RANK)
                 while done == 0:
                     # guess: by the sample, where it is not tied first without regard to ties; then 0, relu's
                     # own value; then the middle of the range
                     tied = tries * 0 + 1
                     if tries < GUESSES:
-                        # runs of 8, as many as memory reads at once
-                        run = (j // 8).to(tl.int64) * (n - 8) // (SAMPLE // 8)
-                        sample = ordered(tl.load(x + first + run.to(tl.int32) + j % 8))
+                        run = (j // SAMPLE_RUN).to(tl.int64) * (n - SAMPLE_RUN) // (SAMPLE // SAMPLE_RUN)
+                        sample = ordered(tl.load(scores_row_ptr + first + run.to(tl.int32) + j % SAMPLE_RUN))
                         r = rank.to(tl.int32)
                         t, at_t = kth_value(
                             sample, r, tl.min(sample, 0), tl.max(sample, 0), n * 0 + SAMPLE, r // 16)
@@ -691,7 +700,9 @@ def topk_kernel(
                     # gather, and judge: what is gathered must hold the K best and fit
                     if tied == 0:
                         count, _ = gather(
-                            x, bitmap, scratch, first, last, width, t, 0, CAP, WORDS, TILE, MASKED, False)
+                            scores_row_ptr, bitmap_ptr, scratch_row_ptr,
+                            first, last, width, t, 0,
+                            CAP, WORDS, TILE, MASKED, False)
                         reach = count
                         if count > CAP:
                             lo = t
@@ -701,7 +712,9 @@ def topk_kernel(
                             done += 1
                     else:
                         higher, equal = gather(
-                            x, bitmap, scratch, first, last, width, t, need, CAP, WORDS, TILE, MASKED, True)
+                            scores_row_ptr, bitmap_ptr, scratch_row_ptr,
+                            first, last, width, t, need,
+                            CAP, WORDS, TILE, MASKED, True)
                         reach = higher + equal
                         count = higher + tl.minimum(equal, need)
                         if higher > CAP:
@@ -716,7 +729,8 @@ def topk_kernel(
                             tries += GUESSES
                         else:
                             done += 1
-                    rank = tl.minimum(tl.maximum(rank * ((K + CAP) * 0.5 / (reach + 1)), 1.0), SAMPLE * 0.9)
+                    rank = tl.maximum(rank * ((K + CAP) * 0.5 / (reach + 1)), 1.0)
+                    rank = tl.minimum(rank, SAMPLE * LARGEST_RANK)
                     tries += 1
                 tl.debug_barrier()
 
@@ -724,8 +738,8 @@ def topk_kernel(
         p = first + slot
         if not DIRECT:
             if n > CAP:
-                p = tl.load(scratch + slot, mask=slot < count, other=0, cache_modifier=".cg")
-        v = ordered(tl.load(x + p, mask=slot < count, other=float("-inf")))
+                p = tl.load(scratch_row_ptr + slot, mask=slot < count, other=0, cache_modifier=".cg")
+        v = ordered(tl.load(scores_row_ptr + p, mask=slot < count, other=float("-inf")))
         write_best(out_ptr + (b * S + s) * K, p, v, K, BLOCK_K, WIDE)
         if not DIRECT:
             tl.debug_barrier()  # scratch is used again
@@ -738,17 +752,20 @@ class TopkTiles(NamedTuple):
     words: int  # of the bitmap
     tile: int  # scores that are compared at once
     num_warps: int
+    maxnreg: int  # registers of a thread
     programs: int
 
 
 def topk_tiles(T, K, rows, device):
     """Tiles for `rows` rows of T scores."""
-    processors = limits(device)[1]
+    processors = multiprocessors(device)
     if T <= DIRECT_ROW:
         cap = triton.next_power_of_2(T)
         num_warps = max(1, cap // 1024)
         programs = min(rows, processors * (32 // num_warps))
-        return TopkTiles(True, cap, 1024, 512, 4096, num_warps, programs)
+        return TopkTiles(
+            direct=True, cap=cap, sample=1024, words=512, tile=TILE, num_warps=num_warps, maxnreg=64,
+            programs=programs)
     if T <= SHORT_ROW:
         sample = 1024
         words = 512
@@ -757,16 +774,18 @@ def topk_tiles(T, K, rows, device):
         words = 1024
     # as in the kernel, for the longest row: the expected candidates and 2.5 standard deviations fit
     mean = sample * min(K, T) / T
-    rank = mean + GUESS_SIGMAS.value * mean**0.5 + 3
+    rank = mean + GUESS_SIGMAS.value * mean**0.5 + SKEWNESS.value
     cap = triton.next_power_of_2(max(LEAST_CAP, int((rank + 2.5 * rank**0.5) * T / sample)))
     small = cap <= 2 * LEAST_CAP and rows > 2 * processors  # few rows: none of them should take long
     num_warps = 4 if small else max(8, min(32, cap // 512))
     programs = min(rows, processors * (32 // num_warps))
-    return TopkTiles(False, cap, sample, words, 2048 if small else 4096, num_warps, programs)
+    return TopkTiles(
+        direct=False, cap=cap, sample=sample, words=words, tile=SMALL_TILE if small else TILE,
+        num_warps=num_warps, maxnreg=64, programs=programs)
 
 
-def launch_topk(out, scores, T, first, last, row0, rows):
-    """Top-k of scores (B,rows,width >= T) into out (B,S,K)[:, row0:row0+rows]"""
+def launch_topk(out, scores, T, first, last, first_row, rows):
+    """Top-k of scores (B,rows,width >= T) into out (B,S,K)[:, first_row:first_row+rows]"""
     B, S, K = out.shape
     width = scores.shape[2]
     tiles = topk_tiles(T, K, B * rows, out.device)
@@ -774,15 +793,15 @@ def launch_topk(out, scores, T, first, last, row0, rows):
     scratch = torch.empty(slots, dtype=torch.int32, device=out.device)
     topk_kernel[(tiles.programs,)](
         scores_ptr=scores, first_ptr=first, last_ptr=last, out_ptr=out, scratch_ptr=scratch,
-        total=B * rows, S=S, T=T, row0=row0, rows=rows, width=width, K=K,
+        total=B * rows, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
         BLOCK_K=triton.next_power_of_2(K), CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words,
         TILE=tiles.tile, DIRECT=tiles.direct, MASKED=width % tiles.tile != 0, WIDE=tiles.cap > 32768,
-        num_warps=tiles.num_warps, maxnreg=64)
+        num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
 
 
 @operation("topk")
-def launch_topk_of_scores(scores: Tensor, topk: int, first: Tensor | None, last: Tensor | None) -> Tensor:
-    """Arguments as kernels.topk, first and last (B,S) contiguous int32 -> (B,S,topk) int32"""
+def topk_operation(scores: Tensor, topk: int, first: Tensor | None, last: Tensor | None) -> Tensor:
+    """Arguments as kernels.topk, first and last (B,S) contiguous int32 -> (B,S,K) int32"""
     B, S, T = scores.shape
     out = torch.empty(B, S, topk, dtype=torch.int32, device=scores.device)
     if scores.numel() == 0:
@@ -791,7 +810,7 @@ def launch_topk_of_scores(scores: Tensor, topk: int, first: Tensor | None, last:
     return out
 
 
-@launch_topk_of_scores.register_fake
+@topk_operation.register_fake
 def _(scores, topk, first, last):
     return scores.new_empty(scores.shape[0], scores.shape[1], topk, dtype=torch.int32)
 
@@ -801,7 +820,7 @@ def topk(scores, topk, first=None, last=None):
     if topk < 1:
         raise ValueError(f"topk={topk}: select at least one token")
     B, S, _ = scores.shape
-    return launch_topk_of_scores(scores, topk, full_bounds(first, B, S), full_bounds(last, B, S))
+    return topk_operation(scores, topk, full_bounds(first, B, S), full_bounds(last, B, S))
 
 
 # ---- select ----
@@ -826,17 +845,17 @@ def topk(scores, topk, first=None, last=None):
 @triton.jit
 def threshold_kernel(
         sample_ptr, first_ptr, last_ptr, threshold_ptr,
-        S, T, row0, rows, width, K, stride,
+        S, T, first_row, rows, width, K, stride,
         SAMPLE: tl.constexpr):
     row = tl.program_id(0)
-    first, last = load_bounds(first_ptr, last_ptr, row // rows, row0 + row % rows, S, T)
+    first, last = load_bounds(first_ptr, last_ptr, row // rows, first_row + row % rows, S, T)
     t = first * 0 + LEAST  # all are candidates
     if last - first >= K:
         # the sampled keys that the row sees; `rank` as in filter_tiles
         begin = tl.cdiv(first, stride)
         n = last // stride - begin + 1
         mean = n * (K / (last - first + 1))
-        rank = (mean + SIGMAS * tl.sqrt(mean) + 3).to(tl.int32)
+        rank = (mean + SIGMAS * tl.sqrt(mean) + SKEWNESS).to(tl.int32)
         if rank < n:
             j = tl.arange(0, SAMPLE)
             sample_row = sample_ptr + row.to(tl.int64) * width + begin
@@ -846,7 +865,7 @@ def threshold_kernel(
 
 
 @triton.jit
-def read_bits(dst, words, first, last, need, most, BLOCK_S, TILE_WORDS: tl.constexpr):
+def read_bits(to_ptr, words_ptr, first, last, need, most, BLOCK_S, TILE_WORDS: tl.constexpr):
     """`positions_of_bits` of a row's words, as scores_kernel stored them -> how many scores are above, and
     equal to, the threshold"""
     higher = first * 0
@@ -854,18 +873,18 @@ def read_bits(dst, words, first, last, need, most, BLOCK_S, TILE_WORDS: tl.const
     for start in range(first // 16, last // 16 + 1, WORDS_AT_ONCE):
         i = start + tl.arange(0, WORDS_AT_ONCE)
         p = i * 16
-        tile = words + i // TILE_WORDS * (TILE_WORDS * BLOCK_S)
-        word = tl.load(tile + i % TILE_WORDS, mask=p <= last, other=0)
+        tile_ptr = words_ptr + i // TILE_WORDS * (TILE_WORDS * BLOCK_S)
+        word = tl.load(tile_ptr + i % TILE_WORDS, mask=p <= last, other=0)
         seen = bits_between(first, last, p, 16)
         above = (word >> 16) & seen
-        higher, equal = positions_of_bits(dst, p, above, word & seen & ~above, higher, equal, need, most)
+        higher, equal = positions_of_bits(to_ptr, p, above, word & seen & ~above, higher, equal, need, most)
     return higher, equal
 
 
 @triton.jit
 def collect_kernel(
         q_ptr, k_ptr, w_ptr, k_scale_ptr, first_ptr, last_ptr, bits_ptr, out_ptr, left_over_ptr, scratch_ptr,
-        total, S, T, row0, rows, width, K,
+        total, S, T, first_row, rows, width, K,
         stride_kb, stride_kt, stride_sb, stride_st,
         HI: tl.constexpr, DI: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK_K: tl.constexpr, CAP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -874,27 +893,27 @@ def collect_kernel(
     d = tl.arange(0, BLOCK_D)
     h = tl.arange(0, BLOCK_H)
     # positions, then scores; an odd distance, as in topk_kernel
-    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * CAP + 1)
+    scratch_row_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * CAP + 1)
     for turn in range(tl.cdiv(total - tl.program_id(0), tl.num_programs(0))):
         row = tl.program_id(0) + turn * tl.num_programs(0)
         b = (row // rows).to(tl.int64)
         r = row % rows
-        s = row0 + r
+        s = first_row + r
         at = b * S + s
-        out = out_ptr + at * K
+        out_row_ptr = out_ptr + at * K
         first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
         n = tl.minimum(tl.maximum(last - first + 1, 0), K)  # to be selected
 
         # the candidates
-        words = bits_ptr + (b * tl.cdiv(rows, BLOCK_S) + r // BLOCK_S) * width * BLOCK_S
-        words += r % BLOCK_S * (BLOCK_T // 16)
-        higher, equal = read_bits(scratch, words, first, last, 0, CAP, BLOCK_S, BLOCK_T // 16)
+        words_ptr = bits_ptr + (b * tl.cdiv(rows, BLOCK_S) + r // BLOCK_S) * width * BLOCK_S
+        words_ptr += r % BLOCK_S * (BLOCK_T // 16)
+        higher, equal = read_bits(scratch_row_ptr, words_ptr, first, last, 0, CAP, BLOCK_S, BLOCK_T // 16)
         left_over = ((higher > CAP) | (higher + equal < n)).to(tl.int32)
         if left_over == 0:
             if higher < K:
                 # all that are above the threshold, and the first ties
-                read_bits(out, words, first, last, K - higher, K, BLOCK_S, BLOCK_T // 16)
-                empty_slots(out, n, K, BLOCK_K)
+                read_bits(out_row_ptr, words_ptr, first, last, K - higher, K, BLOCK_S, BLOCK_T // 16)
+                empty_slots(out_row_ptr, n, K, BLOCK_K)
             else:
                 # their scores again, BLOCK_C gathered keys at a time
                 q = tl.load(q_ptr + (at * HI + h)[:, None] * DI + d[None, :],
@@ -906,21 +925,21 @@ def collect_kernel(
                 for c0 in tl.range(0, higher, BLOCK_C):
                     c = c0 + tl.arange(0, BLOCK_C)
                     passed = c < higher
-                    t = tl.load(scratch + c, mask=passed, other=0, cache_modifier=".cg").to(tl.int64)
+                    t = tl.load(scratch_row_ptr + c, mask=passed, other=0, cache_modifier=".cg").to(tl.int64)
                     k = tl.load(k_ptr + b * stride_kb + t[:, None] * stride_kt + d[None, :],
                                 mask=passed[:, None] & (d < DI)[None, :], other=0.0)
                     score = score_keys(k, q, w, h, HI, 1, BLOCK_H, 1, DECODE_E4M3)  # (BLOCK_C, 1)
                     if k_scale_ptr is not None:
                         scale = tl.load(k_scale_ptr + b * stride_sb + t * stride_st, mask=passed, other=0.0)
                         score = score * scale[:, None]
-                    tl.store(scratch + CAP + c[:, None], ordered(score), mask=passed[:, None])
+                    tl.store(scratch_row_ptr + CAP + c[:, None], ordered(score), mask=passed[:, None])
                 tl.debug_barrier()
 
                 # the best of them
                 ok = slot < higher
-                p = tl.load(scratch + slot, mask=ok, other=0, cache_modifier=".cg")
-                v = tl.load(scratch + CAP + slot, mask=ok, other=LOWEST, cache_modifier=".cg")
-                write_best(out, p, v, K, BLOCK_K, False)
+                p = tl.load(scratch_row_ptr + slot, mask=ok, other=0, cache_modifier=".cg")
+                v = tl.load(scratch_row_ptr + CAP + slot, mask=ok, other=NOT_A_SCORE, cache_modifier=".cg")
+                write_best(out_row_ptr, p, v, K, BLOCK_K, False)
         tl.debug_barrier()  # scratch is used again
         tl.store(left_over_ptr + at, left_over.to(tl.int8))
 
@@ -932,20 +951,20 @@ class FilterTiles(NamedTuple):
     cap: int  # candidates
     block_h: int
     block_c: int  # candidates that are scored at once
-    num_warps: int
     num_stages: int
-    registers: int  # of a thread, at most
+    num_warps: int
+    maxnreg: int  # registers of a thread
 
 
-def filter_tiles(q, T, K):
+def filter_tiles(HI, DI, T, K, dtype):
     """Sample and candidates of `select_filtered`.
 
     A row's threshold is the rank-th highest of its sampled scores, every stride-th. If the best keys lie
     anywhere, the sample holds about Poisson(K / stride) of the K best and Poisson(CAP / stride) of the CAP
     best: means m and M, standard deviations their roots. The threshold lets at least K through unless `rank`
     or more of the K best are sampled, and at most CAP unless fewer than rank of the CAP best are. So
-        m + SIGMAS sqrt(m) + 3 = rank,    17/16 rank <= M - SIGMAS sqrt(M)
-    (3 for the skewness of a small m, 17/16 as the threshold is taken only so exactly); the expected
+        m + SIGMAS sqrt(m) + SKEWNESS = rank,    17/16 rank <= M - SIGMAS sqrt(M)
+    (SKEWNESS for that of a small m, 17/16 as the threshold is taken only so exactly); the expected
     candidates are rank * stride. The second is met by a large enough CAP, the first by definition: some 8 of
     10^6 rows fail. A longer stride saves scores, but lets more candidates through, 2 K with m near 32
     (SAMPLED_HITS). At K 512 and 64K keys: stride 17, m 30, rank 57, 970 candidates, CAP 2048; at 2^20 keys,
@@ -954,16 +973,16 @@ def filter_tiles(q, T, K):
     # odd: what is aligned in the keys must not be sampled alone
     stride = max(K // SAMPLED_HITS, SAMPLED_STRIDE, triton.cdiv(T, LARGEST_SAMPLE)) | 1
     mean = K / stride
-    rank = mean + SIGMAS.value * mean**0.5 + 3
+    rank = mean + SIGMAS.value * mean**0.5 + SKEWNESS.value
     cap = LEAST_CAP
     while cap / stride - SIGMAS.value * (cap / stride)**0.5 < rank * 17 / 16:
         cap *= 2
-    narrow = q.shape[3] * q.element_size() <= 128
+    narrow = DI * dtype.itemsize <= 128
     sample = triton.next_power_of_2(triton.cdiv(T, stride))
     return FilterTiles(
         stride=stride, sample=sample, sample_warps=max(1, min(16, sample // 512), sample // 1024), cap=cap,
-        block_h=power_of_two(q.shape[2]), block_c=128 if narrow else 64,
-        num_warps=max(4, cap // 512), num_stages=3, registers=128)
+        block_h=power_of_two(HI), block_c=128 if narrow else 64,
+        num_stages=3, num_warps=max(4, cap // 512), maxnreg=128)
 
 
 def take(x, index):
@@ -974,25 +993,25 @@ def take(x, index):
 def chunks(B, S, elements):
     """Cut B x S rows so that SELECT_CHUNK holds `elements` elements for each -> sequences (a slice), first
     query, queries."""
-    batch = max(1, min(B, SELECT_CHUNK // (elements * min(S, 256))))
+    batch = max(1, min(B, SELECT_CHUNK // (elements * min(S, CHUNK_QUERIES))))
     rows = max(1, min(S, SELECT_CHUNK // (elements * batch)))
     for b in range(0, B, batch):
-        for row0 in range(0, S, rows):
-            yield slice(b, min(b + batch, B)), row0, min(rows, S - row0)
+        for first_row in range(0, S, rows):
+            yield slice(b, min(b + batch, B)), first_row, min(rows, S - first_row)
 
 
 def select_exact(out, q, k, w, k_scale, first, last):
     """`select` into out (B,S,K) by scores that are kept, a chunk at a time."""
     B, S, _ = out.shape
     T = k.shape[1]
-    multiple = 16 if T <= DIRECT_ROW else 4096
+    multiple = ALIGNED_ROW if T <= DIRECT_ROW else TILE
     width = triton.cdiv(T, multiple) * multiple
-    for batch, row0, rows in chunks(B, S, width):
+    for batch, first_row, rows in chunks(B, S, width):
         n = batch.stop - batch.start
         scores = torch.empty(n, rows, width, dtype=torch.float32, device=q.device)
         bounds = take(first, batch), take(last, batch)
-        launch_scores(scores, q[batch], k[batch], w[batch], take(k_scale, batch), *bounds, row0, rows)
-        launch_topk(out[batch], scores, T, *bounds, row0, rows)
+        launch_scores(scores, q[batch], k[batch], w[batch], take(k_scale, batch), *bounds, first_row, rows)
+        launch_topk(out[batch], scores, T, *bounds, first_row, rows)
 
 
 def sampled_bounds(first, last, stride, S, T, device):
@@ -1010,14 +1029,14 @@ def select_filtered(out, q, k, w, k_scale, first, last):
     B, S, HI, DI = q.shape
     T = k.shape[1]
     K = out.shape[2]
-    tiles = filter_tiles(q, T, K)
+    tiles = filter_tiles(HI, DI, T, K, q.dtype)
     sampled = triton.cdiv(T, tiles.stride * 16) * 16  # keys
     width = triton.cdiv(T, 128) * 8  # words
     every = (slice(None), slice(None, None, tiles.stride))
     sampled_first, sampled_last = sampled_bounds(first, last, tiles.stride, S, T, q.device)
     sampled_last = sampled_last.expand(B, S).contiguous()
     left_over = torch.empty(B, S, dtype=torch.int8, device=q.device)
-    for batch, row0, rows in chunks(B, S, width + sampled):
+    for batch, first_row, rows in chunks(B, S, width + sampled):
         n = batch.stop - batch.start
         q_part = q[batch]
         k_part = k[batch]
@@ -1030,36 +1049,37 @@ def select_filtered(out, q, k, w, k_scale, first, last):
         scores = torch.empty(n, rows, sampled, dtype=torch.float32, device=q.device)
         launch_scores(
             scores, q_part, k_part[every], w_part, take(scale_part, every),
-            take(sampled_first, batch), sampled_last[batch], row0, rows)
+            take(sampled_first, batch), sampled_last[batch], first_row, rows)
         threshold = torch.empty(n, rows, dtype=torch.float32, device=q.device)
         threshold_kernel[(n * rows,)](
             sample_ptr=scores, first_ptr=first_part, last_ptr=last_part, threshold_ptr=threshold,
-            S=S, T=T, row0=row0, rows=rows, width=sampled, K=K, stride=tiles.stride,
+            S=S, T=T, first_row=first_row, rows=rows, width=sampled, K=K, stride=tiles.stride,
             SAMPLE=tiles.sample,
             num_warps=tiles.sample_warps)
 
         # two bits per score
-        score = score_tiles(q, rows)
+        score = index_tiles(HI, DI, rows, q.dtype, q.device)
         queries = triton.cdiv(rows, score.block_s) * score.block_s
         bits = torch.empty(n, queries, width, dtype=torch.int32, device=q.device)
         launch_scores(
-            bits, q_part, k_part, w_part, scale_part, first_part, last_part, row0, rows, threshold=threshold)
+            bits, q_part, k_part, w_part, scale_part, first_part, last_part, first_row, rows,
+            threshold=threshold)
 
         # the best of what passed
-        resident = max(1, REGISTERS // (32 * tiles.num_warps * tiles.registers))
-        programs = min(n * rows, limits(q.device)[1] * resident)
+        resident = max(1, REGISTERS // (32 * tiles.num_warps * tiles.maxnreg))
+        programs = min(n * rows, multiprocessors(q.device) * resident)
         scratch = torch.empty(programs * (2 * tiles.cap + 1), dtype=torch.int32, device=q.device)
         stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
         collect_kernel[(programs,)](
             q_ptr=q_part, k_ptr=k_part, w_ptr=w_part, k_scale_ptr=scale_part,
             first_ptr=first_part, last_ptr=last_part, bits_ptr=bits, out_ptr=out[batch],
             left_over_ptr=left_over[batch], scratch_ptr=scratch,
-            total=n * rows, S=S, T=T, row0=row0, rows=rows, width=width, K=K,
+            total=n * rows, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
             stride_kb=k.stride(0), stride_kt=k.stride(1), stride_sb=stride_sb, stride_st=stride_st,
             HI=HI, DI=DI, BLOCK_H=tiles.block_h, BLOCK_D=score.block_d, BLOCK_K=triton.next_power_of_2(K),
             CAP=tiles.cap, BLOCK_C=tiles.block_c, BLOCK_S=score.block_s, BLOCK_T=score.block_t,
             DECODE_E4M3=q.dtype == torch.uint8,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.registers)
+            num_stages=tiles.num_stages, num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
     return left_over.bool()
 
 
@@ -1093,9 +1113,10 @@ def filters(q, T, K):
 
 
 @operation("select")
-def launch_select(q: Tensor, k: Tensor, w: Tensor, topk: int, k_scale: Tensor | None, first: Tensor | None,
-                  last: Tensor | None) -> Tensor:
-    """Arguments as kernels.select, first and last (B,S) contiguous int32 -> (B,S,topk) int32"""
+def select_operation(
+        q: Tensor, k: Tensor, w: Tensor, topk: int, k_scale: Tensor | None, first: Tensor | None,
+        last: Tensor | None) -> Tensor:
+    """Arguments as kernels.select, first and last (B,S) contiguous int32 -> (B,S,K) int32"""
     q, k, w = operands(q, k, w)
     B, S = q.shape[:2]
     T = k.shape[1]
@@ -1111,7 +1132,7 @@ def launch_select(q: Tensor, k: Tensor, w: Tensor, topk: int, k_scale: Tensor | 
     return out
 
 
-@launch_select.register_fake
+@select_operation.register_fake
 def _(q, k, w, topk, k_scale, first, last):
     return q.new_empty(q.shape[0], q.shape[1], topk, dtype=torch.int32)
 
@@ -1122,4 +1143,4 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
         raise ValueError(f"index_topk={topk}: select at least one token")
     check_inputs(q, k, w, k_scale)
     B, S = q.shape[:2]
-    return launch_select(q, k, w, topk, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))
+    return select_operation(q, k, w, topk, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))

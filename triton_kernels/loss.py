@@ -10,15 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.common import (
-    LOG2E, check_indices, fit, full_bounds, is_hopper, limits, load_bounds, load_tile, matmul, operation,
-    power_of_two, two_powers, unit_stride, visible_range)
-from triton_kernels.dense import LOWEST, queries_seeing, store_tile
+    H100_SHARED_MEMORY, LOG2E, LOWEST, check_indices, fit, full_bounds, is_hopper, load_bounds, load_tile,
+    matmul, multiprocessors, operation, power_of_two, queries_seeing, shared_memory, store_tile,
+    tile_of_program, two_powers, unit_stride, visible_range)
 from triton_kernels.sparse import union, union_tokens
 
 LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk holds at a time: 18 bytes each at 64 indexer heads
-LARGE_SHARED_MEMORY = 200_000  # bytes that a program may use from which tiles are large: H100, not A100
-HOPPER_BLOCK = 128  # queries in a block of hopper.loss_target
+BLOCKS_TOGETHER = tl.constexpr(8)  # of queries that programs take side by side
 G_SCALE = tl.constexpr(64.0)  # gradients of scores are kept times this: float16 would lose those of long rows
+LEAST_P = tl.constexpr(1e-37)  # whose logarithm is taken: p log p of p = 0 is 0
 ALIGNED = tl.constexpr(128)  # rows of a chunk's buffers are so many elements long, or a multiple
 
 
@@ -27,16 +27,16 @@ ALIGNED = tl.constexpr(128)  # rows of a chunk's buffers are so many elements lo
 @triton.jit
 def loss_row_kernel(
         p_ptr, score_ptr, g_ptr, kl_ptr, uniform_ptr, first_ptr, last_ptr,
-        S, T, width, plane, row0,
+        S, T, width, plane, first_row,
         BLOCK_S: tl.constexpr, PLANES: tl.constexpr, BLOCK_T: tl.constexpr):
     """kl, kl_uniform of one query and, unless g_ptr is None, G_SCALE times g = sum(p) softmax(I) - p.
 
-    Row row0 + program of all queries, whose sequences are padded to multiples of BLOCK_S. Rows of the chunk's
-    buffers are `width` long; p is the sum of PLANES buffers, `plane` elements apart."""
+    Row first_row + program of all queries, whose sequences are padded to multiples of BLOCK_S. Rows of the
+    chunk's buffers are `width` long; p is the sum of PLANES buffers, `plane` elements apart."""
     x = tl.program_id(0)
     per_sequence = tl.cdiv(S, BLOCK_S) * BLOCK_S
-    b = (row0 + x) // per_sequence
-    s = (row0 + x) % per_sequence
+    b = (first_row + x) // per_sequence
+    s = (first_row + x) % per_sequence
     first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
     end = last + 1
     start = tl.minimum(first // ALIGNED * ALIGNED, width)
@@ -73,7 +73,7 @@ def loss_row_kernel(
         p = tl.zeros([BLOCK_T], tl.float32)
         for i in tl.static_range(PLANES):
             p += tl.load(p_ptr + i * plane + t, mask=seen, other=0.0)
-        plogp = p * tl.log(tl.maximum(p, 1e-37))
+        plogp = p * tl.log(tl.maximum(p, LEAST_P))
         entropy += plogp
         cross += tl.where(seen, plogp - p * log_q, 0.0)
         if g_ptr is not None:
@@ -110,34 +110,21 @@ def loss_row_kernel(
 # bytes       per pair, written and read within a chunk: p 4, I 4, g 2, bits HI / 8
 # backward    the incoming gradient dkl[t] scales rows of dq and dw. dk sums over rows: it is c dk, c the
 #             median of dkl, plus a second sweep weighted by dkl - c, in which every block of queries with
-#             dkl = c returns at once: free when the loss is a mean over queries, exact for any dkl
-
-
-@triton.jit
-def tile_of_program(S, block0, blocks, key_tiles, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Which tile of a chunk this program makes -> block of the chunk, sequence, first query, first key. 8
-    blocks of queries go side by side, so that their keys come from L2."""
-    pid = tl.program_id(0)
-    group = pid // (8 * key_tiles) * 8
-    size = tl.minimum(8, blocks - group)
-    block = group + pid % (8 * key_tiles) % size
-    per_sequence = tl.cdiv(S, BLOCK_S)
-    b = (block0 + block) // per_sequence
-    s0 = (block0 + block) % per_sequence * BLOCK_S
-    t0 = pid % (8 * key_tiles) // size * BLOCK_T
-    return block, b, s0, t0
+#             dkl = c returns at once; the row pass only writes zeros to g. Cheap when the loss is a mean over
+#             queries, exact for any dkl
 
 
 @triton.jit
 def loss_target_kernel(
         q_ptr, k_ptr, lse2_ptr, p_ptr, first_ptr, last_ptr,
-        scale_log2, S, T, width, block0, blocks, key_tiles,
+        scale_log2, S, T, width, first_block, blocks, key_blocks,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh,
         H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
-        STAGES: tl.constexpr):
+        NUM_STAGES: tl.constexpr):
     """p of one tile. Heads and their columns, BLOCK_D at a time, are one loop, so that loads never drain."""
     STEPS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    block, b, s0, t0 = tile_of_program(S, block0, blocks, key_tiles, BLOCK_S, BLOCK_T)
+    block, b, s0, t0 = tile_of_program(
+        S, first_block, blocks, key_blocks, BLOCK_S, BLOCK_T, BLOCKS_TOGETHER)
     first, last = load_bounds(first_ptr, last_ptr, b, s0 + tl.arange(0, BLOCK_S), S, T)
     lo, hi = visible_range(first, last, T)
     if (lo >= t0 + BLOCK_T) | (hi <= t0):
@@ -149,7 +136,7 @@ def loss_target_kernel(
     lse2_ptr += b.to(tl.int64) * H * S + s0 + s
     p = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
     logits = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
-    for step in tl.range(0, H * STEPS, num_stages=STAGES):
+    for step in tl.range(0, H * STEPS, num_stages=NUM_STAGES):
         h = step // STEPS
         d = step % STEPS * BLOCK_D + tl.arange(0, BLOCK_D)
         ok = (d < D)[None, :]
@@ -159,20 +146,21 @@ def loss_target_kernel(
         if step % STEPS == STEPS - 1:
             p += tl.exp2(logits * scale_log2 - tl.load(lse2_ptr + h * S)[:, None])
             logits = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
-    row = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * width
-    tl.store(p_ptr + row + t0 + tl.arange(0, BLOCK_T)[None, :], p * (1.0 / H))
+    row_offset = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * width
+    tl.store(p_ptr + row_offset + t0 + tl.arange(0, BLOCK_T)[None, :], p * (1.0 / H))
 
 
 @triton.jit
 def loss_scores_kernel(
         q_ptr, k_ptr, w_ptr, score_ptr, bits_ptr, first_ptr, last_ptr,
-        S, T, width, plane, block0, blocks, key_tiles,
+        S, T, width, plane, first_block, blocks, key_blocks,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
-        HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-        BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+        HI: tl.constexpr, DI: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+        BLOCK_T: tl.constexpr, NUM_STAGES: tl.constexpr):
     """I of one tile, and for each group of 8 heads a plane of bytes: bit 7 - j % 8 says that the relu of head
     j is open (at exactly 0 it is closed). w (B,HI,S)."""
-    block, b, s0, t0 = tile_of_program(S, block0, blocks, key_tiles, BLOCK_S, BLOCK_T)
+    block, b, s0, t0 = tile_of_program(
+        S, first_block, blocks, key_blocks, BLOCK_S, BLOCK_T, BLOCKS_TOGETHER)
     first, last = load_bounds(first_ptr, last_ptr, b, s0 + tl.arange(0, BLOCK_S), S, T)
     lo, hi = visible_range(first, last, T)
     if (lo >= t0 + BLOCK_T) | (hi <= t0):
@@ -183,13 +171,13 @@ def loss_scores_kernel(
     k_ptr += b.to(tl.int64) * stride_kb + t0.to(tl.int64) * stride_kt
     w_ptr += b.to(tl.int64) * HI * S + s0 + s
     d = tl.arange(0, BLOCK_D)
-    ok = (d < D)[None, :]
+    ok = (d < DI)[None, :]
     k = tl.load(k_ptr + t[:, None] * stride_kt + d[None, :], mask=ok, other=0.0)
-    row = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * width
-    at = row + t0 + tl.arange(0, BLOCK_T)[None, :]
+    row_offset = (block * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None] * width
+    at = row_offset + t0 + tl.arange(0, BLOCK_T)[None, :]
     score = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
     bits = tl.zeros([BLOCK_S, BLOCK_T], tl.uint32)
-    for j in tl.range(0, HI, num_stages=STAGES):
+    for j in tl.range(0, HI, num_stages=NUM_STAGES):
         q = tl.load(q_ptr + s[:, None] * stride_qs + (j * stride_qh + d)[None, :], mask=ok, other=0.0)
         dots = matmul(q, tl.trans(k))
         relu = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -203,77 +191,78 @@ def loss_scores_kernel(
 
 @triton.jit
 def store_query_gradient(
-        q_ptr, w_ptr, dq_ptr, dw_ptr, a, b, s, j, S, stride_qs, HI: tl.constexpr, D: tl.constexpr,
+        q_ptr, w_ptr, dq_ptr, dw_ptr, a, b, s, j, S, stride_qs, HI: tl.constexpr, DI: tl.constexpr,
         BLOCK_D: tl.constexpr):
     """G_SCALE times A_j of the queries s -> dq_j = w_j A_j and dw_j = q_j . A_j; q_ptr: head j of sequence
     b"""
     ok = s < S
     a = a / G_SCALE
     w = tl.load(w_ptr + (b.to(tl.int64) * HI + j) * S + s, mask=ok, other=0.0)
-    q = load_tile(q_ptr, s.to(tl.int64) * stride_qs, ok, 0, D, BLOCK_D).to(tl.float32)
+    q = load_tile(q_ptr, s.to(tl.int64) * stride_qs, ok, 0, DI, BLOCK_D).to(tl.float32)
     row = (b.to(tl.int64) * S + s) * HI + j
     tl.store(dw_ptr + row, tl.sum(q * a, 1), mask=ok)
-    store_tile(dq_ptr, row * D, ok, 0, D, BLOCK_D, a * w[:, None])
+    store_tile(dq_ptr, row * DI, ok, 0, DI, BLOCK_D, a * w[:, None])
 
 
 @triton.jit
 def loss_dq_kernel(
         q_ptr, k_ptr, w_ptr, g_ptr, bits_ptr, dq_ptr, dw_ptr, first_ptr, last_ptr,
-        S, T, width, plane, block0,
+        S, T, width, plane, first_block,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
-        HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, BLOCK_S: tl.constexpr,
-        BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+        HI: tl.constexpr, DI: tl.constexpr, BLOCK_D: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+        BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, NUM_STAGES: tl.constexpr):
     """dq, dw of two heads (of one, if there is one) of BLOCK_S queries, which divide the chunk's blocks of
-    PAD, for dkl = 1"""
+    QUERY_BLOCK, for dkl = 1"""
     j = tl.program_id(0) * 2
     x = tl.program_id(1) * BLOCK_S
-    per_sequence = tl.cdiv(S, PAD) * PAD
-    b = (block0 * PAD + x) // per_sequence
-    s = (block0 * PAD + x) % per_sequence + tl.arange(0, BLOCK_S)
+    per_sequence = tl.cdiv(S, QUERY_BLOCK) * QUERY_BLOCK
+    b = (first_block * QUERY_BLOCK + x) // per_sequence
+    s = (first_block * QUERY_BLOCK + x) % per_sequence + tl.arange(0, BLOCK_S)
     first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
     lo, hi = visible_range(first, last, T)
-    row = (x + tl.arange(0, BLOCK_S)).to(tl.int64) * width
+    row_offset = (x + tl.arange(0, BLOCK_S)).to(tl.int64) * width
     k_ptr += b.to(tl.int64) * stride_kb
     bits_ptr += (j // 8).to(tl.int64) * plane
     a0 = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     a1 = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    for t0 in tl.range(lo // BLOCK_T * BLOCK_T, hi, BLOCK_T, num_stages=STAGES):
+    for t0 in tl.range(lo // BLOCK_T * BLOCK_T, hi, BLOCK_T, num_stages=NUM_STAGES):
         t = t0 + tl.arange(0, BLOCK_T)
-        k = load_tile(k_ptr, t.to(tl.int64) * stride_kt, t < T, 0, D, BLOCK_D)
-        g = tl.load(g_ptr + row[:, None] + t[None, :])
-        bits = tl.load(bits_ptr + row[:, None] + t[None, :])
+        k = load_tile(k_ptr, t.to(tl.int64) * stride_kt, t < T, 0, DI, BLOCK_D)
+        g = tl.load(g_ptr + row_offset[:, None] + t[None, :])
+        bits = tl.load(bits_ptr + row_offset[:, None] + t[None, :])
         a0 = matmul(tl.where(((bits >> (7 - j % 8)) & 1) != 0, g, 0.0).to(k.dtype), k, a0)
         if HI > 1:
             a1 = matmul(tl.where(((bits >> (6 - j % 8)) & 1) != 0, g, 0.0).to(k.dtype), k, a1)
     q_ptr += b.to(tl.int64) * stride_qb + j * stride_qh
-    store_query_gradient(q_ptr, w_ptr, dq_ptr, dw_ptr, a0, b, s, j, S, stride_qs, HI, D, BLOCK_D)
+    store_query_gradient(q_ptr, w_ptr, dq_ptr, dw_ptr, a0, b, s, j, S, stride_qs, HI, DI, BLOCK_D)
     if j + 1 < HI:
         store_query_gradient(
-            q_ptr + stride_qh, w_ptr, dq_ptr, dw_ptr, a1, b, s, j + 1, S, stride_qs, HI, D, BLOCK_D)
+            q_ptr + stride_qh, w_ptr, dq_ptr, dw_ptr, a1, b, s, j + 1, S, stride_qs, HI, DI, BLOCK_D)
 
 
 @triton.jit
 def loss_dk_kernel(
         wq_ptr, g_ptr, bits_ptr, dk_ptr, first_ptr, last_ptr,
-        B, S, T, width, plane, block0, blocks,
-        HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, HEADS: tl.constexpr,
-        BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr):
+        B, S, T, width, plane, first_block, blocks,
+        HI: tl.constexpr, DI: tl.constexpr, BLOCK_D: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+        HEADS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, NUM_STAGES: tl.constexpr):
     """dk of a tile of keys from one group of HEADS <= 8 heads, added to what earlier chunks left. wq = dkl w
     q of the chunk's queries, padded as they are."""
     group = tl.program_id(1)
     t0 = tl.program_id(0) * BLOCK_T
     t = t0 + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
-    per_sequence = tl.cdiv(S, PAD)
-    b = block0 // per_sequence + tl.program_id(2)
-    x0 = (b * per_sequence - block0) * PAD  # where the chunk's buffers hold (or would hold) query 0 of b
+    per_sequence = tl.cdiv(S, QUERY_BLOCK)
+    b = first_block // per_sequence + tl.program_id(2)
+    # where the chunk's buffers hold, or would hold, query 0 of b
+    x0 = (b * per_sequence - first_block) * QUERY_BLOCK
     s0 = tl.maximum(0, -x0)
-    s1 = tl.minimum(S, blocks * PAD - x0)
+    s1 = tl.minimum(S, blocks * QUERY_BLOCK - x0)
     lo, hi, _ = queries_seeing(first_ptr, last_ptr, b, t0, t0 + BLOCK_T, s0, s1, S, T)
     if lo < hi:
         bits_ptr += group.to(tl.int64) * plane
         acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        for start in tl.range(lo // BLOCK_S * BLOCK_S, hi, BLOCK_S, num_stages=STAGES):
+        for start in tl.range(lo // BLOCK_S * BLOCK_S, hi, BLOCK_S, num_stages=NUM_STAGES):
             s = start + tl.arange(0, BLOCK_S)
             x = (x0 + s).to(tl.int64)
             g = tl.load(g_ptr + x[None, :] * width + t[:, None])
@@ -281,115 +270,149 @@ def loss_dk_kernel(
             for i in tl.static_range(HEADS):
                 j = group * 8 + i
                 ok = (s < s1) & (j < HI)
-                wq = load_tile(wq_ptr + j * D, x * (HI * D), ok, 0, D, BLOCK_D)
+                wq = load_tile(wq_ptr + j * DI, x * (HI * DI), ok, 0, DI, BLOCK_D)
                 acc = matmul(tl.where(((bits >> (7 - i)) & 1) != 0, g, 0.0).to(wq.dtype), wq, acc)
-        at = dk_ptr + ((group * B + b).to(tl.int64) * T + t)[:, None] * D + d[None, :]
-        ok = (t < T)[:, None] & (d < D)[None, :]
+        at = dk_ptr + ((group * B + b).to(tl.int64) * T + t)[:, None] * DI + d[None, :]
+        ok = (t < T)[:, None] & (d < DI)[None, :]
         tl.store(at, tl.load(at, mask=ok, other=0.0) + acc / G_SCALE, mask=ok)
 
 
 class LossTiles(NamedTuple):
-    block_s: int  # queries of a block, to a multiple of which sequences are padded
-    block_t: int
+    """Of a kernel of the dense loss."""
+    block_s: int  # queries; in p and I a block, to a multiple of which sequences are padded
+    block_t: int  # keys
     num_stages: int
     num_warps: int
 
 
-def loss_tiles(q, q_index):
-    """Tiles of the dense loss for these dtypes and this device."""
-    if torch.float32 in (q.dtype, q_index.dtype):
-        return LossTiles(32, 32, 1, 4)
-    if limits(q.device)[0] > LARGE_SHARED_MEMORY:
-        return LossTiles(128, 128, 3, 8)
-    return LossTiles(128, 64, 2, 8)
+def loss_target_tiles(dtype, device):
+    if dtype == torch.float32:
+        return LossTiles(block_s=32, block_t=32, num_stages=2, num_warps=4)
+    if shared_memory(device) > H100_SHARED_MEMORY:
+        return LossTiles(block_s=128, block_t=128, num_stages=4, num_warps=8)
+    return LossTiles(block_s=128, block_t=64, num_stages=3, num_warps=8)
 
 
-def loss_target(tiles, q, k, lse2, p, scale, first, last, block0, blocks):
-    """p (rows,width) of the chunk of `blocks` blocks from block0 on; lse2 (B,H,S) in base 2"""
-    if is_hopper(q) and tiles.block_s == HOPPER_BLOCK:
+def loss_scores_tiles(dtype, device):
+    if dtype == torch.float32:
+        return LossTiles(block_s=32, block_t=32, num_stages=1, num_warps=4)
+    if shared_memory(device) > H100_SHARED_MEMORY:
+        return LossTiles(block_s=128, block_t=128, num_stages=3, num_warps=8)
+    return LossTiles(block_s=128, block_t=64, num_stages=2, num_warps=8)
+
+
+def loss_dq_tiles(head_pairs, queries, dtype, device):
+    """Tiles for so many pairs of heads and padded queries; few: smaller ones, to fill the device."""
+    if dtype == torch.float32:
+        tiles = LossTiles(block_s=32, block_t=32, num_stages=1, num_warps=4)
+    elif shared_memory(device) > H100_SHARED_MEMORY:
+        tiles = LossTiles(block_s=128, block_t=64, num_stages=3, num_warps=8)
+    else:
+        tiles = LossTiles(block_s=128, block_t=64, num_stages=2, num_warps=8)
+    while tiles.block_s > 16 and head_pairs * (queries // tiles.block_s) < 2 * multiprocessors(device):
+        tiles = tiles._replace(block_s=tiles.block_s // 2, num_warps=4)
+    return tiles
+
+
+def loss_dk_tiles(dtype, device):
+    if dtype == torch.float32:
+        return LossTiles(block_s=32, block_t=32, num_stages=0, num_warps=4)
+    if shared_memory(device) > H100_SHARED_MEMORY:
+        return LossTiles(block_s=32, block_t=128, num_stages=2, num_warps=8)
+    return LossTiles(block_s=32, block_t=64, num_stages=1, num_warps=8)
+
+
+def loss_dtype(q, q_index):
+    """The dtype that decides about the tiles of the dense loss: float32 if there is any."""
+    return torch.float32 if q_index.dtype == torch.float32 else q.dtype
+
+
+def loss_target(tiles, q, k, lse2, p, scale, first, last, first_block, blocks):
+    """p (rows,width) of the chunk of `blocks` blocks from first_block on; lse2 (B,H,S) in base 2"""
+    if is_hopper(q):
         from triton_kernels import hopper
-        if hopper.target_supported(q):
-            hopper.loss_target(q, k, lse2, p, scale, first, last, block0, blocks)
+        if tiles.block_s == hopper.TARGET_BLOCK.value and hopper.target_supported(q):
+            hopper.gluon_target(q, k, lse2, p, scale, first, last, first_block, blocks)
             return
     S, H, D = q.shape[1:]
     T = k.shape[1]
-    key_tiles = triton.cdiv(T, tiles.block_t)
-    loss_target_kernel[(blocks * key_tiles,)](
+    key_blocks = triton.cdiv(T, tiles.block_t)
+    loss_target_kernel[(blocks * key_blocks,)](
         q_ptr=q, k_ptr=k, lse2_ptr=lse2, p_ptr=p, first_ptr=first, last_ptr=last,
         scale_log2=scale * LOG2E.value, S=S, T=T, width=p.shape[1],
-        block0=block0, blocks=blocks, key_tiles=key_tiles,
+        first_block=first_block, blocks=blocks, key_blocks=key_blocks,
         stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
         stride_kb=k.stride(0), stride_kt=k.stride(1), stride_kh=0 if k.shape[2] == 1 else k.stride(2),
         H=H, D=D, BLOCK_D=min(64, power_of_two(D)), BLOCK_S=tiles.block_s, BLOCK_T=tiles.block_t,
-        STAGES=tiles.num_stages + 1,
+        NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
 
 
-def loss_scores(tiles, q_index, k_index, w_heads, score, bits, first, last, block0, blocks):
+def loss_scores(tiles, q_index, k_index, w_heads, score, bits, first, last, first_block, blocks):
     """I (rows,width) and bits (groups,rows,width) of a chunk; w_heads (B,HI,S)"""
     S, HI, DI = q_index.shape[1:]
     T = k_index.shape[1]
     rows, width = score.shape
-    key_tiles = triton.cdiv(T, tiles.block_t)
-    loss_scores_kernel[(blocks * key_tiles,)](
+    key_blocks = triton.cdiv(T, tiles.block_t)
+    loss_scores_kernel[(blocks * key_blocks,)](
         q_ptr=q_index, k_ptr=k_index, w_ptr=w_heads, score_ptr=score, bits_ptr=bits,
         first_ptr=first, last_ptr=last,
-        S=S, T=T, width=width, plane=rows * width, block0=block0, blocks=blocks, key_tiles=key_tiles,
+        S=S, T=T, width=width, plane=rows * width,
+        first_block=first_block, blocks=blocks, key_blocks=key_blocks,
         stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
         stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
-        HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=tiles.block_s, BLOCK_T=tiles.block_t,
-        STAGES=tiles.num_stages,
+        HI=HI, DI=DI, BLOCK_D=power_of_two(DI), BLOCK_S=tiles.block_s, BLOCK_T=tiles.block_t,
+        NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
 
 
-def loss_query_grad(tiles, q_index, k_index, w_heads, g, bits, dq, dw, first, last, block0, blocks):
-    """dq, dw (dkl = 1) of the queries of a chunk; w_heads (B,HI,S)"""
+def loss_query_grad(query_block, dtype, q_index, k_index, w_heads, g, bits, dq, dw, first, last, first_block,
+                    blocks):
+    """dq, dw (dkl = 1) of the queries of a chunk, blocks of query_block; w_heads (B,HI,S)"""
     S, HI, DI = q_index.shape[1:]
     T = k_index.shape[1]
     rows, width = g.shape
     head_pairs = triton.cdiv(HI, 2)
-    block_s = tiles.block_s
-    num_warps = tiles.num_warps
-    # few heads: smaller tiles, to fill the device
-    while block_s > 16 and head_pairs * blocks * (tiles.block_s // block_s) < 2 * limits(q_index.device)[1]:
-        block_s //= 2
-        num_warps = 4
-    loss_dq_kernel[(head_pairs, blocks * (tiles.block_s // block_s))](
+    tiles = loss_dq_tiles(head_pairs, blocks * query_block, dtype, q_index.device)
+    loss_dq_kernel[(head_pairs, blocks * query_block // tiles.block_s)](
         q_ptr=q_index, k_ptr=k_index, w_ptr=w_heads, g_ptr=g, bits_ptr=bits, dq_ptr=dq, dw_ptr=dw,
         first_ptr=first, last_ptr=last,
-        S=S, T=T, width=width, plane=rows * width, block0=block0,
+        S=S, T=T, width=width, plane=rows * width, first_block=first_block,
         stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
         stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
-        HI=HI, D=DI, BLOCK_D=power_of_two(DI), PAD=tiles.block_s, BLOCK_S=block_s,
-        BLOCK_T=min(tiles.block_t, 64), STAGES=tiles.num_stages,
-        num_warps=num_warps)
+        HI=HI, DI=DI, BLOCK_D=power_of_two(DI), QUERY_BLOCK=query_block, BLOCK_S=tiles.block_s,
+        BLOCK_T=tiles.block_t, NUM_STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps)
 
 
-def loss_key_grad(tiles, wq, g, bits, dk, first, last, S, block0, blocks):
-    """dk (groups,B,T,DI) += what the queries of a chunk contribute; wq (rows,HI,DI)"""
+def loss_key_grad(query_block, dtype, wq, g, bits, dk, first, last, S, first_block, blocks):
+    """dk (groups,B,T,DI) += what the queries of a chunk contribute, blocks of query_block; wq (rows,HI,DI)"""
     HI, DI = wq.shape[1:]
     groups, B, T, _ = dk.shape
     rows, width = g.shape
-    per_sequence = triton.cdiv(S, tiles.block_s)
-    sequences = (block0 + blocks - 1) // per_sequence + 1 - block0 // per_sequence
+    per_sequence = triton.cdiv(S, query_block)
+    tiles = loss_dk_tiles(dtype, wq.device)
+    sequences = (first_block + blocks - 1) // per_sequence + 1 - first_block // per_sequence
     loss_dk_kernel[(triton.cdiv(T, tiles.block_t), groups, sequences)](
         wq_ptr=wq, g_ptr=g, bits_ptr=bits, dk_ptr=dk, first_ptr=first, last_ptr=last,
-        B=B, S=S, T=T, width=width, plane=rows * width, block0=block0, blocks=blocks,
-        HI=HI, D=DI, BLOCK_D=power_of_two(DI), PAD=tiles.block_s, HEADS=min(8, HI), BLOCK_S=32,
-        BLOCK_T=tiles.block_t, STAGES=tiles.num_stages - 1,
+        B=B, S=S, T=T, width=width, plane=rows * width, first_block=first_block, blocks=blocks,
+        HI=HI, DI=DI, BLOCK_D=power_of_two(DI), QUERY_BLOCK=query_block, HEADS=min(8, HI),
+        BLOCK_S=tiles.block_s, BLOCK_T=tiles.block_t, NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
 
 
 def dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, query_gradients):
     """One sweep over all chunks -> kl, kl_uniform (B,S); with query_gradients dq (B,S,HI,DI) and dw (B,S,HI)
     of sum kl; with dkl (B,S) dk (B,T,DI) float32 of sum dkl kl; else None for them."""
-    B, S, H, _ = q.shape
+    B, S = q.shape[:2]
     T = k.shape[1]
     HI, DI = q_index.shape[2:]
     groups = triton.cdiv(HI, 8)
     device = q.device
-    tiles = loss_tiles(q, q_index)
-    block_s = tiles.block_s
+    dtype = loss_dtype(q, q_index)
+    target = loss_target_tiles(dtype, device)
+    scores = loss_scores_tiles(dtype, device)
+    block_s = scores.block_s
     per_sequence = triton.cdiv(S, block_s)
     all_blocks = B * per_sequence
     width = triton.cdiv(T, ALIGNED.value) * ALIGNED.value
@@ -415,34 +438,37 @@ def dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, query_g
     lse2 = (lse.transpose(1, 2) * LOG2E.value).contiguous()  # (B, H, S)
     w_heads = w.transpose(1, 2).contiguous()  # (B, HI, S)
 
-    for block0 in range(0, all_blocks, chunk):
-        blocks = min(chunk, all_blocks - block0)
-        loss_target(tiles, q, k, lse2, p, scale, first, last, block0, blocks)
-        loss_scores(tiles, q_index, k_index, w_heads, score, bits, first, last, block0, blocks)
+    for first_block in range(0, all_blocks, chunk):
+        blocks = min(chunk, all_blocks - first_block)
+        loss_target(target, q, k, lse2, p, scale, first, last, first_block, blocks)
+        loss_scores(scores, q_index, k_index, w_heads, score, bits, first, last, first_block, blocks)
         loss_row_kernel[(blocks * block_s,)](
             p_ptr=p, score_ptr=score, g_ptr=g, kl_ptr=kl, uniform_ptr=kl_uniform,
             first_ptr=first, last_ptr=last,
-            S=S, T=T, width=width, plane=0, row0=block0 * block_s,
+            S=S, T=T, width=width, plane=0, first_row=first_block * block_s,
             BLOCK_S=block_s, PLANES=1, BLOCK_T=1024,
             num_warps=4)
         if query_gradients:
-            loss_query_grad(tiles, q_index, k_index, w_heads, g, bits, dq, dw, first, last, block0, blocks)
+            loss_query_grad(
+                block_s, dtype, q_index, k_index, w_heads, g, bits, dq, dw, first, last, first_block, blocks)
         if dkl is None:
             continue
-        for b in range(block0 // per_sequence, (block0 + blocks - 1) // per_sequence + 1):
-            x0 = (b * per_sequence - block0) * block_s  # where the chunk holds, or would hold, query 0 of b
+        for b in range(first_block // per_sequence, (first_block + blocks - 1) // per_sequence + 1):
+            # where the chunk holds, or would hold, query 0 of b
+            x0 = (b * per_sequence - first_block) * block_s
             lo = max(0, -x0)
             hi = min(S, blocks * block_s - x0)
             weight = w[b, lo:hi] * dkl[b, lo:hi, None]  # (hi - lo, HI)
             torch.mul(q_index[b, lo:hi], weight[..., None], out=wq[x0 + lo:x0 + hi])
-        loss_key_grad(tiles, wq, g, bits, dk, first, last, S, block0, blocks)
+        loss_key_grad(block_s, dtype, wq, g, bits, dk, first, last, S, first_block, blocks)
     return kl, kl_uniform, dq, None if dk is None else dk.sum(0), dw
 
 
 @operation("indexer_loss_dense")
-def loss_dense(q: Tensor, k: Tensor, lse: Tensor, scale: float, q_index: Tensor, k_index: Tensor, w: Tensor,
-               first: Tensor | None, last: Tensor | None,
-               learns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def indexer_loss_dense_operation(
+        q: Tensor, k: Tensor, lse: Tensor, scale: float, q_index: Tensor, k_index: Tensor, w: Tensor,
+        first: Tensor | None, last: Tensor | None,
+        learns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments as kernels.indexer_loss_dense, with unit strides, first and last (B,S) contiguous int32
     -> kl, kl_uniform, and the gradients dq, dk (float32), dw of sum kl, empty unless learns"""
     dkl = torch.ones(q.shape[:2], dtype=torch.float32, device=q.device) if learns else None  # (B, S)
@@ -454,7 +480,7 @@ def loss_dense(q: Tensor, k: Tensor, lse: Tensor, scale: float, q_index: Tensor,
     return kl, kl_uniform, dq, dk, dw
 
 
-@loss_dense.register_fake
+@indexer_loss_dense_operation.register_fake
 def _(q, k, lse, scale, q_index, k_index, w, first, last, learns):
     kl = q.new_empty(q.shape[:2], dtype=torch.float32)
     dq = q_index.new_empty(q_index.shape if learns else 0)
@@ -464,10 +490,11 @@ def _(q, k, lse, scale, q_index, k_index, w, first, last, learns):
 
 
 @operation("indexer_loss_dense_backward")
-def loss_dense_backward(dkl: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: float, q_index: Tensor,
-                        k_index: Tensor, w: Tensor, first: Tensor | None, last: Tensor | None, dq: Tensor,
-                        dk: Tensor, dw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dkl (B,S), arguments and gradients of loss_dense -> dq_index, dk_index, dw of sum dkl kl"""
+def indexer_loss_dense_backward(
+        dkl: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: float, q_index: Tensor, k_index: Tensor,
+        w: Tensor, first: Tensor | None, last: Tensor | None, dq: Tensor, dk: Tensor,
+        dw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dkl (B,S), arguments and gradients of the operation -> dq_index, dk_index, dw of sum dkl kl"""
     S = q.shape[1]
     T = k.shape[1]
     if dkl.numel() == 0:
@@ -482,24 +509,26 @@ def loss_dense_backward(dkl: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: f
     return dq_index, (c * dk + rest).to(k_index.dtype), (dw * dkl[..., None]).to(w.dtype)
 
 
-@loss_dense_backward.register_fake
+@indexer_loss_dense_backward.register_fake
 def _(dkl, q, k, lse, scale, q_index, k_index, w, first, last, dq, dk, dw):
     return tuple(x.new_empty(x.shape) for x in (q_index, k_index, w))
 
 
-def keep_dense(ctx, inputs, output):
+def keep_indexer_loss_dense(ctx, inputs, output):
     q, k, lse, ctx.scale, q_index, k_index, w, first, last, _ = inputs
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
     ctx.save_for_backward(q, k, lse, q_index, k_index, w, first, last, *output[2:])
 
 
-def differentiate_dense(ctx, dkl, *_):
+def differentiate_indexer_loss_dense(ctx, dkl, *_):
     q, k, lse, q_index, k_index, w, first, last, dq, dk, dw = ctx.saved_tensors
-    gradients = loss_dense_backward(dkl, q, k, lse, ctx.scale, q_index, k_index, w, first, last, dq, dk, dw)
+    gradients = indexer_loss_dense_backward(
+        dkl, q, k, lse, ctx.scale, q_index, k_index, w, first, last, dq, dk, dw)
     return None, None, None, None, *gradients, None, None, None
 
 
-loss_dense.register_autograd(differentiate_dense, setup_context=keep_dense)
+indexer_loss_dense_operation.register_autograd(
+    differentiate_indexer_loss_dense, setup_context=keep_indexer_loss_dense)
 
 
 def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=None):
@@ -509,7 +538,7 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
     fit(k=(k, (B, T, 1 if Hk == 1 else H, D)), lse=(lse, (B, S, H)), q_index=(q_index, (B, S, HI, DI)),
         k_index=(k_index, (B, T, DI)), w=(w, (B, S, HI)))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q_index, k_index, w))
-    kl, kl_uniform, *_ = loss_dense(
+    kl, kl_uniform, *_ = indexer_loss_dense_operation(
         unit_stride(q.detach()), unit_stride(k.detach()), lse.detach(), scale,
         unit_stride(q_index), unit_stride(k_index), w,
         full_bounds(first, B, S), full_bounds(last, B, S), learns)
@@ -518,8 +547,7 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
 
 # ---- indexer_loss_sparse ----
 # contract    kernels.indexer_loss_sparse
-# in PyTorch  as indexer_loss_dense over latents[indices] and k_index[indices], see
-# indexer.indexer_loss_sparse
+# in PyTorch  indexer.indexer_loss_sparse
 # equation    as indexer_loss_dense, s in S_t
 # tiling      a program takes BLOCK_S neighbouring queries with all heads, or BLOCK_H of them, and walks over
 #             the union of their selections (sparse.py), BLOCK_U gathered tokens at a time as the M operand;
@@ -531,7 +559,7 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
 
 
 @triton.jit
-def union_rows(block, group, blocks, S, H, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr):
+def loss_rows(block, group, blocks, S, H, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr):
     """Rows (query, head) of a block and a group of heads -> sequence, query and head of each, is it real.
     Beyond the last head it is the last again: a q of zeros would make NaN of an infinite token."""
     row = tl.arange(0, BLOCK_S * BLOCK_H)
@@ -551,31 +579,32 @@ def slots_of(bits, used, BLOCK_S: tl.constexpr):
 @triton.jit
 def loss_sparse_target_kernel(
         q_ptr, latents_ptr, lse_ptr, lists_ptr, bits_ptr, length_ptr, p_ptr,
-        scale_log2, S, K, blocks, list_width, block0, plane,
+        scale_log2, S, K, blocks, list_width, first_block, plane,
         stride_qb, stride_qs, stride_qh, stride_lb, stride_lt,
         H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_S: tl.constexpr,
-        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, STAGES: tl.constexpr):
+        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
     """The share of BLOCK_H heads in p, of one block of queries: one plane of p."""
     local = tl.program_id(0)
     group = tl.program_id(1)
-    block = block0 + local
-    b, s, h, ok = union_rows(block, group, blocks, S, H, BLOCK_S, BLOCK_H)
-    row = b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
-    q1 = load_tile(q_ptr, row, s < S, 0, D, D1)
+    block = first_block + local
+    b, s, h, ok = loss_rows(block, group, blocks, S, H, BLOCK_S, BLOCK_H)
+    q_offset = b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh
+    q1 = load_tile(q_ptr, q_offset, s < S, 0, D, D1)
     if D2 > 0:
-        q2 = load_tile(q_ptr, row, s < S, D1, D, D2)
+        q2 = load_tile(q_ptr, q_offset, s < S, D1, D, D2)
     lse2 = tl.load(lse_ptr + (b * S + s) * H + h, mask=ok, other=float("inf")) * LOG2E
     length = tl.load(length_ptr + block)
     start = block.to(tl.int64) * list_width
     latents_ptr += b * stride_lb
     p_ptr += group.to(tl.int64) * plane + local.to(tl.int64) * BLOCK_S * K
     used = tl.zeros([BLOCK_S], tl.int32)
-    for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
+    for u0 in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
         token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
         at = token.to(tl.int64) * stride_lt
-        logits = matmul(load_tile(latents_ptr, at, bits >= 0, 0, D, D1), tl.trans(q1))
+        every = bits >= 0  # all true: also tokens without bits may be read, see union_tokens
+        logits = matmul(load_tile(latents_ptr, at, every, 0, D, D1), tl.trans(q1))
         if D2 > 0:
-            logits = matmul(load_tile(latents_ptr, at, bits >= 0, D1, D, D2), tl.trans(q2), logits)
+            logits = matmul(load_tile(latents_ptr, at, every, D1, D, D2), tl.trans(q2), logits)
         p = tl.exp2(logits * scale_log2 - lse2[None, :])
         p = tl.sum(tl.reshape(p, [BLOCK_U, BLOCK_S, BLOCK_H]), 2) * (1.0 / H)
         chosen, slot, used = slots_of(bits, used, BLOCK_S)
@@ -585,23 +614,26 @@ def loss_sparse_target_kernel(
 @triton.jit
 def loss_sparse_scores_kernel(
         q_ptr, k_ptr, w_ptr, lists_ptr, bits_ptr, length_ptr, score_ptr,
-        S, K, blocks, list_width, block0,
+        S, K, blocks, list_width, first_block,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
-        HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, STAGES: tl.constexpr):
+        HI: tl.constexpr, DI: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
     """I of one block of queries."""
-    block = block0 + tl.program_id(0)
-    b, s, h, ok = union_rows(block, 0, blocks, S, HI, BLOCK_S, BLOCK_H)
-    q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, s < S, 0, D, BLOCK_D)
+    block = first_block + tl.program_id(0)
+    b, s, h, ok = loss_rows(block, 0, blocks, S, HI, BLOCK_S, BLOCK_H)
+    q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, s < S, 0, DI, BLOCK_D)
     w = tl.load(w_ptr + (b * S + s) * HI + h, mask=ok, other=0.0)
     length = tl.load(length_ptr + block)
     start = block.to(tl.int64) * list_width
     k_ptr += b * stride_kb
     score_ptr += tl.program_id(0).to(tl.int64) * BLOCK_S * K
     used = tl.zeros([BLOCK_S], tl.int32)
-    for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
+    for u0 in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
         token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
-        dots = matmul(load_tile(k_ptr, token.to(tl.int64) * stride_kt, bits >= 0, 0, D, BLOCK_D), tl.trans(q))
+        at = token.to(tl.int64) * stride_kt
+        every = bits >= 0  # all true, as in the target
+        k = load_tile(k_ptr, at, every, 0, DI, BLOCK_D)
+        dots = matmul(k, tl.trans(q))
         chosen, slot, used = slots_of(bits, used, BLOCK_S)
         relu = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
         score = tl.sum(tl.reshape(relu * w[None, :], [BLOCK_U, BLOCK_S, BLOCK_H]), 2)
@@ -614,13 +646,13 @@ def loss_sparse_backward_kernel(
         dq_ptr, dk_ptr, dw_ptr,
         S, T, K, blocks, list_width, g_rows,
         stride_qb, stride_qs, stride_qh, stride_kb, stride_kt,
-        HI: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, STAGES: tl.constexpr):
+        HI: tl.constexpr, DI: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+        BLOCK_H: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
     """dq, dw of one block of queries, and what it adds to dk. dkl: incoming gradients divided by the largest
     of them, so that dkl w q keeps its digits in fp16; g has g_rows rows per sequence."""
     block = tl.program_id(0)
-    b, s, h, ok = union_rows(block, 0, blocks, S, HI, BLOCK_S, BLOCK_H)
-    q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, s < S, 0, D, BLOCK_D)
+    b, s, h, ok = loss_rows(block, 0, blocks, S, HI, BLOCK_S, BLOCK_H)
+    q = load_tile(q_ptr, b * stride_qb + s.to(tl.int64) * stride_qs + h * stride_qh, s < S, 0, DI, BLOCK_D)
     weight = tl.load(w_ptr + (b * S + s) * HI + h, mask=ok, other=0.0)
     scale = tl.load(largest_ptr) / G_SCALE
     dkl = tl.load(dkl_ptr + b * S + s, mask=ok, other=0.0)
@@ -633,52 +665,80 @@ def loss_sparse_backward_kernel(
     d = tl.arange(0, BLOCK_D)
     used = tl.zeros([BLOCK_S], tl.int32)
     a = tl.zeros([BLOCK_D, BLOCK_S * BLOCK_H], tl.float32)  # A transposed
-    for u0 in tl.range(0, length, BLOCK_U, num_stages=STAGES):
+    for u0 in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
         token, bits = union_tokens(lists_ptr, bits_ptr, start, u0, length, BLOCK_S, BLOCK_U)
         chosen, slot, used = slots_of(bits, used, BLOCK_S)
         g = tl.load(g_ptr + tl.arange(0, BLOCK_S)[None, :] * K + slot, mask=chosen, other=0.0).to(tl.float32)
         g = tl.broadcast_to(g[:, :, None], [BLOCK_U, BLOCK_S, BLOCK_H])
         g = tl.reshape(g, [BLOCK_U, BLOCK_S * BLOCK_H])
-        k = load_tile(k_ptr, token.to(tl.int64) * stride_kt, bits >= 0, 0, D, BLOCK_D)
+        at = token.to(tl.int64) * stride_kt
+        every = bits >= 0  # all true, as in the target
+        k = load_tile(k_ptr, at, every, 0, DI, BLOCK_D)
         g = tl.where(matmul(k, tl.trans(q)) > 0, g, 0.0).to(k.dtype)
         a = matmul(tl.trans(k), g, a)
         tl.atomic_add(
-            dk_ptr + (b * T + token)[:, None] * D + d[None, :], matmul(g, wq) * scale,
-            mask=(bits != 0)[:, None] & (d < D)[None, :], sem="relaxed")
+            dk_ptr + (b * T + token)[:, None] * DI + d[None, :], matmul(g, wq) * scale,
+            mask=(bits != 0)[:, None] & (d < DI)[None, :], sem="relaxed")
     a = a * scale
     row = (b * S + s) * HI + h
     tl.store(dw_ptr + row, tl.sum(tl.trans(q).to(tl.float32) * a, 0) * dkl, mask=ok)
     dq = (a * weight[None, :]).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + row[None, :] * D + d[:, None], dq, mask=ok[None, :] & (d < D)[:, None])
+    tl.store(dq_ptr + row[None, :] * DI + d[:, None], dq, mask=ok[None, :] & (d < DI)[:, None])
 
 
 class SparseLossTiles(NamedTuple):
+    """Of a kernel of the sparse loss."""
     block_s: int  # queries that share a list
-    block_h: int  # heads of the attention in one program
-    block_hi: int  # indexer heads, all of them
-    block_u: int
+    block_h: int  # heads of a program
+    block_u: int  # tokens
+    num_stages: int
+    num_warps: int
 
 
-def sparse_loss_tiles(x, S, H, HI, D1):
-    """Tiles for S queries of H heads, whose first D1 columns are one product, and HI indexer heads, in x's
-    dtype. As many queries share a list as make 64 rows (query, head), at most 16; in float32, one."""
-    half = x.element_size() == 2
-    large = half and limits(x.device)[0] > LARGE_SHARED_MEMORY
-    block_s = min(16, max(1, 64 // power_of_two(max(H, HI), 1))) if half and S > 1 else 1
-    most = 128 if large and D1 <= 256 else 64  # rows of the program that computes p
-    block_u = 16
-    if half:
-        block_u = 64 if large else 32
+def list_queries(S, heads, dtype):
+    """How many queries share a list: as make 64 rows (query, head), at most 16; in float32, one."""
+    if dtype.itemsize != 2 or S <= 1:
+        return 1
+    return min(16, max(1, 64 // power_of_two(heads, 1)))
+
+
+def list_tokens(dtype, device):
+    """Tokens of a list at a time."""
+    if dtype.itemsize != 2:
+        return 16
+    return 64 if shared_memory(device) > H100_SHARED_MEMORY else 32
+
+
+def loss_sparse_target_tiles(S, H, HI, D1, dtype, device):
+    """Tiles for S queries of H heads, whose first D1 columns are one product, and HI indexer heads."""
+    block_s = list_queries(S, max(H, HI), dtype)
+    large = dtype.itemsize == 2 and shared_memory(device) > H100_SHARED_MEMORY and D1 <= 256
+    block_h = max(16 // block_s, min(128 if large else 64, power_of_two(H, 1)))
     return SparseLossTiles(
-        block_s=block_s,
-        block_h=max(16 // block_s, min(most, power_of_two(H, 1))),
-        block_hi=max(16 // block_s, power_of_two(HI, 1)),
-        block_u=block_u)
+        block_s=block_s, block_h=block_h, block_u=list_tokens(dtype, device),
+        num_stages=2 if dtype.itemsize == 2 else 1, num_warps=4)
+
+
+def loss_sparse_scores_tiles(S, H, HI, dtype, device):
+    """Tiles for the same queries, all HI indexer heads in a program."""
+    block_s = list_queries(S, max(H, HI), dtype)
+    return SparseLossTiles(
+        block_s=block_s, block_h=max(16 // block_s, power_of_two(HI, 1)), block_u=list_tokens(dtype, device),
+        num_stages=3 if dtype.itemsize == 2 else 1, num_warps=4)
+
+
+def loss_sparse_backward_tiles(S, HI, dtype, device):
+    """More queries share a list than forward, where the heads of the attention are many."""
+    block_s = list_queries(S, HI, dtype)
+    return SparseLossTiles(
+        block_s=block_s, block_h=max(16 // block_s, power_of_two(HI, 1)), block_u=list_tokens(dtype, device),
+        num_stages=2, num_warps=4)
 
 
 @operation("indexer_loss_sparse")
-def loss_sparse(q: Tensor, latents: Tensor, lse: Tensor, indices: Tensor, scale: float, q_index: Tensor,
-                k_index: Tensor, w: Tensor, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+def indexer_loss_sparse_operation(
+        q: Tensor, latents: Tensor, lse: Tensor, indices: Tensor, scale: float, q_index: Tensor,
+        k_index: Tensor, w: Tensor, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments as kernels.indexer_loss_sparse, with unit strides, lse, indices and w contiguous
     -> kl, kl_uniform, g (B, S padded to whole blocks, K), see loss_row_kernel, empty unless learns"""
     B, S, H, D = q.shape
@@ -686,11 +746,11 @@ def loss_sparse(q: Tensor, latents: Tensor, lse: Tensor, indices: Tensor, scale:
     K = indices.shape[2]
     HI, DI = q_index.shape[2:]
     D1, D2 = two_powers(D)
-    half = q.element_size() == 2
-    tiles = sparse_loss_tiles(q, S, H, HI, D1)
-    block_s = tiles.block_s
+    target = loss_sparse_target_tiles(S, H, HI, D1, q.dtype, q.device)
+    scores = loss_sparse_scores_tiles(S, H, HI, q.dtype, q.device)
+    block_s = target.block_s
     blocks = triton.cdiv(S, block_s)
-    planes = triton.cdiv(H, tiles.block_h)
+    planes = triton.cdiv(H, target.block_h)
     g = torch.empty((B, blocks * block_s, K) if learns else 0, dtype=q_index.dtype, device=q.device)
     if T == 0 or indices.numel() == 0:
         kl = torch.zeros(B, S, dtype=torch.float32, device=q.device)
@@ -698,46 +758,46 @@ def loss_sparse(q: Tensor, latents: Tensor, lse: Tensor, indices: Tensor, scale:
 
     kl = torch.empty(B, S, dtype=torch.float32, device=q.device)
     kl_uniform = torch.empty(B, S, dtype=torch.float32, device=q.device)
-    lists, bits, length = union(indices, T, block_s)
+    shared = union(indices, T, block_s)
     last_slot = (indices >= 0).sum(-1, dtype=torch.int32) - 1  # (B, S), as `last` of a row of K keys
     chunk = max(1, min(B * blocks, LOSS_CHUNK // (block_s * K)))  # blocks
     plane = chunk * block_s * K
     p = torch.empty(planes, chunk * block_s, K, dtype=torch.float32, device=q.device)
     score = torch.empty(chunk * block_s, K, dtype=torch.float32, device=q.device)
-    for block0 in range(0, B * blocks, chunk):
-        n = min(chunk, B * blocks - block0)
+    for first_block in range(0, B * blocks, chunk):
+        n = min(chunk, B * blocks - first_block)
         loss_sparse_target_kernel[(n, planes)](
-            q_ptr=q, latents_ptr=latents, lse_ptr=lse, lists_ptr=lists, bits_ptr=bits, length_ptr=length,
-            p_ptr=p,
-            scale_log2=scale * LOG2E.value, S=S, K=K, blocks=blocks, list_width=lists.shape[-1],
-            block0=block0, plane=plane,
+            q_ptr=q, latents_ptr=latents, lse_ptr=lse,
+            lists_ptr=shared.tokens, bits_ptr=shared.bits, length_ptr=shared.length, p_ptr=p,
+            scale_log2=scale * LOG2E.value, S=S, K=K, blocks=blocks, list_width=shared.tokens.shape[-1],
+            first_block=first_block, plane=plane,
             stride_qb=q.stride(0), stride_qs=q.stride(1), stride_qh=q.stride(2),
             stride_lb=latents.stride(0), stride_lt=latents.stride(1),
-            H=H, D=D, D1=D1, D2=D2, BLOCK_S=block_s, BLOCK_H=tiles.block_h, BLOCK_U=tiles.block_u,
-            STAGES=2 if half else 1,
-            num_warps=4)
+            H=H, D=D, D1=D1, D2=D2, BLOCK_S=block_s, BLOCK_H=target.block_h, BLOCK_U=target.block_u,
+            NUM_STAGES=target.num_stages,
+            num_warps=target.num_warps)
         loss_sparse_scores_kernel[(n,)](
-            q_ptr=q_index, k_ptr=k_index, w_ptr=w, lists_ptr=lists, bits_ptr=bits, length_ptr=length,
-            score_ptr=score,
-            S=S, K=K, blocks=blocks, list_width=lists.shape[-1], block0=block0,
+            q_ptr=q_index, k_ptr=k_index, w_ptr=w,
+            lists_ptr=shared.tokens, bits_ptr=shared.bits, length_ptr=shared.length, score_ptr=score,
+            S=S, K=K, blocks=blocks, list_width=shared.tokens.shape[-1], first_block=first_block,
             stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
             stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
-            HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=block_s, BLOCK_H=tiles.block_hi,
-            BLOCK_U=tiles.block_u, STAGES=3 if half else 1,
-            num_warps=4)
+            HI=HI, DI=DI, BLOCK_D=power_of_two(DI), BLOCK_S=block_s, BLOCK_H=scores.block_h,
+            BLOCK_U=scores.block_u, NUM_STAGES=scores.num_stages,
+            num_warps=scores.num_warps)
         loss_row_kernel[(n * block_s,)](
-            p_ptr=p, score_ptr=score, g_ptr=g.view(-1, K)[block0 * block_s:] if learns else None,
+            p_ptr=p, score_ptr=score, g_ptr=g.view(-1, K)[first_block * block_s:] if learns else None,
             kl_ptr=kl, uniform_ptr=kl_uniform, first_ptr=None, last_ptr=last_slot,
-            S=S, T=K, width=K, plane=plane, row0=block0 * block_s,
+            S=S, T=K, width=K, plane=plane, first_row=first_block * block_s,
             BLOCK_S=block_s, PLANES=planes, BLOCK_T=min(1024, power_of_two(K, 128)),
             num_warps=4)
     return kl, kl_uniform, g
 
 
-@loss_sparse.register_fake
+@indexer_loss_sparse_operation.register_fake
 def _(q, latents, lse, indices, scale, q_index, k_index, w, learns):
-    B, S, H, D = q.shape
-    block_s = sparse_loss_tiles(q, S, H, q_index.shape[2], two_powers(D)[0]).block_s
+    B, S, H, _ = q.shape
+    block_s = list_queries(S, max(H, q_index.shape[2]), q.dtype)
     padded = triton.cdiv(S, block_s) * block_s
     kl = q.new_empty((B, S), dtype=torch.float32)
     g = q_index.new_empty((B, padded, indices.shape[2]) if learns else 0)
@@ -745,9 +805,10 @@ def _(q, latents, lse, indices, scale, q_index, k_index, w, learns):
 
 
 @operation("indexer_loss_sparse_backward")
-def loss_sparse_backward(dkl: Tensor, indices: Tensor, q_index: Tensor, k_index: Tensor, w: Tensor,
-                         g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dkl (B,S), arguments and g of loss_sparse -> dq_index, dk_index, dw of sum dkl kl"""
+def indexer_loss_sparse_backward(
+        dkl: Tensor, indices: Tensor, q_index: Tensor, k_index: Tensor, w: Tensor,
+        g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dkl (B,S), arguments and g of the operation -> dq_index, dk_index, dw of sum dkl kl"""
     B, S, HI, DI = q_index.shape
     T = k_index.shape[1]
     K = indices.shape[2]
@@ -756,43 +817,44 @@ def loss_sparse_backward(dkl: Tensor, indices: Tensor, q_index: Tensor, k_index:
     if T == 0 or indices.numel() == 0:
         return q_index.new_zeros(q_index.shape), dk.to(k_index.dtype), w.new_zeros(w.shape)
 
-    # more queries share a list than forward, where the heads of the attention are many
-    tiles = sparse_loss_tiles(q_index, S, HI, HI, DI)
+    tiles = loss_sparse_backward_tiles(S, HI, q_index.dtype, device)
     blocks = triton.cdiv(S, tiles.block_s)
-    lists, bits, length = union(indices, T, tiles.block_s)
+    shared = union(indices, T, tiles.block_s)
     largest = dkl.abs().max().float().clamp(min=1e-30)
     dq = torch.empty(q_index.shape, dtype=q_index.dtype, device=device)
     dw = torch.empty(w.shape, dtype=w.dtype, device=device)
     loss_sparse_backward_kernel[(B * blocks,)](
-        q_ptr=q_index, k_ptr=k_index, w_ptr=w, lists_ptr=lists, bits_ptr=bits, length_ptr=length,
+        q_ptr=q_index, k_ptr=k_index, w_ptr=w,
+        lists_ptr=shared.tokens, bits_ptr=shared.bits, length_ptr=shared.length,
         g_ptr=g, dkl_ptr=(dkl / largest).float().contiguous(), largest_ptr=largest,
         dq_ptr=dq, dk_ptr=dk, dw_ptr=dw,
-        S=S, T=T, K=K, blocks=blocks, list_width=lists.shape[-1], g_rows=g.shape[1],
+        S=S, T=T, K=K, blocks=blocks, list_width=shared.tokens.shape[-1], g_rows=g.shape[1],
         stride_qb=q_index.stride(0), stride_qs=q_index.stride(1), stride_qh=q_index.stride(2),
         stride_kb=k_index.stride(0), stride_kt=k_index.stride(1),
-        HI=HI, D=DI, BLOCK_D=power_of_two(DI), BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_hi,
-        BLOCK_U=tiles.block_u, STAGES=2,
-        num_warps=4)
+        HI=HI, DI=DI, BLOCK_D=power_of_two(DI), BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_h,
+        BLOCK_U=tiles.block_u, NUM_STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps)
     return dq, dk.to(k_index.dtype), dw
 
 
-@loss_sparse_backward.register_fake
+@indexer_loss_sparse_backward.register_fake
 def _(dkl, indices, q_index, k_index, w, g):
     return tuple(x.new_empty(x.shape) for x in (q_index, k_index, w))
 
 
-def keep_sparse(ctx, inputs, output):
+def keep_indexer_loss_sparse(ctx, inputs, output):
     _, _, _, indices, _, q_index, k_index, w, _ = inputs
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
     ctx.save_for_backward(indices, q_index, k_index, w, output[2])
 
 
-def differentiate_sparse(ctx, dkl, *_):
-    gradients = loss_sparse_backward(dkl, *ctx.saved_tensors)
+def differentiate_indexer_loss_sparse(ctx, dkl, *_):
+    gradients = indexer_loss_sparse_backward(dkl, *ctx.saved_tensors)
     return None, None, None, None, None, *gradients, None
 
 
-loss_sparse.register_autograd(differentiate_sparse, setup_context=keep_sparse)
+indexer_loss_sparse_operation.register_autograd(
+    differentiate_indexer_loss_sparse, setup_context=keep_indexer_loss_sparse)
 
 
 def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
@@ -803,7 +865,7 @@ def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
         q_index=(q_index, (B, S, HI, DI)), k_index=(k_index, (B, T, DI)), w=(w, (B, S, HI)))
     check_indices(indices)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q_index, k_index, w))
-    kl, kl_uniform, _ = loss_sparse(
+    kl, kl_uniform, _ = indexer_loss_sparse_operation(
         unit_stride(q.detach()), unit_stride(latents.detach()), lse.detach().contiguous(),
         indices.contiguous(), scale, unit_stride(q_index), unit_stride(k_index), w.contiguous(), learns)
     return kl, kl_uniform.detach()

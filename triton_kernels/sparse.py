@@ -11,14 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.common import (
-    LN2, LOG2E, check_indices, e4m3_to_fp16, fit, has_fp8, is_hopper, launch_combine, launch_delta, limits,
-    matmul, operation, power_of_two)
+    A100_SHARED_MEMORY, LN2, LOG2E, SCALE_BLOCK, check_indices, e4m3_to_fp16, fit, has_fp8, is_hopper,
+    launch_combine, launch_delta, matmul, multiprocessors, operation, power_of_two, shared_memory,
+    token_rows)
 
-LOWEST = tl.constexpr(-1e38)  # where a running maximum starts; finite, so that no inf - inf arises
+LOWEST_LOGIT = tl.constexpr(-1e38)  # where a running maximum starts; finite, so that no inf - inf arises
+HIGHEST_TOKEN = tl.constexpr(2147483647)  # where a running minimum of tokens starts
 SHARED_ROWS = 64  # rows (query, head) that share a list: 64 // H queries
 MOST_SHARING = 31  # queries that share a list, a bit of an int32 each
 FEW_QUERIES = 8  # up to so many (decoding) read their own lists: no kernel runs before the attention
-LARGE_MEMORY = 160_000  # bytes of shared memory that only data-centre GPUs have: A100, H100, B200
 SMALL_VALUE = 128  # dimensions of a value; up to here q, dout and dq of 64 rows stay in registers together
 MEDIUM_VALUE = 256  # up to here the output of 64 rows does, on four warps
 LARGE_VALUE = 512  # up to here a tile of 64 latents fits into the memory of a data-centre GPU twice
@@ -30,7 +31,6 @@ UNION_PROGRAMS = 1056  # of the union's kernel at most: eight per multiprocessor
 UNION_PROGRAMS_LEAST = 16
 UNION_SCRATCH = 2**24  # words of scratch memory of all these programs: 64 MB
 UNION_PAD = 128  # entries without bits behind each list, for tiles that reach beyond its end
-SCALE_BLOCK = 128  # values of an FP8 cache entry to a scale
 P_SCALE = tl.constexpr(256.0)  # brings P times a scale near the largest of 128 values: fp16 keeps its digits
 
 
@@ -43,9 +43,9 @@ P_SCALE = tl.constexpr(256.0)  # brings P times a scale near the largest of 128 
 #             expand these into tokens
 # bytes       4 S K read, 8 per entry written; of the row T / (32 // BLOCK_S) words per block scanned, in L2
 
-class Union(NamedTuple):
+class SharedLists(NamedTuple):
     """What the blocks of neighbouring queries selected; see `union`."""
-    lists: Tensor  # (B * blocks, width) int32: tokens
+    tokens: Tensor  # (B * blocks, width) int32
     bits: Tensor  # (B * blocks, width) int32: who selected them
     length: Tensor | None  # (B * blocks,) int32; None: all lists are as wide as the selection
 
@@ -58,8 +58,9 @@ def union_kernel(
         BLOCK_E: tl.constexpr, PAD: tl.constexpr):
     PER_WORD: tl.constexpr = 32 // BLOCK_S  # tokens
     program = tl.program_id(0)
-    row = scratch_ptr + program.to(tl.int64) * row_words
-    found = words_ptr + program.to(tl.int64) * 2 * width  # words that are not zero: their numbers, then they
+    scratch_row_ptr = scratch_ptr + program.to(tl.int64) * row_words
+    # words that are not zero: their numbers, then they
+    found_ptr = words_ptr + program.to(tl.int64) * 2 * width
     k = tl.arange(0, BLOCK_K)
     w = tl.arange(0, BLOCK_W)
     e = tl.arange(0, BLOCK_E)
@@ -68,28 +69,29 @@ def union_kernel(
         block = program + step * tl.num_programs(0)
 
         # scatter: set the bit of every (token, query)
-        low = 2147483647
+        low = HIGHEST_TOKEN
         high = -1
         s = (block % blocks) * BLOCK_S
         for i in range(tl.minimum(BLOCK_S, S - s)):
-            selection = indices_ptr + ((block // blocks).to(tl.int64) * S + s + i) * K
+            selection_ptr = indices_ptr + ((block // blocks).to(tl.int64) * S + s + i) * K
             for j in range(0, K, BLOCK_K):
-                t = tl.load(selection + j + k, mask=j + k < K, other=-1)
+                t = tl.load(selection_ptr + j + k, mask=j + k < K, other=-1)
                 bit = 1 << (t % PER_WORD * BLOCK_S + i)
-                tl.atomic_or(row + t // PER_WORD, bit, mask=t >= 0, sem="relaxed")
-                low = tl.minimum(low, tl.min(tl.where(t < 0, 2147483647, t)))
+                tl.atomic_or(scratch_row_ptr + t // PER_WORD, bit, mask=t >= 0, sem="relaxed")
+                low = tl.minimum(low, tl.min(tl.where(t < 0, HIGHEST_TOKEN, t)))
                 high = tl.maximum(high, tl.max(t))
         tl.debug_barrier()
 
         # compact: the words that are not zero, and zeros in their place for the next block
         count = 0
         for j in range(low // PER_WORD, high // PER_WORD + 1, BLOCK_W):
-            word = tl.load(row + j + w, mask=j + w <= high // PER_WORD, other=0, cache_modifier=".cg")
+            word = tl.load(
+                scratch_row_ptr + j + w, mask=j + w <= high // PER_WORD, other=0, cache_modifier=".cg")
             hit = (word != 0).to(tl.int32)
-            to = found + count + tl.cumsum(hit, 0) - 1
-            tl.store(to, j + w, mask=word != 0)
-            tl.store(to + width, word, mask=word != 0)
-            tl.store(row + j + w, 0, mask=word != 0)
+            to_ptr = found_ptr + count + tl.cumsum(hit, 0) - 1
+            tl.store(to_ptr, j + w, mask=word != 0)
+            tl.store(to_ptr + width, word, mask=word != 0)
+            tl.store(scratch_row_ptr + j + w, 0, mask=word != 0)
             count += tl.sum(hit, 0)
         tl.debug_barrier()
 
@@ -97,8 +99,8 @@ def union_kernel(
         out = block.to(tl.int64) * width
         length = 0
         for j in range(0, count, BLOCK_E):
-            first = tl.load(found + j + e, mask=j + e < count, other=0, cache_modifier=".cg") * PER_WORD
-            word = tl.load(found + width + j + e, mask=j + e < count, other=0, cache_modifier=".cg")
+            first = tl.load(found_ptr + j + e, mask=j + e < count, other=0, cache_modifier=".cg") * PER_WORD
+            word = tl.load(found_ptr + width + j + e, mask=j + e < count, other=0, cache_modifier=".cg")
             bits = (word[:, None] >> (g * BLOCK_S)[None, :]) & ((1 << BLOCK_S) - 1)
             bits = tl.where(g[None, :] < PER_WORD, bits, 0)
             hit = (bits != 0).to(tl.int32)
@@ -129,14 +131,14 @@ def selection_length_kernel(indices_ptr, length_ptr, K, BLOCK_K: tl.constexpr):
 
 
 def union(indices, T, block_s):
-    """indices (B,S,K) contiguous int32 of tokens below T, K at least 1, block_s 1..31 -> Union of the B *
-    ceil(S / block_s) blocks of block_s neighbouring queries.
+    """indices (B,S,K) contiguous int32 of tokens below T, K at least 1, block_s 1..31 -> SharedLists of the
+    B * ceil(S / block_s) blocks of block_s neighbouring queries.
 
-    lists[b, :length[b]] are the tokens, ascending, bit i of bits[b, u] says that query i of the block chose
-    lists[b, u]; UNION_PAD entries follow that repeat the last token without bits. block_s = 1: lists and bits
-    are the indices themselves, length is that of a list up to its last token; `union_tokens` reads both. No
-    host synchronisation, hence memory for the longest lists, 8 bytes for each of S * K entries, and at most
-    64 MB of scratch."""
+    tokens[b, :length[b]] ascend, bit i of bits[b, u] says that query i of the block chose tokens[b, u];
+    UNION_PAD entries follow that repeat the last token without bits. block_s = 1: tokens and bits are the
+    indices themselves, length is that of a list up to its last token; `union_tokens` reads both. No
+    host synchronisation, hence memory for the longest lists, 8 bytes for each of S * K entries, and scratch:
+    at most 64 MB of bits up to 2^20 tokens, and 8 * width bytes for each program (UNION_PROGRAMS at most)."""
     B, S, K = indices.shape
     blocks = triton.cdiv(S, block_s)
     int32 = dict(dtype=torch.int32, device=indices.device)
@@ -147,7 +149,7 @@ def union(indices, T, block_s):
             indices_ptr=indices, length_ptr=length,
             K=K,
             BLOCK_K=block_k)
-        return Union(indices, indices, length)
+        return SharedLists(indices, indices, length)
 
     width = triton.cdiv(min(block_s * K, T), UNION_PAD) * UNION_PAD + UNION_PAD
     row_words = triton.cdiv(T, 32 // block_s)
@@ -163,7 +165,7 @@ def union(indices, T, block_s):
         BLOCK_S=block_s, BLOCK_T=power_of_two(32 // block_s, 1), BLOCK_K=block_k, BLOCK_W=1024, BLOCK_E=256,
         PAD=UNION_PAD,
         num_warps=4)
-    return Union(lists, bits, length)
+    return SharedLists(lists, bits, length)
 
 
 # ---- how kernels read lists ----
@@ -245,7 +247,7 @@ def share_rows(S, H, block_n, queries):
 
 def list_parts(programs, tiles, device):
     """-> parts per list, so that few queries still fill the GPU; at least two tiles each."""
-    return max(1, min(tiles // 2, limits(device)[1] // programs))
+    return max(1, min(tiles // 2, multiprocessors(device) // programs))
 
 
 def part_buffers(parts, out, lse):
@@ -299,7 +301,7 @@ def hopper_chapter(q, latents, indices, V):
 @triton.jit
 def flash_kernel(
         q_ptr, latents_ptr, lists_ptr, bits_ptr, length_ptr, out_ptr, lse_ptr,
-        scale_log2, S, T, H, blocks, width, rows, parts,
+        scale_log2, S, capacity, H, blocks, width, rows, parts,
         BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
         BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
     D: tl.constexpr = V + R
@@ -313,7 +315,7 @@ def flash_kernel(
     q_rope = tl.load(q_ptr + row[:, None] * D + V + r[None, :], mask=ok[:, None], other=0.0)
 
     # online softmax over this part of the list
-    m = tl.full([BLOCK_N], LOWEST, tl.float32)
+    m = tl.full([BLOCK_N], LOWEST_LOGIT, tl.float32)
     l = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, V], tl.float32)
     length = union_length(length_ptr, block, width)
@@ -323,18 +325,18 @@ def flash_kernel(
         spare = selected_token(lists_ptr, start, width, BLOCK_U)
         length = tl.where(spare < 0, 0, length)
     share = tl.cdiv(tl.cdiv(length, BLOCK_U), parts) * BLOCK_U
-    sequence_ptr = latents_ptr + (block // blocks).to(tl.int64) * T * D
+    sequence_ptr = latents_ptr + (block // blocks).to(tl.int64) * capacity * D
     for j in tl.range(part * share, tl.minimum(length, (part + 1) * share), BLOCK_U, num_stages=NUM_STAGES):
         t, bits = union_tokens(lists_ptr, bits_ptr, start, j, length, BLOCK_S, BLOCK_U, spare)
         token_ptr = sequence_ptr + t[:, None].to(tl.int64) * D
         k = tl.load(token_ptr + v[None, :])
         k_rope = tl.load(token_ptr + V + r[None, :])
-        s = matmul(q, tl.trans(k))
-        s = matmul(q_rope, tl.trans(k_rope), s)
-        s = tl.where(((bits[None, :] >> i[:, None]) & 1) != 0, s * scale_log2, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
+        logits = matmul(q, tl.trans(k))
+        logits = matmul(q_rope, tl.trans(k_rope), logits)
+        logits = tl.where(((bits[None, :] >> i[:, None]) & 1) != 0, logits * scale_log2, float("-inf"))
+        m_new = tl.maximum(m, tl.max(logits, 1))
         alpha = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
+        p = tl.exp2(logits - m_new[:, None])
         l = l * alpha + tl.sum(p, 1)
         m = m_new
         acc = matmul(p.to(k.dtype), k, acc * alpha[:, None])
@@ -366,7 +368,7 @@ def is_blackwell(device):
 def flash_tiles(H, V, dtype, device):
     if dtype == torch.float32 or V > LARGE_VALUE:
         return FlashTiles(block_n=16, block_u=16, num_stages=1, num_warps=4, maxnreg=None)
-    if limits(device)[0] > LARGE_MEMORY:
+    if shared_memory(device) > A100_SHARED_MEMORY:
         if V <= MEDIUM_VALUE:
             maxnreg = 168 if V <= SMALL_VALUE else None  # three programs per multiprocessor
             return FlashTiles(block_n=64, block_u=64, num_stages=3, num_warps=4, maxnreg=maxnreg)
@@ -383,8 +385,9 @@ def flash_tiles(H, V, dtype, device):
 
 
 @operation("sparse_attention")
-def sparse_forward(q: Tensor, latents: Tensor, indices: Tensor, scale: float,
-                   value_dim: int) -> tuple[Tensor, Tensor]:
+def sparse_attention_operation(
+        q: Tensor, latents: Tensor, indices: Tensor, scale: float,
+        value_dim: int) -> tuple[Tensor, Tensor]:
     """Latents in q's dtype -> out (B,S,H,value_dim), lse (B,S,H) float32."""
     B, S, H, D = q.shape
     T = latents.shape[1]
@@ -392,37 +395,36 @@ def sparse_forward(q: Tensor, latents: Tensor, indices: Tensor, scale: float,
     if B * S * H * T * K == 0:
         return nothing_selected(q, value_dim)
     q = q.contiguous()
-    latents = latents.contiguous()
     indices = indices.contiguous()
     hopper = hopper_chapter(q, latents, indices, value_dim)
     if hopper is not None:
-        out, lse = hopper.sparse_forward(q, latents, indices, scale)
+        out, lse = hopper.gluon_forward(q, latents, indices, scale)
         return out.contiguous(), lse.contiguous()
 
     # odd sizes
     V = power_of_two(value_dim)
     R = power_of_two(D - value_dim)
     q = pad_columns(q, value_dim, V, R)  # (B, S, H, V + R)
-    latents = pad_columns(latents, value_dim, V, R)  # (B, T, V + R)
+    latents, capacity = token_rows(pad_columns(latents, value_dim, V, R))  # (B, T, V + R)
 
     # lists, and how many programs work at each
     tiles = flash_tiles(H, V, q.dtype, q.device)
     if S > FEW_QUERIES:
         rows = share_rows(S, H, tiles.block_n, sharing_queries(H, q.dtype))
-        lists = union(indices, T, rows.block_s)
+        shared = union(indices, T, rows.block_s)
     else:
         rows = share_rows(S, H, tiles.block_n, 1)
-        lists = Union(indices, indices, None)
+        shared = SharedLists(indices, indices, None)
     parts = list_parts(B * rows.blocks * rows.groups, triton.cdiv(K, tiles.block_u), q.device)
 
     out = q.new_empty(B, S, H, V)
     lse = q.new_empty(B, S, H, dtype=torch.float32)
     part, part_lse = part_buffers(parts, out, lse)
     flash_kernel[(B * rows.blocks, rows.groups, parts)](
-        q_ptr=q, latents_ptr=latents, lists_ptr=lists.lists, bits_ptr=lists.bits, length_ptr=lists.length,
+        q_ptr=q, latents_ptr=latents, lists_ptr=shared.tokens, bits_ptr=shared.bits, length_ptr=shared.length,
         out_ptr=part, lse_ptr=part_lse,
-        scale_log2=scale * LOG2E.value, S=S, T=T, H=H, blocks=rows.blocks, width=lists.lists.shape[-1],
-        rows=B * S * H, parts=parts,
+        scale_log2=scale * LOG2E.value, S=S, capacity=capacity, H=H, blocks=rows.blocks,
+        width=shared.tokens.shape[-1], rows=B * S * H, parts=parts,
         BLOCK_H=rows.block_h, BLOCK_S=rows.block_s, V=V, R=R,
         BLOCK_N=min(tiles.block_n, power_of_two(rows.block_h * rows.block_s)), BLOCK_U=tiles.block_u,
         NUM_STAGES=tiles.num_stages,
@@ -432,7 +434,7 @@ def sparse_forward(q: Tensor, latents: Tensor, indices: Tensor, scale: float,
     return out[..., :value_dim].contiguous(), lse
 
 
-@sparse_forward.register_fake
+@sparse_attention_operation.register_fake
 def _(q, latents, indices, scale, value_dim):
     B, S, H, _ = q.shape
     return q.new_empty(B, S, H, value_dim), q.new_empty(B, S, H, dtype=torch.float32)
@@ -455,12 +457,12 @@ def _(q, latents, indices, scale, value_dim):
 @triton.jit(do_not_specialize=["first_block"])
 def score_kernel(
         q_ptr, latents_ptr, lists_ptr, bits_ptr, length_ptr, dout_ptr, lse_ptr, delta_ptr, p_ptr, ds_ptr,
-        scale, scale_log2, first_block, S, T, H, blocks, width, tiles,
+        scale, scale_log2, first_block, S, T, H, blocks, width, token_tiles,
         GROUPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
         BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
     D: tl.constexpr = V + R
-    local = tl.program_id(0) // tiles  # block and group of heads, counted within this chunk of blocks
-    tile = tl.program_id(0) % tiles
+    local = tl.program_id(0) // token_tiles  # block and group of heads, counted within this chunk of blocks
+    tile = tl.program_id(0) % token_tiles
     j = tile * BLOCK_U
     block = first_block + local // GROUPS
     length = union_length(length_ptr, block, width)
@@ -477,12 +479,12 @@ def score_kernel(
         # q . c and dout . c[:V], tokens first: they fill the rows of the tile
         q_rope = tl.load(q_row + V + r[None, :], mask=ok[:, None], other=0.0)
         k_rope = tl.load(token_ptr + V + r[None, :])
-        s = matmul(k_rope, tl.trans(q_rope))
+        logits = matmul(k_rope, tl.trans(q_rope))
         dp = tl.zeros([BLOCK_U, BLOCK_N], tl.float32)
         for column in tl.range(0, V, BLOCK_V, num_stages=NUM_STAGES):
             k = tl.load(token_ptr + column + v[None, :])
             q = tl.load(q_row + column + v[None, :], mask=ok[:, None], other=0.0)
-            s = matmul(k, tl.trans(q), s)
+            logits = matmul(k, tl.trans(q), logits)
             dout = tl.load(dout_row + column + v[None, :], mask=ok[:, None], other=0.0)
             dp = matmul(k, tl.trans(dout), dp)
 
@@ -494,7 +496,7 @@ def score_kernel(
         real = (u < length)[:, None]
         lse = tl.load(lse_ptr + row, mask=ok, other=float("-inf")) * LOG2E
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing selected: P = 0
-        p = tl.where(chosen, tl.exp2(s * scale_log2 - lse[None, :]), 0.0)
+        p = tl.where(chosen, tl.exp2(logits * scale_log2 - lse[None, :]), 0.0)
         ds = p * (dp - tl.load(delta_ptr + row, mask=ok, other=0.0)[None, :]) * scale
         tl.store(ds_ptr + to, ds.to(ds_ptr.dtype.element_ty), mask=real)
         tl.store(p_ptr + to, p.to(p_ptr.dtype.element_ty), mask=real)
@@ -511,7 +513,7 @@ def query_columns(
     n = tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
     for j in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
-        t, bits = union_tokens(lists_ptr, bits_ptr, start, j, length, BLOCK_S, BLOCK_U)
+        t, _ = union_tokens(lists_ptr, bits_ptr, start, j, length, BLOCK_S, BLOCK_U)
         u = j + tl.arange(0, BLOCK_U)
         ds_row = ds_ptr + (ds_start + u)[:, None] * BLOCK_N
         ds = tl.load(ds_row + n[None, :], mask=(u < length)[:, None], other=0.0)
@@ -528,17 +530,17 @@ def query_kernel(
         BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
     CHUNKS: tl.constexpr = V // BLOCK_V + 1  # the last has the rope columns
     local = tl.program_id(0) // CHUNKS
-    chunk = tl.program_id(0) % CHUNKS
+    column_chunk = tl.program_id(0) % CHUNKS
     block = first_block + local // GROUPS
-    i, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+    _, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
     length = union_length(length_ptr, block, width)
     start = block.to(tl.int64) * width
     ds_start = local.to(tl.int64) * width
     first_token = (block // blocks).to(tl.int64) * T
-    if chunk < V // BLOCK_V:
+    if column_chunk < V // BLOCK_V:
         query_columns(
             latents_ptr, lists_ptr, bits_ptr, ds_ptr, dq_ptr,
-            row, ok, start, ds_start, first_token, length, chunk * BLOCK_V,
+            row, ok, start, ds_start, first_token, length, column_chunk * BLOCK_V,
             BLOCK_S, V + R, BLOCK_V, BLOCK_N, BLOCK_U, NUM_STAGES)
     else:
         query_columns(
@@ -580,10 +582,11 @@ def fused_kernel(
         token_ptr = sequence_ptr + t[:, None].to(tl.int64) * D
         k = tl.load(token_ptr + v[None, :])
         k_rope = tl.load(token_ptr + V + r[None, :])
-        s = matmul(q, tl.trans(k))
-        s = matmul(q_rope, tl.trans(k_rope), s)
+        logits = matmul(q, tl.trans(k))
+        logits = matmul(q_rope, tl.trans(k_rope), logits)
         dp = matmul(dout, tl.trans(k))
-        p = tl.where(((bits[None, :] >> i[:, None]) & 1) != 0, tl.exp2(s * scale_log2 - lse[:, None]), 0.0)
+        chosen = ((bits[None, :] >> i[:, None]) & 1) != 0
+        p = tl.where(chosen, tl.exp2(logits * scale_log2 - lse[:, None]), 0.0)
         ds = (p * (dp - delta[:, None]) * scale).to(k.dtype)
         u = j + tl.arange(0, BLOCK_U)
         to = (p_start + u)[None, :] * BLOCK_N + n[:, None]
@@ -644,17 +647,17 @@ def latent_kernel(
     CHUNKS: tl.constexpr = V // BLOCK_V
     PROGRAMS: tl.constexpr = CHUNKS + (CHUNKS > 1)  # one takes all columns, or one more the rope part
     local = tl.program_id(0) // PROGRAMS
-    chunk = tl.program_id(0) % PROGRAMS
+    column_chunk = tl.program_id(0) % PROGRAMS
     block = first_block + local // GROUPS
-    i, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+    _, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
     length = union_length(length_ptr, block, width)
     start = block.to(tl.int64) * width
     p_start = local.to(tl.int64) * width
     first_token = (block // blocks).to(tl.int64) * T
-    if chunk < CHUNKS:
+    if column_chunk < CHUNKS:
         latent_columns(
             q_ptr, dout_ptr, lists_ptr, bits_ptr, p_ptr, ds_ptr, dlatents_ptr,
-            row, ok, start, p_start, first_token, length, chunk * BLOCK_V,
+            row, ok, start, p_start, first_token, length, column_chunk * BLOCK_V,
             BLOCK_S, V, R, BLOCK_V, BLOCK_N, BLOCK_U, NUM_STAGES, True, CHUNKS == 1)
     else:
         latent_columns(
@@ -681,12 +684,12 @@ def backward_rows(H, dtype, device):
     """-> rows (query, head) of a tile, the same in all kernels of the backward, which share P and dS."""
     if dtype == torch.float32:
         return 16
-    return 128 if limits(device)[0] > LARGE_MEMORY and H > MANY_HEADS else 64
+    return 128 if shared_memory(device) > A100_SHARED_MEMORY and H > MANY_HEADS else 64
 
 
 def fused_tiles(V, dtype, device):
     """-> FusedTiles, or None where scores and queries take a kernel each."""
-    if dtype == torch.float32 or V > SMALL_VALUE or limits(device)[0] <= LARGE_MEMORY:
+    if dtype == torch.float32 or V > SMALL_VALUE or shared_memory(device) <= A100_SHARED_MEMORY:
         return None
     return FusedTiles(block_u=64, num_stages=2, num_warps=4)
 
@@ -694,7 +697,7 @@ def fused_tiles(V, dtype, device):
 def score_tiles(H, V, dtype, device):
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
-    if limits(device)[0] > LARGE_MEMORY:
+    if shared_memory(device) > A100_SHARED_MEMORY:
         num_warps = 8 if H > MANY_HEADS else 4
         return ProductTiles(block_v=min(32, V), block_u=128, num_stages=4, num_warps=num_warps)
     return ProductTiles(block_v=min(32, V), block_u=64, num_stages=3, num_warps=4)
@@ -703,7 +706,7 @@ def score_tiles(H, V, dtype, device):
 def query_tiles(V, dtype, device):
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
-    if limits(device)[0] > LARGE_MEMORY:
+    if shared_memory(device) > A100_SHARED_MEMORY:
         return ProductTiles(block_v=min(128, V), block_u=64, num_stages=3, num_warps=4)
     return ProductTiles(block_v=min(128, V), block_u=32, num_stages=2, num_warps=4)
 
@@ -711,16 +714,17 @@ def query_tiles(V, dtype, device):
 def latent_tiles(V, dtype, device):
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
-    if limits(device)[0] > LARGE_MEMORY:
+    if shared_memory(device) > A100_SHARED_MEMORY:
         return ProductTiles(block_v=min(128, V), block_u=64, num_stages=3, num_warps=4)
     return ProductTiles(block_v=min(64, V), block_u=32, num_stages=2, num_warps=4)
 
 
 @operation("sparse_attention_backward")
-def sparse_backward(q: Tensor, latents: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
-                    scale: float) -> tuple[Tensor, Tensor]:
-    """What went into sparse_forward and came out of it, and the gradient of out -> dq, dlatents in q's and
-    latents' dtypes."""
+def sparse_attention_backward(
+        q: Tensor, latents: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
+        scale: float) -> tuple[Tensor, Tensor]:
+    """What went into the operation and came out of it, and the gradient of out -> dq, dlatents in q's dtype,
+    which is latents', too."""
     B, S, H, D = q.shape
     T = latents.shape[1]
     value_dim = out.shape[-1]
@@ -732,8 +736,8 @@ def sparse_backward(q: Tensor, latents: Tensor, indices: Tensor, out: Tensor, ls
     dout = dout.contiguous()
     hopper = hopper_chapter(q, latents, indices, value_dim)
     if hopper is not None:
-        dq, dlatents = hopper.sparse_backward(q, latents, indices, out, lse, dout, scale)
-        return dq.contiguous(), dlatents.to(latents.dtype)
+        dq, dlatents = hopper.gluon_backward(q, latents, indices, out, lse, dout, scale)
+        return dq.contiguous(), dlatents.to(q.dtype)
     delta, _ = launch_delta(out, dout)  # (B, S, H)
 
     # odd sizes
@@ -748,18 +752,17 @@ def sparse_backward(q: Tensor, latents: Tensor, indices: Tensor, out: Tensor, ls
     # lists, and room for P and dS of some blocks
     block_n = backward_rows(H, q.dtype, q.device)
     rows = share_rows(S, H, block_n, sharing_queries(H, q.dtype))
-    lists = union(indices, T, rows.block_s)
-    width = lists.lists.shape[-1]
+    shared = union(indices, T, rows.block_s)
+    width = shared.tokens.shape[-1]
     total = B * rows.blocks
     chunk = max(1, min(total, SCORES_BYTES // (2 * rows.groups * width * block_n * q.element_size())))
     p = q.new_empty(chunk, rows.groups, width, block_n)
     ds = torch.empty_like(p)
 
-    list_ptrs = dict(lists_ptr=lists.lists, bits_ptr=lists.bits, length_ptr=lists.length)
-    sizes = dict(
-        S=S, T=T, H=H, blocks=rows.blocks, width=width,
+    pointers = dict(lists_ptr=shared.tokens, bits_ptr=shared.bits, length_ptr=shared.length)
+    sizes = dict(S=S, T=T, H=H, blocks=rows.blocks, width=width)
+    constants = dict(
         GROUPS=rows.groups, BLOCK_H=rows.block_h, BLOCK_S=rows.block_s, V=V, R=R, BLOCK_N=block_n)
-    scales = dict(scale=scale, scale_log2=scale * LOG2E.value)
     fused = fused_tiles(V, q.dtype, q.device)
     score = score_tiles(H, V, q.dtype, q.device)
     query = query_tiles(V, q.dtype, q.device)
@@ -768,50 +771,53 @@ def sparse_backward(q: Tensor, latents: Tensor, indices: Tensor, out: Tensor, ls
         programs = min(chunk, total - first_block) * rows.groups
         if fused:
             fused_kernel[(programs,)](
-                q_ptr=q, latents_ptr=latents, **list_ptrs, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
+                **pointers, q_ptr=q, latents_ptr=latents, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
                 p_ptr=p, ds_ptr=ds, dq_ptr=dq,
-                **scales, first_block=first_block, **sizes,
-                BLOCK_U=fused.block_u, NUM_STAGES=fused.num_stages,
+                **sizes, scale=scale, scale_log2=scale * LOG2E.value, first_block=first_block,
+                **constants, BLOCK_U=fused.block_u, NUM_STAGES=fused.num_stages,
                 num_warps=fused.num_warps)
         else:
-            tiles = triton.cdiv(width, score.block_u)
-            score_kernel[(programs * tiles,)](
-                q_ptr=q, latents_ptr=latents, **list_ptrs, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
+            token_tiles = triton.cdiv(width, score.block_u)
+            score_kernel[(programs * token_tiles,)](
+                **pointers, q_ptr=q, latents_ptr=latents, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
                 p_ptr=p, ds_ptr=ds,
-                **scales, first_block=first_block, **sizes, tiles=tiles,
-                BLOCK_V=score.block_v, BLOCK_U=score.block_u, NUM_STAGES=score.num_stages,
+                **sizes, scale=scale, scale_log2=scale * LOG2E.value, first_block=first_block,
+                token_tiles=token_tiles,
+                **constants, BLOCK_V=score.block_v, BLOCK_U=score.block_u, NUM_STAGES=score.num_stages,
                 num_warps=score.num_warps)
             query_kernel[(programs * (V // query.block_v + 1),)](
-                latents_ptr=latents, **list_ptrs, ds_ptr=ds, dq_ptr=dq,
-                first_block=first_block, **sizes,
-                BLOCK_V=query.block_v, BLOCK_U=query.block_u, NUM_STAGES=query.num_stages,
+                **pointers, latents_ptr=latents, ds_ptr=ds, dq_ptr=dq,
+                **sizes, first_block=first_block,
+                **constants, BLOCK_V=query.block_v, BLOCK_U=query.block_u, NUM_STAGES=query.num_stages,
                 num_warps=query.num_warps)
-        chunks = V // latent.block_v
-        latent_kernel[(programs * (chunks + (chunks > 1)),)](
-            q_ptr=q, dout_ptr=dout, **list_ptrs, p_ptr=p, ds_ptr=ds, dlatents_ptr=dlatents,
-            first_block=first_block, **sizes,
-            BLOCK_V=latent.block_v, BLOCK_U=latent.block_u, NUM_STAGES=latent.num_stages,
+        column_chunks = V // latent.block_v
+        latent_kernel[(programs * (column_chunks + (column_chunks > 1)),)](
+            **pointers, q_ptr=q, dout_ptr=dout, p_ptr=p, ds_ptr=ds, dlatents_ptr=dlatents,
+            **sizes, first_block=first_block,
+            **constants, BLOCK_V=latent.block_v, BLOCK_U=latent.block_u, NUM_STAGES=latent.num_stages,
             num_warps=latent.num_warps)
-    R = D - value_dim
-    return crop_columns(dq, value_dim, R, V), crop_columns(dlatents, value_dim, R, V).to(q.dtype)
+    rope_dim = D - value_dim
+    dlatents = crop_columns(dlatents, value_dim, rope_dim, V).to(q.dtype)
+    return crop_columns(dq, value_dim, rope_dim, V), dlatents
 
 
-@sparse_backward.register_fake
+@sparse_attention_backward.register_fake
 def _(q, latents, indices, out, lse, dout, scale):
     return q.new_empty(q.shape), latents.new_empty(latents.shape)
 
 
-def keep(ctx, inputs, output):
+def keep_sparse_attention(ctx, inputs, output):
     q, latents, indices, ctx.scale, _ = inputs
     ctx.save_for_backward(q, latents, indices, *output)
 
 
-def differentiate(ctx, dout, _):
-    dq, dlatents = sparse_backward(*ctx.saved_tensors, dout, ctx.scale)
+def differentiate_sparse_attention(ctx, dout, _):
+    dq, dlatents = sparse_attention_backward(*ctx.saved_tensors, dout, ctx.scale)
     return dq, dlatents, None, None, None
 
 
-sparse_forward.register_autograd(differentiate, setup_context=keep)
+sparse_attention_operation.register_autograd(
+    differentiate_sparse_attention, setup_context=keep_sparse_attention)
 
 
 # ---- sparse_attention from an FP8 cache ----
@@ -855,7 +861,7 @@ def fp8_store(out_ptr, acc, l, row, ok, V: tl.constexpr, BLOCK_V: tl.constexpr, 
 @triton.jit
 def fp8_kernel(
         q_ptr, cache_ptr, scales_ptr, rope_ptr, indices_ptr, out_ptr, lse_ptr,
-        scale_log2, S, T, H, K, rows, parts,
+        scale_log2, S, capacity, H, K, rows, parts,
         V: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, PIECES: tl.constexpr,
         SCALES: tl.constexpr, BYTES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
         NUM_STAGES: tl.constexpr):
@@ -863,12 +869,12 @@ def fp8_kernel(
     query = tl.program_id(0)
     group = tl.program_id(1)
     part = tl.program_id(2)
-    i, row, ok = block_rows(query, group, S, H, S, BLOCK_N, 1, BLOCK_N)
+    _, row, ok = block_rows(query, group, S, H, S, BLOCK_N, 1, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     q_rope = tl.load(
         q_ptr + row[:, None] * D + V + r[None, :], mask=ok[:, None] & (r < R)[None, :], other=0.0)
     q0 = fp8_query(q_ptr, row, ok, D, V, BLOCK_V, 0)
-    m = tl.full([BLOCK_N], LOWEST, tl.float32)
+    m = tl.full([BLOCK_N], LOWEST_LOGIT, tl.float32)
     l = tl.zeros([BLOCK_N], tl.float32)
     acc0 = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if PIECES > 1:
@@ -883,7 +889,7 @@ def fp8_kernel(
     # online softmax over this part of the list
     share = tl.cdiv(tl.cdiv(K, BLOCK_U), parts) * BLOCK_U
     start = query.to(tl.int64) * K
-    first_token = (query // S).to(tl.int64) * T
+    first_token = (query // S).to(tl.int64) * capacity
     for j in tl.range(part * share, tl.minimum(K, (part + 1) * share), BLOCK_U, num_stages=NUM_STAGES):
         t, bits = union_tokens(indices_ptr, indices_ptr, start, j, K, 1, BLOCK_U)
         some = bits != 0
@@ -895,20 +901,20 @@ def fp8_kernel(
         # scores
         k_rope = tl.load(rope_row + r[None, :], mask=some[:, None] & (r < R)[None, :], other=0.0).to(q0.dtype)
         k0, f0 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 0, q0.dtype)
-        s = matmul(q_rope, tl.trans(k_rope)) + matmul(q0, tl.trans(k0)) * f0[None, :]
+        logits = matmul(q_rope, tl.trans(k_rope)) + matmul(q0, tl.trans(k0)) * f0[None, :]
         if PIECES > 1:
             k1, f1 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 1, q0.dtype)
-            s += matmul(q1, tl.trans(k1)) * f1[None, :]
+            logits += matmul(q1, tl.trans(k1)) * f1[None, :]
         if PIECES > 2:
             k2, f2 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 2, q0.dtype)
             k3, f3 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 3, q0.dtype)
-            s += matmul(q2, tl.trans(k2)) * f2[None, :] + matmul(q3, tl.trans(k3)) * f3[None, :]
-        s = tl.where(some[None, :], s * scale_log2, float("-inf"))
+            logits += matmul(q2, tl.trans(k2)) * f2[None, :] + matmul(q3, tl.trans(k3)) * f3[None, :]
+        logits = tl.where(some[None, :], logits * scale_log2, float("-inf"))
 
         # softmax, values
-        m_new = tl.maximum(m, tl.max(s, 1))
+        m_new = tl.maximum(m, tl.max(logits, 1))
         alpha = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
+        p = tl.exp2(logits - m_new[:, None])
         l = l * alpha + tl.sum(p, 1)
         m = m_new
         p *= P_SCALE
@@ -942,19 +948,19 @@ class Fp8Tiles(NamedTuple):
 def fp8_tiles(H, V, dtype, device):
     if dtype == torch.float32:
         return Fp8Tiles(block_n=16, block_u=16, num_stages=1, num_warps=4)
-    if limits(device)[0] > LARGE_MEMORY:
+    if shared_memory(device) > A100_SHARED_MEMORY:
         block_n = min(64, power_of_two(H))
         if H <= FEW_HEADS:
-            return Fp8Tiles(block_n, block_u=64, num_stages=2, num_warps=4)
+            return Fp8Tiles(block_n=block_n, block_u=64, num_stages=2, num_warps=4)
         if H <= SOME_HEADS:
-            return Fp8Tiles(block_n, block_u=32, num_stages=2, num_warps=4)
-        return Fp8Tiles(block_n, block_u=32, num_stages=3, num_warps=8)
+            return Fp8Tiles(block_n=block_n, block_u=32, num_stages=2, num_warps=4)
+        return Fp8Tiles(block_n=block_n, block_u=32, num_stages=3, num_warps=8)
     most = 16
     if V <= SMALL_VALUE:
         most = 64
     elif V <= MEDIUM_VALUE:
         most = 32
-    return Fp8Tiles(min(most, power_of_two(H)), block_u=16, num_stages=2, num_warps=4)
+    return Fp8Tiles(block_n=min(most, power_of_two(H)), block_u=16, num_stages=2, num_warps=4)
 
 
 def fp8_dtype(device):
@@ -963,8 +969,9 @@ def fp8_dtype(device):
 
 
 @operation("sparse_attention_fp8")
-def sparse_forward_fp8(q: Tensor, packed: Tensor, indices: Tensor, scale: float,
-                       value_dim: int) -> tuple[Tensor, Tensor]:
+def sparse_attention_fp8_operation(
+        q: Tensor, packed: Tensor, indices: Tensor, scale: float,
+        value_dim: int) -> tuple[Tensor, Tensor]:
     """Packed cache (B,T,bytes) uint8 -> out (B,S,H,value_dim), lse (B,S,H) float32."""
     B, S, H, D = q.shape
     T = packed.shape[1]
@@ -972,35 +979,37 @@ def sparse_forward_fp8(q: Tensor, packed: Tensor, indices: Tensor, scale: float,
     if B * S * H * T * K == 0:
         return nothing_selected(q, value_dim)
     q = q.contiguous()
-    packed = packed.contiguous()
     indices = indices.contiguous()
     hopper = hopper_chapter(q, packed, indices, value_dim)
     programs = B * S * triton.cdiv(H, 64)
-    if hopper is not None and programs >= limits(q.device)[1] // 2:  # fewer: only lists in parts fill the GPU
-        out, lse = hopper.sparse_forward(q, packed, indices, scale)
+    enough = multiprocessors(q.device) // 2  # programs; fewer: only lists in parts fill the GPU
+    if hopper is not None and programs >= enough:
+        out, lse = hopper.gluon_forward(q, packed, indices, scale)
         return out.contiguous(), lse.contiguous()
 
+    packed, capacity = token_rows(packed)
     tiles = fp8_tiles(H, value_dim, q.dtype, q.device)
     groups = triton.cdiv(H, tiles.block_n)
     parts = list_parts(B * S * groups, triton.cdiv(K, tiles.block_u), q.device)
-    scales = triton.cdiv(value_dim, SCALE_BLOCK)
+    scales = triton.cdiv(value_dim, SCALE_BLOCK.value)
     out = q.new_empty(B, S, H, value_dim)
     lse = q.new_empty(B, S, H, dtype=torch.float32)
     part, part_lse = part_buffers(parts, out, lse)
     fp8_kernel[(B * S, groups, parts)](
         q_ptr=q, cache_ptr=packed.view(fp8_dtype(q.device)), scales_ptr=packed.view(torch.float32),
         rope_ptr=packed.view(torch.bfloat16), indices_ptr=indices, out_ptr=part, lse_ptr=part_lse,
-        scale_log2=scale * LOG2E.value, S=S, T=T, H=H, K=K, rows=B * S * H, parts=parts,
+        scale_log2=scale * LOG2E.value, S=S, capacity=capacity, H=H, K=K, rows=B * S * H, parts=parts,
         V=value_dim, R=D - value_dim, BLOCK_R=power_of_two(D - value_dim),
-        BLOCK_V=min(SCALE_BLOCK, power_of_two(value_dim)), PIECES=4 if scales == 3 else scales, SCALES=scales,
-        BYTES=packed.shape[-1], BLOCK_N=tiles.block_n, BLOCK_U=tiles.block_u, NUM_STAGES=tiles.num_stages,
+        BLOCK_V=min(SCALE_BLOCK.value, power_of_two(value_dim)), PIECES=4 if scales == 3 else scales,
+        SCALES=scales, BYTES=packed.shape[-1], BLOCK_N=tiles.block_n, BLOCK_U=tiles.block_u,
+        NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
     if parts > 1:
         launch_combine(part, part_lse, out, lse)
     return out, lse
 
 
-@sparse_forward_fp8.register_fake
+@sparse_attention_fp8_operation.register_fake
 def _(q, packed, indices, scale, value_dim):
     B, S, H, _ = q.shape
     return q.new_empty(B, S, H, value_dim), q.new_empty(B, S, H, dtype=torch.float32)
@@ -1020,7 +1029,7 @@ def check_arguments(q, latents, indices, value_dim):
         raise ValueError(f"value_dim={value_dim} should lie within 1..{D}, the width of q")
     entry = D
     if latents.dtype == torch.uint8:
-        entry = value_dim + 4 * -(-value_dim // SCALE_BLOCK) + 2 * (D - value_dim)
+        entry = value_dim + 4 * -(-value_dim // SCALE_BLOCK.value) + 2 * (D - value_dim)
         if entry % 4 or value_dim % 4 or value_dim > 512:
             raise ValueError(f"value_dim={value_dim}, entries of {entry} bytes: an FP8 cache takes a "
                              "value_dim that is a multiple of 4 up to 512, and entries of 4 n bytes")
@@ -1031,7 +1040,7 @@ def check_arguments(q, latents, indices, value_dim):
 def sparse_attention(q, latents, indices, scale, value_dim):
     check_arguments(q, latents, indices, value_dim)
     if latents.dtype == torch.uint8:
-        out, lse = sparse_forward_fp8(q, latents, indices, scale, value_dim)
+        out, lse = sparse_attention_fp8_operation(q, latents, indices, scale, value_dim)
     else:
-        out, lse = sparse_forward(q, latents.to(q.dtype), indices, scale, value_dim)
+        out, lse = sparse_attention_operation(q, latents.to(q.dtype), indices, scale, value_dim)
     return out, lse.detach()
