@@ -101,16 +101,16 @@ class Unabsorbed:
     """A layer's attention and indexer from its own input, in MHA mode and float64, a query and a head at a
     time."""
 
-    def __init__(self, attention, h, run, first):
+    def __init__(self, attention, h, state, first):
         with torch.no_grad():
             q_latent = attention.q_a_layernorm(attention.q_a_proj(h))
             q_nope, q_rope = attention.q_b_proj(q_latent).unflatten(-1, (2, 16)).split([8, 8], -1)
-            self.q = torch.cat((q_nope, run.rope(q_rope, True)), -1).double()  # (B, T, H, 16)
+            self.q = torch.cat((q_nope, state.rope(q_rope, True)), -1).double()  # (B, T, H, 16)
             c_kv, k_rope = attention.kv_a_proj_with_mqa(h).split([16, 8], -1)
-            k_rope = run.rope(k_rope[:, :, None], True)[:, :, 0]
+            k_rope = state.rope(k_rope[:, :, None], True)[:, :, 0]
             k, _ = attention.expand(torch.cat((attention.kv_a_layernorm(c_kv), k_rope), -1))
             self.k = k.double()  # (B, T, H, 16)
-            index = attention.indexer(h, q_latent, run.rope)
+            index = attention.indexer(h, q_latent, state.rope)
             self.q_index, self.k_index, self.w = [x.double() for x in index]
         self.first = first
 
@@ -147,8 +147,8 @@ def test_layer_statistics_are_what_a_loop_over_queries_finds(monkeypatch, slices
     inputs = []
 
     def keep(module, args, out):
-        h, run, *_ = args
-        inputs.append((Unabsorbed(module, h, run, first), out[1]))
+        h, state, *_ = args
+        inputs.append((Unabsorbed(module, h, state, first), out[1]))
 
     for block in model.model.layers:
         block.self_attn.register_forward_hook(keep)
