@@ -310,7 +310,6 @@ def predict(model, x, y, first, attention, dtype):
     likely token (B,n) bool. first (B,S) or None; dtype: "bfloat16" or "float32"."""
     n = y.shape[1]
     kept = []
-    model.attention = attention
 
     def keep(module, args, out):
         kept.append(out[:, -n:])
@@ -321,8 +320,11 @@ def predict(model, x, y, first, attention, dtype):
         return nats, logits.argmax(-1) == y[:, part]
 
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        before = model.attention
+        model.attention = attention
         with model.model["norm"].register_forward_hook(keep):
             model(x, first=first, return_logits=False)
+        model.attention = before
         weight = parallel.whole_tensor(model.lm_head.weight)  # (vocab, hidden)
         return indexer.over_rows(some, n, x.shape[0] * model.config.vocab_size)
 

@@ -260,8 +260,8 @@ def test_predict_is_the_models_loss(monkeypatch, attention):
     x, y, first = tokens_and_first()
     with torch.no_grad():
         nats, right = evaluate.predict(model, x, y, first, attention, "float32")
+        model.attention = attention
         logits, losses = model(x, y, first)
-        assert model.attention == attention
         assert nats.mean().item() == pytest.approx(losses["lm"].item(), rel=1e-5)
         expected = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
         assert torch.allclose(nats, expected, atol=1e-5) and torch.equal(right, logits.argmax(-1) == y)
@@ -273,11 +273,15 @@ def test_predict_is_the_models_loss(monkeypatch, attention):
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
-def test_no_hook_stays(attention):
+def test_the_model_stays_as_it_was(attention):
+    """No hook stays, and its own attention does."""
     model = tiny()
+    model.attention = "dense" if attention == "sparse" else "sparse"
+    own = model.attention
     x, y, first = tokens_and_first()
     watched(model, x, first)
     evaluate.predict(model, x, y, first, attention, "float32")
+    assert model.attention == own
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
