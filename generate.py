@@ -83,9 +83,13 @@ class Decoder:
     """Decoding steps of B rows whose prompts are in the caches.
 
     With the Triton kernels on a GPU the first step is captured as a CUDA graph: lengths are read on the
-    device, so one graph serves every position and no time goes to launches. Routing to experts needs the
-    host, so models with experts run step by step, and so do sharded ones. compiled: by torch.compile first.
-    traced: the selections of a step are kept in `selections`, (B,1,k) for each layer."""
+    device, so one graph serves every position and no time goes to launches. No graph is used, and the host
+    launches every step anew, where a step needs the host: by the PyTorch reference, which takes lengths from
+    it; by a model with experts, where but in bf16 it reads how many tokens each expert got, to loop over
+    those that got any; by a sharded model, whose blocks are gathered one by one.
+
+    compiled: by torch.compile first. traced: the selections of a step are kept in `selections`, (B,1,k) for
+    each layer."""
 
     def __init__(self, model, caches, compiled=False, traced=False):
         latents = caches[0].latents  # (B, capacity, ...)

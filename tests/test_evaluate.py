@@ -276,10 +276,10 @@ def test_predict_is_the_models_loss(monkeypatch, attention):
 def test_the_model_stays_as_it_was(attention):
     """No hook stays, and its own attention does."""
     model = tiny()
-    model.attention = "dense" if attention == "sparse" else "sparse"
-    own = model.attention
     x, y, first = tokens_and_first()
     watched(model, x, first)
+    own = "dense" if attention == "sparse" else "sparse"
+    model.attention = own
     evaluate.predict(model, x, y, first, attention, "float32")
     assert model.attention == own
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
