@@ -18,20 +18,20 @@ SEED = 10**6  # of the tasks; training draws its own by other seeds
 
 # ---- evaluation ----
 
-def exam(o, domain, mode, level):
+def exam(options, domain, mode, level):
     """The tasks that models are evaluated on, the same ones always."""
     random = Random(f"{SEED} {domain} {mode} {level}")
-    return [tasks.make(random, domain, mode, level, o.page) for _ in range(o.eval_tasks)]
+    return [tasks.make(random, domain, mode, level, options.page) for _ in range(options.eval_tasks)]
 
 
 def examine(run, roller, judge, domain, mode, level):
     """One model in one domain and mode -> dict of what the table shows."""
-    o = run.o
-    some_tasks = exam(o, domain, mode, level)
+    options = run.options
+    some_tasks = exam(options, domain, mode, level)
     greedy = outcomes(run, roller, judge, some_tasks, 0.0)
-    repeated = [task for task in some_tasks for _ in range(o.eval_samples)]
+    repeated = [task for task in some_tasks for _ in range(options.eval_samples)]
     sampled = outcomes(run, roller, judge, repeated, 1.0)
-    ok = torch.tensor(sampled.pop("all")).view(-1, o.eval_samples)
+    ok = torch.tensor(sampled.pop("all")).view(-1, options.eval_samples)
     del greedy["all"]
     row = {f"{name} at 0": value for name, value in greedy.items()}
     row |= {f"{name} at 1": value for name, value in sampled.items()}
@@ -46,9 +46,9 @@ def outcomes(run, roller, judge, some_tasks, temperature):
     """-> means over tasks of ok, length, language and, of rubrics, judge; "all": ok of each."""
     generator = torch.Generator(run.device).manual_seed(SEED)
     outs = []
-    for i in range(0, len(some_tasks), run.o.rows):
-        outs += roller(some_tasks[i:i + run.o.rows], temperature, generator=generator).outs
-    scored = rewards_of(run.o, some_tasks, outs, judge)
+    for i in range(0, len(some_tasks), run.options.rows):
+        outs += roller(some_tasks[i:i + run.options.rows], temperature, generator=generator).outs
+    scored = rewards_of(run.options, some_tasks, outs, judge)
     means = dict(length=sum(map(len, outs)) / len(outs))
     for key in ("ok", "language", "judge"):
         values = [result[key] for result in scored if key in result]
@@ -58,23 +58,23 @@ def outcomes(run, roller, judge, some_tasks, temperature):
     return means
 
 
-def models_of(o, domains):
+def models_of(options, domains):
     """-> [(name of the checkpoint, its domains, level)] that are evaluated."""
-    models = [("base", domains, o.level)]
-    models += [(f"specialist-{domain}", [domain], o.level) for domain in domains]
-    models += [(name, domains, o.level) for name in ("generalist", "mixed-base", "sequential", "mixed")]
-    models += [(name, domains, o.level + 1) for name in ("base", "generalist", "mixed")]
+    models = [("base", domains, options.level)]
+    models += [(f"specialist-{domain}", [domain], options.level) for domain in domains]
+    models += [(name, domains, options.level) for name in ("generalist", "mixed-base", "sequential", "mixed")]
+    models += [(name, domains, options.level + 1) for name in ("base", "generalist", "mixed")]
     return models
 
 
 def evaluate(run, domains):
     """evaluation.json: every model of out_dir in these domains, and rollout against trainer; then the tables.
     What an earlier call measured of the same checkpoint stays -> 0 or 130."""
-    o = run.o
+    options = run.options
     path = run.out / "evaluation.json"
-    found = files.read_json(path) if path.exists() and o.resume else {}
+    found = files.read_json(path) if path.exists() and options.resume else {}
     judge = run.judge() if subjective(domains) else None
-    for name, its_domains, level in tqdm(models_of(o, domains), desc="evaluate", disable=None):
+    for name, its_domains, level in tqdm(models_of(options, domains), desc="evaluate", disable=None):
         if not files.locate(run.out / name).exists():
             continue
         roller = None
@@ -90,7 +90,7 @@ def evaluate(run, domains):
                     return 130
         runs.write_text(path, json.dumps(found, indent=2) + "\n")
     if judge:
-        found["judge"] = dict(agreement=judge_agreement(judge, domains, o, SEED))
+        found["judge"] = dict(agreement=judge_agreement(judge, domains, options, SEED))
     if (run.out / "base").exists():
         found["replay"] = compare_replay(run, domains, run.load(run.out / "base"))
     runs.write_text(path, json.dumps(found, indent=2) + "\n")
@@ -102,9 +102,9 @@ def compare_replay(run, domains, model):
     """Log-probabilities of the same tokens by rollout and trainer: in the same layout, and with positions
     that begin elsewhere; with the rollout's selections, and selecting anew; rolled out from the model's
     cache, and from the FP8 one -> {case: [mean, maximum of the absolute difference]}."""
-    o = run.o
+    options = run.options
     random = Random(SEED)
-    some_tasks = tasks.some(random, domains, max(1, o.rows // 16), o.level, o.page)
+    some_tasks = tasks.some(random, domains, max(1, options.rows // 16), options.level, options.page)
     found = {}
     for cache in ("own cache", "FP8 cache"):
         roller = Roller(model, run.device, run.autocast, cache == "FP8 cache")

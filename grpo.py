@@ -106,57 +106,60 @@ def difference(logp, rollout):
     return gap.mean(), gap.max()
 
 
-def step(model, reference, optimizer, groups, rollout, advantage, o, autocast, generator):
-    """One step of training on a Rollout, o.updates updates of the weights, each by an equal part of the rows
+def step(model, reference, optimizer, groups, rollout, advantage, options, autocast, generator):
+    """One step of training on a Rollout: so many updates of the weights, each by an equal part of the rows
     -> dict of floats.
 
-    groups: the parameters, main and indexers, that are clipped apart. advantage (B,). o: clip, kl_weight,
-    drift_bound, updates, micro_rows, keep_selection, train_indexer, grad_clip, temperature. mismatch: mean of
-    |log pi - log pi_old| before the first update, where the two are the same weights; mismatch_reselected:
-    the same of a few rows if the trainer selects anew."""
+    groups: the parameters, main and indexers, that are clipped apart. advantage (B,). options: clip,
+    kl_weight, drift_bound, updates, micro_rows, keep_selection, train_indexer, grad_clip, temperature.
+    mismatch: mean of |log pi - log pi_old| before the first update, where the two are the same weights;
+    mismatch_reselected: the same of a few rows if the trainer selects anew."""
     order = torch.randperm(len(advantage), generator=generator).to(advantage.device)
     metrics = {}
 
     def note(name, value, share):
         metrics[name] = metrics.get(name, 0) + value.detach() * share
 
-    for update, rows in enumerate(order.chunk(o.updates)):
+    for update, rows in enumerate(order.chunk(options.updates)):
         # rows of about one length together: less padding
         length = rollout.end[rows] * 10000 - rollout.start[rows]
         rows = rows[length.argsort(stable=True)]
-        for few in rows.split(o.micro_rows):
+        for few in rows.split(options.micro_rows):
             some = trim(part(rollout, few))
             share = len(few) / len(rows)
             with autocast():
                 reference_logp = None
-                if o.kl_weight:
+                if options.kl_weight:
                     with torch.no_grad():
                         reference_logp = token_logp(
-                            reference, some, o.temperature, o.keep_selection)[0]
+                            reference, some, options.temperature, options.keep_selection)[0]
                 logp, entropy, losses = token_logp(
-                    model, some, o.temperature, o.keep_selection, o.train_indexer)
+                    model, some, options.temperature, options.keep_selection, options.train_indexer)
             own = some.own[:, 1:]
             loss, noted = objective(
-                logp, some.logp[:, 1:], reference_logp, advantage[few], own, o.clip, o.kl_weight,
-                o.drift_bound)
-            total = loss + losses["kl"] if o.train_indexer else loss
+                logp, some.logp[:, 1:], reference_logp, advantage[few], own, options.clip, options.kl_weight,
+                options.drift_bound)
+            total = loss + losses["kl"] if options.train_indexer else loss
             (total * share).backward()
 
             for name, value in noted.items():
-                note(name, value, share / o.updates)
-            note("entropy", (entropy * own).sum() / own.sum(), share / o.updates)
-            if o.train_indexer:
-                note("index_kl", losses["kl"], share / o.updates)
+                note(name, value, share / options.updates)
+            note("entropy", (entropy * own).sum() / own.sum(), share / options.updates)
+            if options.train_indexer:
+                note("index_kl", losses["kl"], share / options.updates)
             if update == 0:
                 mean, largest = difference(logp.detach(), some)
                 note("mismatch", mean, share)
                 metrics["mismatch_max"] = torch.maximum(metrics.get("mismatch_max", largest), largest)
                 if "mismatch_reselected" not in metrics:
                     with torch.no_grad(), autocast():
-                        anew = token_logp(model, some, o.temperature, keep_selection=False)[0]
+                        anew = token_logp(model, some, options.temperature, keep_selection=False)[0]
                     metrics["mismatch_reselected"] = difference(anew, some)[0]
-        norms = [clip_grad_norm_([p for p in group if p.grad is not None], o.grad_clip) for group in groups]
-        note("grad_norm", norms[0].to(advantage.device), 1 / o.updates)
+        norms = []
+        for group in groups:
+            learning = [p for p in group if p.grad is not None]
+            norms.append(clip_grad_norm_(learning, options.grad_clip))
+        note("grad_norm", norms[0].to(advantage.device), 1 / options.updates)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     names = list(metrics)

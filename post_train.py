@@ -162,8 +162,8 @@ def resolve(argv):
     and fix."""
     given = cli.parse_fields(cli.Parser(__doc__), (*fields(Options), *MODEL_FIELDS), GPU, argv)
     if parallel.world_size() > 1:
-        raise ValueError(f"{parallel.world_size()} processes of torchrun: post-training runs in one; start it "
-                         "with python")
+        raise ValueError(f"{parallel.world_size()} processes of torchrun: post-training runs in one; start "
+                         "it with python")
     out = Path(given.get("out_dir", Options.out_dir))
     earlier = {}
     if given.get("resume") and not (out / "run.json").is_file():
@@ -189,10 +189,10 @@ def resolve(argv):
         defaults = {name: value for name, value in defaults.items() if name in OPTIONS}
         defaults["page"] = max(defaults.get("page", Options.page), 5 * topk // 2)
     values = defaults | earlier | given
-    o = Options(**{name: value for name, value in values.items() if name in OPTIONS})
+    options = Options(**{name: value for name, value in values.items() if name in OPTIONS})
     sizes = {name: value for name, value in values.items() if name not in OPTIONS}
-    check_options(o, sizes, device)
-    return o, sizes, device
+    check_options(options, sizes, device)
+    return options, sizes, device
 
 
 def begins_anew(given):
@@ -200,36 +200,36 @@ def begins_anew(given):
     return given.get("stage", "all") in ("all", "base")
 
 
-def check_options(o, sizes, device):
+def check_options(options, sizes, device):
     """ValueError or FileNotFoundError for options that are wrong by themselves or on this device."""
-    cli.check_ranges(o, *RANGES)
-    if not o.out_dir:
+    cli.check_ranges(options, *RANGES)
+    if not options.out_dir:
         raise ValueError("--out_dir=: name a folder")
-    files.destination(o.out_dir)
-    unknown = [name for name in o.domains.split(",") if name not in tasks.DOMAINS] if o.domains else []
+    files.destination(options.out_dir)
+    unknown = [name for name in domains_of(options) if name not in tasks.DOMAINS]
     if unknown:
-        raise ValueError(f"--domains={o.domains}: {unknown[0]!r} is none; choose from "
+        raise ValueError(f"--domains={options.domains}: {unknown[0]!r} is none; choose from "
                          f"{', '.join(tasks.DOMAINS)}")
-    if o.rows % o.group:
-        raise ValueError(f"--rows={o.rows}: must be a multiple of --group={o.group}")
-    if o.live_groups > o.rows // o.group * o.draws:
-        raise ValueError(f"--live_groups={o.live_groups}: more than --draws={o.draws} times --rows={o.rows} "
-                         f"hold in groups of {o.group}")
-    cli.backend(o.backend, device)
-    if o.index_fp8 or o.fp8_cache:
+    if options.rows % options.group:
+        raise ValueError(f"--rows={options.rows}: must be a multiple of --group={options.group}")
+    if options.live_groups > options.rows // options.group * options.draws:
+        raise ValueError(f"--live_groups={options.live_groups}: more than --draws={options.draws} times "
+                         f"--rows={options.rows} hold in groups of {options.group}")
+    cli.backend(options.backend, device)
+    if options.index_fp8 or options.fp8_cache:
         cli.check_e4m3(device, "--index_fp8=true or --fp8_cache=true", "--index_fp8=false")
-    if o.init_from:
-        config = checkpoint.read_config(o.init_from)
-        name = tokenizer.tokenizer_name(o.init_from)
+    if options.init_from:
+        config = checkpoint.read_config(options.init_from)
+        name = tokenizer.tokenizer_name(options.init_from)
         if not config.index_topk:
-            raise ValueError(f"--init_from={o.init_from}: has no indexer (index_topk=0); train one: train.py "
-                             f"--stage=warmup --init_from={o.init_from}")
+            raise ValueError(f"--init_from={options.init_from}: has no indexer (index_topk=0); train one: "
+                             f"train.py --stage=warmup --init_from={options.init_from}")
         if name != "bytes" or config.vocab_size <= tasks.EOT:
-            raise ValueError(f"--init_from={o.init_from}: its tokenizer is {name}; the tasks are written in "
-                             "bytes: use a checkpoint of train.py --tokenizer=bytes")
+            raise ValueError(f"--init_from={options.init_from}: its tokenizer is {name}; the tasks are "
+                             "written in bytes: use a checkpoint of train.py --tokenizer=bytes")
         other = [name for name in sizes if name != "index_topk" and sizes[name] != getattr(config, name)]
         if other:
-            raise ValueError(f"--{other[0]}={sizes[other[0]]}: the checkpoint {o.init_from} has "
+            raise ValueError(f"--{other[0]}={sizes[other[0]]}: the checkpoint {options.init_from} has "
                              f"{getattr(config, other[0])}; leave the option out")
         topk = sizes.get("index_topk", config.index_topk)
     else:
@@ -237,24 +237,24 @@ def check_options(o, sizes, device):
         topk = config.index_topk
     if topk < 1:
         raise ValueError(f"--index_topk={topk}: a query selects at least 1 token")
-    if o.block_size <= topk:
-        raise ValueError(f"--block_size={o.block_size}: not longer than index_topk={topk}, so nothing would "
-                         "be selected; lower --index_topk")
-    longest = longest_task(o)
-    if longest > o.block_size:
-        raise ValueError(f"--block_size={o.block_size}: a task takes up to {longest} tokens; raise it, or "
-                         "lower --page or --level")
+    if options.block_size <= topk:
+        raise ValueError(f"--block_size={options.block_size}: not longer than index_topk={topk}, so nothing "
+                         "would be selected; lower --index_topk")
+    longest = longest_task(options)
+    if longest > options.block_size:
+        raise ValueError(f"--block_size={options.block_size}: a task takes up to {longest} tokens; raise it, "
+                         "or lower --page or --level")
 
 
-def longest_task(o):
+def longest_task(options):
     """Tokens of the longest prompt and answer, at the next level, too."""
-    some_tasks = tasks.some(Random(0), domains_of(o), 50, o.level + 1, o.page)
+    some_tasks = tasks.some(Random(0), domains_of(options), 50, options.level + 1, options.page)
     return max(len(task.prompt()) + task.limit for task in some_tasks)
 
 
-def domains_of(o):
+def domains_of(options):
     """-> list of the domains of a run."""
-    return o.domains.split(",") if o.domains else list(tasks.DOMAINS)
+    return options.domains.split(",") if options.domains else list(tasks.DOMAINS)
 
 
 # ---- what is to be done ----
@@ -270,72 +270,74 @@ class Job(NamedTuple):
     level: int
 
 
-def plan(o, stage):
+def plan(options, stage):
     """-> list of the Jobs of a stage."""
-    domains = domains_of(o)
-    out = Path(o.out_dir)
+    domains = domains_of(options)
+    level = options.level
+    out = Path(options.out_dir)
     if stage == "base":
         jobs = []
-        if not o.init_from:
-            jobs.append(Job("dense", "dense", "", o.dense_steps, o.dense_lr, domains, o.level))
+        if not options.init_from:
+            jobs.append(Job("dense", "dense", "", options.dense_steps, options.dense_lr, domains, level))
             start = str(out / "dense")
-            jobs.append(Job("warmup", "warmup", start, o.warmup_steps, o.warmup_lr, domains, o.level))
-        start = o.init_from or str(out / "warmup")
-        jobs.append(Job("base", "sparse", start, o.sparse_steps, o.sparse_lr, domains, o.level))
+            steps = options.warmup_steps
+            jobs.append(Job("warmup", "warmup", start, steps, options.warmup_lr, domains, level))
+        start = options.init_from or str(out / "warmup")
+        jobs.append(Job("base", "sparse", start, options.sparse_steps, options.sparse_lr, domains, level))
         if subjective(domains):
             start = str(out / "base")
-            jobs.append(Job("judge", "sparse", start, o.judge_steps, o.sparse_lr, domains, o.level))
+            jobs.append(Job("judge", "sparse", start, options.judge_steps, options.sparse_lr, domains, level))
         return jobs
     base = str(out / "base")
     generalist = str(out / "generalist")
-    rl = (o.mixed_steps, o.rl_lr, domains)
+    rl = (options.mixed_steps, options.rl_lr, domains)
     if stage == "specialists":
-        steps = o.specialist_steps
-        return [Job(f"specialist-{d}", "grpo", base, steps, o.rl_lr, [d], o.level) for d in domains]
+        steps = options.specialist_steps
+        return [Job(f"specialist-{d}", "grpo", base, steps, options.rl_lr, [d], level) for d in domains]
     if stage == "distillation":
-        steps = o.distillation_steps
-        return [Job("generalist", "sparse", base, steps, o.sparse_lr, domains, o.level)]
+        steps = options.distillation_steps
+        return [Job("generalist", "sparse", base, steps, options.sparse_lr, domains, level)]
     if stage == "mixed":
-        return [Job("mixed-base", "grpo", base, *rl, o.level),
-                Job("mixed", "grpo", generalist, *rl, o.level + 1)]
+        return [Job("mixed-base", "grpo", base, *rl, level),
+                Job("mixed", "grpo", generalist, *rl, level + 1)]
     if stage == "sequential":
-        return [Job("sequential", "grpo", base, *rl, o.level)]
+        return [Job("sequential", "grpo", base, *rl, level)]
     return []
 
 
 @dataclass
 class Run:
     """What the jobs of a run share."""
-    o: Options
+    options: Options
     sizes: dict
     device: torch.device
     out: Path
     caught: list  # signals that ask to stop
 
     def autocast(self):
-        """A context for linear layers in o.dtype. Casts of weights are not cached: a CUDA graph would go on
-        reading those of its capture."""
-        enabled = self.o.dtype == "bfloat16"
+        """A context for linear layers in options.dtype. Casts of weights are not cached: a CUDA graph would
+        go on reading those of its capture."""
+        enabled = self.options.dtype == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def load(self, folder):
         """-> the model in a checkpoint folder, with sparse attention."""
-        backend = cli.backend(self.o.backend, self.device)
+        backend = cli.backend(self.options.backend, self.device)
         model = Transformer.from_pretrained(
-            folder, backend, index_fp8=self.o.index_fp8, device=self.device, dtype=torch.float32)
+            folder, backend, index_fp8=self.options.index_fp8, device=self.device, dtype=torch.float32)
         model.config.index_topk = self.sizes.get("index_topk", model.config.index_topk)
         return model
 
     def new(self):
         """-> a new model."""
-        torch.manual_seed(self.o.seed)
-        backend = cli.backend(self.o.backend, self.device)
+        torch.manual_seed(self.options.seed)
+        backend = cli.backend(self.options.backend, self.device)
         config = Config(vocab_size=tasks.EOT + 1, **self.sizes)
-        return Transformer(config, backend, index_fp8=self.o.index_fp8).to(self.device)
+        return Transformer(config, backend, index_fp8=self.options.index_fp8).to(self.device)
 
     def roller(self, model):
         """-> what rolls this model out."""
-        return Roller(model, self.device, self.autocast, self.o.fp8_cache)
+        return Roller(model, self.device, self.autocast, self.options.fp8_cache)
 
     def judge(self):
         """-> the reward model."""
@@ -343,7 +345,7 @@ class Run:
 
     def random(self, job, step):
         """-> the source of a step's choices, and the torch.Generators of its samples and of its order."""
-        random = Random(f"{self.o.seed} {job} {step}")
+        random = Random(f"{self.options.seed} {job} {step}")
         sampling = torch.Generator(self.device).manual_seed(random.getrandbits(62))
         order = torch.Generator().manual_seed(random.getrandbits(62))
         return random, sampling, order
@@ -390,22 +392,22 @@ def keep_records(run, names):
 
 # ---- supervised stages ----
 
-def demonstration(random, job, o):
+def demonstration(random, job, options):
     """-> prompt, ids behind it, of a sloppy demonstration; of the judge's of its own task, a true one."""
     level = job.level + (random.random() < HARDER_SHARE)
     if job.name == "judge":
-        task = tasks.make(random, random.choice(subjective(job.domains)), None, level, o.page)
+        task = tasks.make(random, random.choice(subjective(job.domains)), None, level, options.page)
         verdict = tasks.Verdict(task, tasks.candidate(random, task))
         return verdict.prompt(), verdict.demo()
-    task = tasks.make(random, random.choice(job.domains), None, level, o.page)
+    task = tasks.make(random, random.choice(job.domains), None, level, options.page)
     return task.prompt(), task.demo(random, tasks.SLOPPY)
 
 
-def packed(documents, o, device):
+def packed(documents, options, device):
     """Pack documents, an iterator of (prompt, ids behind it), one behind the other into rows; one that does
     not fit into what is left begins the next row -> ids (B,S+1), weight (B,S) of each target, first (B,S)."""
-    B = o.batch_size
-    S = o.block_size
+    B = options.batch_size
+    S = options.block_size
     ids = torch.full((B, S + 1), tasks.EOT)
     weight = torch.zeros(B, S + 1)
     first = torch.arange(S + 1).repeat(B, 1)
@@ -436,7 +438,7 @@ def documents_of(run, job, random):
         data = [json.loads(line) for line in (run.out / "distillation.jsonl").read_text().splitlines()]
     while True:
         if data is None:
-            yield demonstration(random, job, run.o)
+            yield demonstration(random, job, run.options)
         else:
             document = random.choice(data)
             yield document["prompt"], document["out"]
@@ -445,7 +447,7 @@ def documents_of(run, job, random):
 def supervised_step(run, job, model, optimizer, groups, step):
     """One step of learning from documents -> dict of floats."""
     random, _, _ = run.random(job.name, step)
-    ids, weight, first = packed(documents_of(run, job, random), run.o, run.device)
+    ids, weight, first = packed(documents_of(run, job, random), run.options, run.device)
     indexing = job.kind != "dense"
     with run.autocast():
         logits, losses = model(ids[:, :-1], first=first, index_loss=indexing)
@@ -453,7 +455,7 @@ def supervised_step(run, job, model, optimizer, groups, step):
     lm = (nats * weight.flatten()).sum() / weight.sum()
     total = losses["kl"] if job.kind == "warmup" else lm + losses.get("kl", 0)
     total.backward()
-    norms = [clip_grad_norm_(group, run.o.grad_clip).to(run.device) for group in groups]
+    norms = [clip_grad_norm_(group, run.options.grad_clip).to(run.device) for group in groups]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     values = dict(loss=lm, **losses, grad_norm=norms[0], index_grad_norm=norms[1])
@@ -462,24 +464,24 @@ def supervised_step(run, job, model, optimizer, groups, step):
 
 # ---- reinforcement learning ----
 
-def domain_of(job, o, step, group):
+def domain_of(job, options, step, group):
     """The domain of a group in a step: all in turn, or in the sequential control one after the other."""
     if job.name == "sequential":
         return job.domains[step * len(job.domains) // job.steps]
-    return job.domains[(step * (o.rows // o.group) + group) % len(job.domains)]
+    return job.domains[(step * (options.rows // options.group) + group) % len(job.domains)]
 
 
 def draw_groups(run, job, roller, judge, step):
     """Sample answers until enough groups have something to tell apart -> the Rollout of those groups (None
     if there are none), their rewards (N,), and the step's metrics."""
-    o = run.o
+    options = run.options
     random, generator, _ = run.random(job.name, step)
     draws = []
-    for _ in range(o.draws):
+    for _ in range(options.draws):
         some_tasks = []
-        for group in range(o.rows // o.group):
-            domain = domain_of(job, o, step, group)
-            some_tasks += [tasks.make(random, domain, None, job.level, o.page)] * o.group
+        for group in range(options.rows // options.group):
+            domain = domain_of(job, options, step, group)
+            some_tasks += [tasks.make(random, domain, None, job.level, options.page)] * options.group
         draws.append(some_tasks)
     columns = max(prompt_columns(some_tasks) for some_tasks in draws)
 
@@ -491,24 +493,24 @@ def draw_groups(run, job, roller, judge, step):
     tokens = 0
     groups = 0
     for some_tasks in draws:
-        top_p = o.top_p if o.top_p < 1 else None
-        rollout = roller(some_tasks, o.temperature, top_p, generator, True, columns)
-        results = rewards_of(o, some_tasks, rollout.outs, judge)
+        top_p = options.top_p if options.top_p < 1 else None
+        rollout = roller(some_tasks, options.temperature, top_p, generator, True, columns)
+        results = rewards_of(options, some_tasks, rollout.outs, judge)
         scored += results
         asked += list(zip(some_tasks, rollout.outs))
         tokens += int(rollout.own.sum())
-        values = torch.tensor([result["reward"] for result in results]).view(-1, o.group)
+        values = torch.tensor([result["reward"] for result in results]).view(-1, options.group)
         live = (values.amax(1) > values.amin(1)).nonzero()[:, 0]  # groups
         groups += len(live)
         if len(live):
-            rows = (live[:, None] * o.group + torch.arange(o.group)).flatten()
+            rows = (live[:, None] * options.group + torch.arange(options.group)).flatten()
             kept.append(part(rollout, rows.to(run.device)))
             rewards.append(values[live].flatten())
-        if groups >= o.live_groups:
+        if groups >= options.live_groups:
             break
     seconds = time.perf_counter() - began
     facts = summary(scored, asked)
-    facts["live"] = groups / (len(scored) // o.group)
+    facts["live"] = groups / (len(scored) // options.group)
     facts["rollout_seconds"] = seconds
     facts["rollout_tokens_per_second"] = tokens / seconds
     if not kept:
@@ -523,21 +525,21 @@ class Learner:
         self.roller = run.roller(model)
         self.judge = run.judge() if subjective(job.domains) else None
         self.reference = None
-        if run.o.kl_weight:
+        if run.options.kl_weight:
             self.reference = run.load(job.start)
             self.reference.requires_grad_(False)
 
     def step(self, run, job, model, optimizer, groups, step):
         """-> dict of floats."""
-        o = run.o
+        options = run.options
         rollout, rewards, facts = draw_groups(run, job, self.roller, self.judge, step)
         if rollout is None:
             return facts
-        advantage = grpo.advantages(rewards, o.group, o.normalise).to(run.device)
+        advantage = grpo.advantages(rewards, options.group, options.normalise).to(run.device)
         _, _, order = run.random(job.name, step)
         began = time.perf_counter()
         facts |= grpo.step(
-            model, self.reference, optimizer, groups, rollout, advantage, o, run.autocast, order)
+            model, self.reference, optimizer, groups, rollout, advantage, options, run.autocast, order)
         return facts | dict(update_seconds=time.perf_counter() - began)
 
 
@@ -546,9 +548,9 @@ class Learner:
 def write_answers(run):
     """distillation.jsonl: prompts and the specialists' answers that pass: right by the checker, in the
     prompt's language; of several to a prompt the shortest. On rubrics the judge must grant every point."""
-    o = run.o
+    options = run.options
     lines = []
-    for domain in domains_of(o):
+    for domain in domains_of(options):
         roller = run.roller(run.load(run.out / f"specialist-{domain}"))
         judge = run.judge() if subjective([domain]) else None
         for mode in tasks.DOMAINS[domain].modes:
@@ -563,18 +565,19 @@ def write_answers(run):
 
 def answers_of(run, roller, judge, domain, mode):
     """-> lines of JSON, number of prompts that were asked, at most four times as many as answers wanted."""
-    o = run.o
+    options = run.options
     lines = []
     asked = 0
-    samples = min(4, o.rows)
+    samples = min(4, options.rows)
     draw = 0
-    while len(lines) < o.answers and asked < 4 * o.answers:
+    while len(lines) < options.answers and asked < 4 * options.answers:
         random, generator, _ = run.random(f"answers {domain} {mode}", draw)
         draw += 1
-        prompts = [tasks.make(random, domain, mode, o.level, o.page) for _ in range(o.rows // samples)]
+        count = options.rows // samples
+        prompts = [tasks.make(random, domain, mode, options.level, options.page) for _ in range(count)]
         some_tasks = [task for task in prompts for _ in range(samples)]
         outs = roller(some_tasks, generator=generator).outs
-        scored = rewards_of(o, some_tasks, outs, judge)
+        scored = rewards_of(options, some_tasks, outs, judge)
         asked += len(prompts)
         for i in range(0, len(some_tasks), samples):
             passed = []
@@ -585,7 +588,7 @@ def answers_of(run, roller, judge, domain, mode):
             if passed:
                 best = min(passed, key=len)
                 lines.append(json.dumps(dict(prompt=some_tasks[i].prompt(), out=best)) + "\n")
-    return lines[:o.answers], asked
+    return lines[:options.answers], asked
 
 
 # ---- a job ----
@@ -593,9 +596,9 @@ def answers_of(run, roller, judge, domain, mode):
 def run_job(run, job):
     """Train one checkpoint, or the rest of it -> 0, or the exit code of a run that stops: 1 for numbers that
     are not finite, 130 or 143 for the signal that was caught."""
-    o = run.o
+    options = run.options
     folder = files.locate(state_folder(run, job))
-    saved = read_state(folder, job) if o.resume and folder.exists() else None
+    saved = read_state(folder, job) if options.resume and folder.exists() else None
     keep_records(run, {job.name: saved["step"] if saved else 0})
     if job.name == "generalist":
         if not saved:
@@ -610,10 +613,10 @@ def run_job(run, job):
     stage = "sparse" if job.kind == "grpo" else job.kind
     model.attention = "sparse" if stage == "sparse" else "dense"
     groups = trainable(model, stage, "all")
-    if job.kind == "grpo" and not o.train_indexer:
+    if job.kind == "grpo" and not options.train_indexer:
         for p in groups[1]:
             p.requires_grad_(False)
-    optimizer = adamw(*groups, o, run.device)
+    optimizer = adamw(*groups, options, run.device)
     start = runs.restore(optimizer, saved, parallel.sharded_state) if saved else 0
     take = Learner(run, job, model).step if job.kind == "grpo" else supervised_step
 
@@ -621,7 +624,7 @@ def run_job(run, job):
                dynamic_ncols=True)
     for step in bar:
         began = time.perf_counter()
-        lr = learning_rate(o, step, job.steps, job.lr)
+        lr = learning_rate(options, step, job.steps, job.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         values = take(run, job, model, optimizer, groups, step)
@@ -633,7 +636,7 @@ def run_job(run, job):
         runs.append_record(run.out, dict(stage=job.name, step=step, **values, lr=lr, seconds=seconds))
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "reward", "live", "kl") if name in values}
         bar.set_postfix(shown)
-        if run.caught or (step + 1) % o.save_interval == 0:
+        if run.caught or (step + 1) % options.save_interval == 0:
             save_state(run, job, model, optimizer, step + 1)
         if run.caught:
             print(f"\nstopped after {job.name} step {step + 1}; continue with the same command and --resume, "
@@ -650,8 +653,8 @@ def run_job(run, job):
 
 def report_agreement(run):
     """How often the new judge is right, before anything is trained by its word."""
-    shares = judge_agreement(run.judge(), domains_of(run.o), run.o, exam.SEED)
-    runs.append_record(run.out, dict(stage="judge", step=run.o.judge_steps, agreement=shares))
+    shares = judge_agreement(run.judge(), domains_of(run.options), run.options, exam.SEED)
+    runs.append_record(run.out, dict(stage="judge", step=run.options.judge_steps, agreement=shares))
     line = "judge: right on " + ", ".join(f"{share:.3f}" for share in shares) + " of the points of rubrics"
     if min(shares) < 0.95:
         line += "; below 0.95 a policy learns what it gets wrong: raise --judge_steps"
@@ -660,58 +663,59 @@ def report_agreement(run):
 
 # ---- the program ----
 
-def check_start(o, stages):
+def check_start(options, stages):
     """FileNotFoundError, ValueError: a checkpoint to start from is missing, or one is in the way."""
     made = []
-    jobs = [job for stage in stages for job in plan(o, stage)]
+    jobs = [job for stage in stages for job in plan(options, stage)]
     for job in jobs:
-        if files.locate(Path(o.out_dir) / job.name).exists() and not (o.resume or o.overwrite):
-            raise ValueError(f"{Path(o.out_dir) / job.name} exists: continue with --resume, replace it with "
-                             "--overwrite, or choose another --out_dir")
+        folder = Path(options.out_dir) / job.name
+        if files.locate(folder).exists() and not (options.resume or options.overwrite):
+            raise ValueError(f"{folder} exists: continue with --resume, replace it with --overwrite, or "
+                             "choose another --out_dir")
         if job.start and job.start not in made and not files.locate(job.start).is_dir():
             raise FileNotFoundError(f"{job.name} starts from {job.start}, which does not exist; run the "
                                     "stage before")
-        made.append(str(Path(o.out_dir) / job.name))
+        made.append(str(Path(options.out_dir) / job.name))
 
 
 def begin(run, stages):
     """The first writes: remove what the run replaces, note its options."""
-    o = run.o
+    options = run.options
     run.out.mkdir(parents=True, exist_ok=True)
-    if o.overwrite:
+    if options.overwrite:
         for stage in stages:
-            for job in plan(o, stage):
+            for job in plan(options, stage):
                 for folder in (run.out / job.name, state_folder(run, job)):
                     if folder.exists():
                         runs.clear(folder)
-    options = asdict(o) | dict(resume=False, overwrite=False) | run.sizes
+    stored = asdict(options) | dict(resume=False, overwrite=False) | run.sizes
     command = " ".join(sys.argv)
-    facts = dict(options=options, command=command, commit=cli.commit(), **report.machine(run.device))
+    facts = dict(options=stored, command=command, commit=cli.commit(), **report.machine(run.device))
     # a later stage may be tried with options of its own: they are not those of the run
-    if begins_anew(asdict(o)) or not (run.out / "run.json").exists():
+    if begins_anew(asdict(options)) or not (run.out / "run.json").exists():
         runs.write_text(run.out / "run.json", json.dumps(facts, indent=2) + "\n")
-    print(f"{facts['device']} | torch {facts['torch']} | commit {facts['commit']} | backend {o.backend}, "
-          f"{o.dtype}")
-    print("options: " + " ".join(f"--{name}={value}" for name, value in options.items() if value != ""))
+    print(f"{facts['device']} | torch {facts['torch']} | commit {facts['commit']} | backend "
+          f"{options.backend}, {options.dtype}")
+    print("options: " + " ".join(f"--{name}={value}" for name, value in stored.items() if value != ""))
 
 
 def main():
     """The options, then job after job, the tables, the plot."""
-    o, sizes, device = resolve(sys.argv[1:])
-    stages = list(STAGES) if o.stage == "all" else [o.stage]
-    check_start(o, stages)
+    options, sizes, device = resolve(sys.argv[1:])
+    stages = list(STAGES) if options.stage == "all" else [options.stage]
+    check_start(options, stages)
     with cli.interruptible() as caught:
-        run = Run(o, sizes, device, Path(o.out_dir), caught)
+        run = Run(options, sizes, device, Path(options.out_dir), caught)
         begin(run, stages)
         for stage in stages:
-            for job in plan(o, stage):
-                if o.resume and files.locate(run.out / job.name).exists():
+            for job in plan(options, stage):
+                if options.resume and files.locate(run.out / job.name).exists():
                     continue
                 code = run_job(run, job)
                 if code:
                     return code
             if stage == "evaluate":
-                code = exam.evaluate(run, domains_of(o))
+                code = exam.evaluate(run, domains_of(options))
                 if code:
                     return code
     with runs.saving(run.out):

@@ -30,14 +30,14 @@ class Judge:
         return shares
 
 
-def judge_agreement(judge, domains, o, seed):
+def judge_agreement(judge, domains, options, seed):
     """-> the share of candidates on which the judge is right, for each of three points, of as many as an
     evaluation has answers."""
     random = Random(seed)
-    n = o.eval_tasks * o.eval_samples
+    n = options.eval_tasks * options.eval_samples
     verdicts = []
     for _ in range(n):
-        task = tasks.make(random, random.choice(subjective(domains)), None, o.level, o.page)
+        task = tasks.make(random, random.choice(subjective(domains)), None, options.level, options.page)
         verdicts.append(tasks.Verdict(task, tasks.candidate(random, task)))
     right = [0, 0, 0]
     for verdict, out in zip(verdicts, judge.roller(verdicts, temperature=0.0).outs):
@@ -48,7 +48,7 @@ def judge_agreement(judge, domains, o, seed):
     return [count / n for count in right]
 
 
-def rewards_of(o, some_tasks, outs, judge):
+def rewards_of(options, some_tasks, outs, judge):
     """-> for each answer a dict of its reward and what it is made of. A right answer is worth 1, less a
     little for its length and for words of the other language; an answer to a rubric what the judge grants."""
     scored = []
@@ -65,7 +65,7 @@ def rewards_of(o, some_tasks, outs, judge):
             continue
         ok = task.outcome(out)
         language = task.language_share(out)
-        price = o.length_penalty * len(out) / task.limit + o.language_penalty * (1 - language)
+        price = options.length_penalty * len(out) / task.limit + options.language_penalty * (1 - language)
         scored.append(dict(reward=ok * (1 - price), ok=ok, language=language))
     return scored
 

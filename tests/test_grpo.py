@@ -164,16 +164,16 @@ def rolled(model, *domains):
     return Roller(model, CPU)(some_tasks(*domains), generator=seeded(), traced=True)
 
 
-def take_step(model, rollout, advantage, lr=1e-3, reference=None, **options):
+def take_step(model, rollout, advantage, lr=1e-3, reference=None, **changes):
     """-> the metrics of one step of AdamW."""
     indexers = set(model.indexer_parameters())
     groups = ([p for p in model.parameters() if p not in indexers], list(indexers))
-    if not options.get("train_indexer", True):
+    if not changes.get("train_indexer", True):
         for p in groups[1]:
             p.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    o = SimpleNamespace(**OPTIONS | options)
-    return grpo.step(model, reference, optimizer, groups, rollout, advantage, o, nullcontext, seeded())
+    options = SimpleNamespace(**OPTIONS | changes)
+    return grpo.step(model, reference, optimizer, groups, rollout, advantage, options, nullcontext, seeded())
 
 
 def test_a_step_makes_good_answers_likelier():

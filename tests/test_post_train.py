@@ -27,7 +27,7 @@ def post(place, out_dir, *args):
     return call(place, "post_train.py", f"--out_dir={out_dir}", *TINY, *args)
 
 
-def options(**values):
+def options_of(**values):
     return post_train.Options(**values)
 
 
@@ -45,14 +45,14 @@ def chain(place):
 
 def test_packed_documents():
     """By a loop over each row: documents whole, their bounds, the weight of each target."""
-    o = options(batch_size=3, block_size=60)
+    options = options_of(batch_size=3, block_size=60)
     random = Random(1)
     documents = []
     for _ in range(40):
         task = tasks.make(random, "agent")
         documents.append((task.prompt(), task.demo(random)))
     source = iter(documents)
-    ids, weight, first = post_train.packed(source, o, torch.device("cpu"))
+    ids, weight, first = post_train.packed(source, options, torch.device("cpu"))
     assert ids.shape == (3, 61) and weight.shape == first.shape == (3, 60) and first.dtype == torch.int32
     taken = iter(documents)
     for row in range(3):
@@ -89,8 +89,8 @@ def test_rewards():
         assert some_tasks == [writing, writing] and episodes[1] is None
         return [(2 / 3, 1 / 3), (0.0, None)]
 
-    o = options(length_penalty=0.1, language_penalty=0.3)
-    scored = rewards.rewards_of(o, batch, outs, judge)
+    options = options_of(length_penalty=0.1, language_penalty=0.3)
+    scored = rewards.rewards_of(options, batch, outs, judge)
     lengths = [0.1 * len(out) / math.limit for out in outs[:2]]
     wanted = [1 - lengths[0], 1 - 0.3 - lengths[1], 0.0, 2 / 3, 0.0]
     assert [result["reward"] for result in scored] == pytest.approx(wanted)
@@ -102,11 +102,11 @@ def test_rewards():
 
 def test_domains_of_mixed_and_sequential_steps():
     """Equally many groups of each; all in every step, or one after the other."""
-    o = options(rows=32, group=4, mixed_steps=6)
+    options = options_of(rows=32, group=4, mixed_steps=6)
     domains = ["math", "logic", "code"]
     for name, distinct in (("mixed-base", 3), ("sequential", 1)):
         job = post_train.Job(name, "grpo", "", 6, 1e-3, domains, 1)
-        steps = [[post_train.domain_of(job, o, step, group) for group in range(8)] for step in range(6)]
+        steps = [[post_train.domain_of(job, options, step, group) for group in range(8)] for step in range(6)]
         assert all(len(set(step)) == distinct for step in steps)
         counts = [sum(steps, []).count(domain) for domain in domains]
         assert counts == [16, 16, 16]
