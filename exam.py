@@ -27,9 +27,9 @@ def exam(options, domain, mode, level):
 def examine(run, roller, judge, domain, mode, level):
     """One model in one domain and mode -> dict of what the table shows."""
     options = run.options
-    some_tasks = exam(options, domain, mode, level)
-    greedy = outcomes(run, roller, judge, some_tasks, 0.0)
-    repeated = [task for task in some_tasks for _ in range(options.eval_samples)]
+    batch = exam(options, domain, mode, level)
+    greedy = outcomes(run, roller, judge, batch, 0.0)
+    repeated = [task for task in batch for _ in range(options.eval_samples)]
     sampled = outcomes(run, roller, judge, repeated, 1.0)
     ok = torch.tensor(sampled.pop("all")).view(-1, options.eval_samples)
     del greedy["all"]
@@ -37,18 +37,18 @@ def examine(run, roller, judge, domain, mode, level):
     row |= {f"{name} at 1": value for name, value in sampled.items()}
     row["pass@k"] = (ok == 1).any(1).float().mean().item()
     roller.model.attention = "dense"
-    row["ok at 0, dense"] = outcomes(run, run.roller(roller.model), judge, some_tasks, 0.0)["ok"]
+    row["ok at 0, dense"] = outcomes(run, run.roller(roller.model), judge, batch, 0.0)["ok"]
     roller.model.attention = "sparse"
     return row
 
 
-def outcomes(run, roller, judge, some_tasks, temperature):
+def outcomes(run, roller, judge, batch, temperature):
     """-> means over tasks of ok, length, language and, of rubrics, judge; "all": ok of each."""
     generator = torch.Generator(run.device).manual_seed(SEED)
     outs = []
-    for i in range(0, len(some_tasks), run.options.rows):
-        outs += roller(some_tasks[i:i + run.options.rows], temperature, generator=generator).outs
-    scored = rewards_of(run.options, some_tasks, outs, judge)
+    for i in range(0, len(batch), run.options.rows):
+        outs += roller(batch[i:i + run.options.rows], temperature, generator=generator).outs
+    scored = rewards_of(run.options, batch, outs, judge)
     means = dict(length=sum(map(len, outs)) / len(outs))
     for key in ("ok", "language", "judge"):
         values = [result[key] for result in scored if key in result]
@@ -104,12 +104,12 @@ def compare_replay(run, domains, model):
     cache, and from the FP8 one -> {case: [mean, maximum of the absolute difference]}."""
     options = run.options
     random = Random(SEED)
-    some_tasks = tasks.some(random, domains, max(1, options.rows // 16), options.level, options.page)
+    batch = tasks.batch(random, domains, max(1, options.rows // 16), options.level, options.page)
     found = {}
     for cache in ("own cache", "FP8 cache"):
         roller = Roller(model, run.device, run.autocast, cache == "FP8 cache")
         generator = torch.Generator(run.device).manual_seed(SEED)
-        rollout = roller(some_tasks, generator=generator, traced=True)
+        rollout = roller(batch, generator=generator, traced=True)
         for layout, shift in (("same layout", 0), ("other layout", 1000)):
             moved = replace(rollout, offset=shift)
             for replayed in (True, False):

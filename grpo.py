@@ -124,21 +124,21 @@ def step(model, reference, optimizer, groups, rollout, advantage, options, autoc
         # rows of about one length together: less padding
         length = rollout.end[rows] * 10000 - rollout.start[rows]
         rows = rows[length.argsort(stable=True)]
-        for few in rows.split(options.micro_rows):
-            some = trim(part(rollout, few))
-            share = len(few) / len(rows)
+        for micro_rows in rows.split(options.micro_rows):
+            micro = trim(part(rollout, micro_rows))
+            share = len(micro_rows) / len(rows)
             with autocast():
                 reference_logp = None
                 if options.kl_weight:
                     with torch.no_grad():
                         reference_logp = token_logp(
-                            reference, some, options.temperature, options.keep_selection)[0]
+                            reference, micro, options.temperature, options.keep_selection)[0]
                 logp, entropy, losses = token_logp(
-                    model, some, options.temperature, options.keep_selection, options.train_indexer)
-            own = some.own[:, 1:]
+                    model, micro, options.temperature, options.keep_selection, options.train_indexer)
+            own = micro.own[:, 1:]
             loss, noted = objective(
-                logp, some.logp[:, 1:], reference_logp, advantage[few], own, options.clip, options.kl_weight,
-                options.drift_bound)
+                logp, micro.logp[:, 1:], reference_logp, advantage[micro_rows], own, options.clip,
+                options.kl_weight, options.drift_bound)
             total = loss + losses["kl"] if options.train_indexer else loss
             (total * share).backward()
 
@@ -148,13 +148,13 @@ def step(model, reference, optimizer, groups, rollout, advantage, options, autoc
             if options.train_indexer:
                 note("index_kl", losses["kl"], share / options.updates)
             if update == 0:
-                mean, largest = difference(logp.detach(), some)
+                mean, largest = difference(logp.detach(), micro)
                 note("mismatch", mean, share)
                 metrics["mismatch_max"] = torch.maximum(metrics.get("mismatch_max", largest), largest)
                 if "mismatch_reselected" not in metrics:
                     with torch.no_grad(), autocast():
-                        anew = token_logp(model, some, options.temperature, keep_selection=False)[0]
-                    metrics["mismatch_reselected"] = difference(anew, some)[0]
+                        anew = token_logp(model, micro, options.temperature, keep_selection=False)[0]
+                    metrics["mismatch_reselected"] = difference(anew, micro)[0]
         norms = []
         for group in groups:
             learning = [p for p in group if p.grad is not None]

@@ -368,8 +368,8 @@ class Attention(nn.Module):
         last = rows.expand(B, -1).int() if state.last is None else state.last[:, rows]  # (B, 16)
         first = torch.zeros_like(last) if state.first is None else state.first[:, rows]
         if indices is None:
-            some = scorer._replace(q=scorer.q[:, rows], w=scorer.w[:, rows])
-            chosen = some.select(state.ops, self.config.index_topk, first, last)  # (B, 16, k)
+            sampled = scorer._replace(q=scorer.q[:, rows], w=scorer.w[:, rows])
+            chosen = sampled.select(state.ops, self.config.index_topk, first, last)  # (B, 16, k)
         else:
             chosen = indices[:, rows]
         q = self.absorb(q_nope[:, rows], q_rope[:, rows])  # (B, 16, H, rank + rope)

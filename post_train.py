@@ -248,8 +248,8 @@ def check_options(options, sizes, device):
 
 def longest_task(options):
     """Tokens of the longest prompt and answer, at the next level, too."""
-    some_tasks = tasks.some(Random(0), domains_of(options), 50, options.level + 1, options.page)
-    return max(len(task.prompt()) + task.limit for task in some_tasks)
+    batch = tasks.batch(Random(0), domains_of(options), 50, options.level + 1, options.page)
+    return max(len(task.prompt()) + task.limit for task in batch)
 
 
 def domains_of(options):
@@ -478,12 +478,12 @@ def draw_groups(run, job, roller, judge, step):
     random, generator, _ = run.random(job.name, step)
     draws = []
     for _ in range(options.draws):
-        some_tasks = []
+        batch = []
         for group in range(options.rows // options.group):
             domain = domain_of(job, options, step, group)
-            some_tasks += [tasks.make(random, domain, None, job.level, options.page)] * options.group
-        draws.append(some_tasks)
-    columns = max(prompt_columns(some_tasks) for some_tasks in draws)
+            batch += [tasks.make(random, domain, None, job.level, options.page)] * options.group
+        draws.append(batch)
+    columns = max(prompt_columns(batch) for batch in draws)
 
     began = time.perf_counter()
     kept = []
@@ -492,12 +492,12 @@ def draw_groups(run, job, roller, judge, step):
     asked = []
     tokens = 0
     groups = 0
-    for some_tasks in draws:
+    for batch in draws:
         top_p = options.top_p if options.top_p < 1 else None
-        rollout = roller(some_tasks, options.temperature, top_p, generator, True, columns)
-        results = rewards_of(options, some_tasks, rollout.outs, judge)
+        rollout = roller(batch, options.temperature, top_p, generator, True, columns)
+        results = rewards_of(options, batch, rollout.outs, judge)
         scored += results
-        asked += list(zip(some_tasks, rollout.outs))
+        asked += list(zip(batch, rollout.outs))
         tokens += int(rollout.own.sum())
         values = torch.tensor([result["reward"] for result in results]).view(-1, options.group)
         live = (values.amax(1) > values.amin(1)).nonzero()[:, 0]  # groups
@@ -575,11 +575,11 @@ def answers_of(run, roller, judge, domain, mode):
         draw += 1
         count = options.rows // samples
         prompts = [tasks.make(random, domain, mode, options.level, options.page) for _ in range(count)]
-        some_tasks = [task for task in prompts for _ in range(samples)]
-        outs = roller(some_tasks, generator=generator).outs
-        scored = rewards_of(options, some_tasks, outs, judge)
+        batch = [task for task in prompts for _ in range(samples)]
+        outs = roller(batch, generator=generator).outs
+        scored = rewards_of(options, batch, outs, judge)
         asked += len(prompts)
-        for i in range(0, len(some_tasks), samples):
+        for i in range(0, len(batch), samples):
             passed = []
             for out, result in zip(outs[i:i + samples], scored[i:i + samples]):
                 right = result["judge"] if "judge" in result else result["ok"]
@@ -587,7 +587,7 @@ def answers_of(run, roller, judge, domain, mode):
                     passed.append(out)
             if passed:
                 best = min(passed, key=len)
-                lines.append(json.dumps(dict(prompt=some_tasks[i].prompt(), out=best)) + "\n")
+                lines.append(json.dumps(dict(prompt=batch[i].prompt(), out=best)) + "\n")
     return lines[:options.answers], asked
 
 

@@ -16,14 +16,14 @@ class Judge:
     def __init__(self, roller):
         self.roller = roller
 
-    def __call__(self, some_tasks, episodes):
+    def __call__(self, batch, episodes):
         """Subjective tasks and Episodes, None for a malformed one -> for each the share of points that it
         grants, 0 for None, and of those in which it is right (None where it was not asked)."""
         shares = [(0.0, None)] * len(episodes)
         asked = [i for i, episode in enumerate(episodes) if episode is not None]
         if not asked:
             return shares
-        verdicts = [tasks.Verdict(some_tasks[i], episodes[i].answer) for i in asked]
+        verdicts = [tasks.Verdict(batch[i], episodes[i].answer) for i in asked]
         outs = self.roller(verdicts, temperature=0.0).outs
         for i, verdict, out in zip(asked, verdicts, outs):
             shares[i] = verdict.share(out)
@@ -48,17 +48,17 @@ def judge_agreement(judge, domains, options, seed):
     return [count / n for count in right]
 
 
-def rewards_of(options, some_tasks, outs, judge):
+def rewards_of(options, batch, outs, judge):
     """-> for each answer a dict of its reward and what it is made of. A right answer is worth 1, less a
     little for its length and for words of the other language; an answer to a rubric what the judge grants."""
     scored = []
-    episodes = [task.episode(out) for task, out in zip(some_tasks, outs)]
-    rubric = [i for i, task in enumerate(some_tasks) if task.subjective]
+    episodes = [task.episode(out) for task, out in zip(batch, outs)]
+    rubric = [i for i, task in enumerate(batch) if task.subjective]
     granted = {}
     if rubric:
-        shares = judge([some_tasks[i] for i in rubric], [episodes[i] for i in rubric])
+        shares = judge([batch[i] for i in rubric], [episodes[i] for i in rubric])
         granted = dict(zip(rubric, shares))
-    for i, (task, out) in enumerate(zip(some_tasks, outs)):
+    for i, (task, out) in enumerate(zip(batch, outs)):
         if task.subjective:
             share, agreed = granted[i]
             scored.append(dict(reward=share, ok=task.truth(out), judge=share, agreement=agreed, language=1.0))

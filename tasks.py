@@ -308,7 +308,7 @@ def any_program(random, length):
     return "".join(random.choice(OPERATIONS) for _ in range(length))
 
 
-def some_text(random):
+def random_text(random):
     """An input for programs."""
     return "".join(random.sample(FEW_LETTERS, 4))
 
@@ -320,8 +320,8 @@ class Code(Task):
     def draw(self, random, level, page):
         while True:
             self.program = any_program(random, random.randint(1, level + 1))
-            self.shown = [some_text(random) for _ in range(2)]
-            self.hidden = [some_text(random) for _ in range(4)]
+            self.shown = [random_text(random) for _ in range(2)]
+            self.hidden = [random_text(random) for _ in range(4)]
             if all(run_program(self.program, x) not in (None, x, "") for x in self.shown + self.hidden):
                 break
         examples = " ".join(f"{x}:{run_program(self.program, x)}" for x in self.shown)
@@ -357,7 +357,7 @@ class Agent(Task):
         count = level + 2
         while True:
             self.candidates = [any_program(random, 2) for _ in range(count)]
-            self.tests = [some_text(random) for _ in range(4)]
+            self.tests = [random_text(random) for _ in range(4)]
             results = {tuple(run_program(program, x) for x in self.tests) for program in self.candidates}
             if len(results) == count:
                 break
@@ -565,7 +565,7 @@ def make(random, domain, mode=None, level=1, page=40):
     return DOMAINS[domain](random, mode or random.choice(modes), level, page)
 
 
-def some(random, domains, n, level, page):
+def batch(random, domains, n, level, page):
     """-> n tasks of each of the domains."""
     return [make(random, domain, None, level, page) for domain in domains for _ in range(n)]
 

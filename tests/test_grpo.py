@@ -10,7 +10,7 @@ import torch
 import grpo
 import tasks
 from rollout import Roller, Turns, assemble, part, prompt_columns
-from tests.test_rollout import CPU, seeded, some_tasks, tiny
+from tests.test_rollout import CPU, seeded, tasks_of, tiny
 
 OPTIONS = dict(
     clip=0.2, kl_weight=0.0, drift_bound=0.1, updates=1, micro_rows=4, keep_selection=True,
@@ -161,7 +161,7 @@ def test_unbiased_kl_by_enumeration():
 # ---- the step ----
 
 def rolled(model, *domains):
-    return Roller(model, CPU)(some_tasks(*domains), generator=seeded(), traced=True)
+    return Roller(model, CPU)(tasks_of(*domains), generator=seeded(), traced=True)
 
 
 def take_step(model, rollout, advantage, lr=1e-3, reference=None, **changes):
@@ -195,7 +195,7 @@ def test_a_reply_carries_no_loss():
     """Own tokens of a rollout are those that tasks.own_tokens names: the gradient of the objective in the
     log-probabilities is zero at each of the others, and at none of these."""
     model = tiny()
-    batch = some_tasks("search", "agent", "agent", "search", seed=4)
+    batch = tasks_of("search", "agent", "agent", "search", seed=4)
     assert {task.mode for task in batch} >= {"think"}
     random = Random(0)
     demos = [task.demo(random) for task in batch]

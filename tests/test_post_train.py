@@ -85,8 +85,8 @@ def test_rewards():
             writing.demo(random), [tasks.USER, tasks.EOT]]
     batch = [math, math, math, writing, writing]
 
-    def judge(some_tasks, episodes):
-        assert some_tasks == [writing, writing] and episodes[1] is None
+    def judge(batch, episodes):
+        assert batch == [writing, writing] and episodes[1] is None
         return [(2 / 3, 1 / 3), (0.0, None)]
 
     options = options_of(length_penalty=0.1, language_penalty=0.3)

@@ -26,7 +26,7 @@ def tiny(index_fp8=True, **changes):
     return Transformer(Config(**SIZES | changes), "torch", index_fp8=index_fp8)
 
 
-def some_tasks(*domains, seed=0, page=24):
+def tasks_of(*domains, seed=0, page=24):
     random = Random(seed)
     return [make(random, domain, page=page) for domain in domains]
 
@@ -136,7 +136,7 @@ def test_replay_gives_the_same_bits(index_fp8, chunk, top_p):
     """Prompts of 6 to 50 tokens padded on the left, k = 8 crossed within prompts and behind them, prefilled
     at once or in chunks; then of some rows alone, trimmed and joined, with activation checkpointing."""
     model = tiny(index_fp8)
-    batch = some_tasks(*ALL)
+    batch = tasks_of(*ALL)
     lengths = [len(task.prompt()) for task in batch]
     assert min(lengths) < 8 < max(lengths)
     rollout = Roller(model, CPU)(batch, 1.3, top_p, seeded(1), traced=True, columns=64, chunk=chunk)
@@ -160,7 +160,7 @@ def test_a_prompt_that_k_is_not_exceeded_by():
     """Nothing is left out, and yet what is replayed are selections: all visible tokens. (Sums over 200 slots
     are split otherwise for one query than for many, so bits may differ.)"""
     model = tiny(index_topk=200)
-    rollout = Roller(model, CPU)(some_tasks("math", "agent"), generator=seeded(), traced=True)
+    rollout = Roller(model, CPU)(tasks_of("math", "agent"), generator=seeded(), traced=True)
     assert gap(model, rollout) < 2e-5
     chosen = rollout.selections[0]
     at = torch.arange(chosen.shape[1])
@@ -172,7 +172,7 @@ def test_a_prompt_that_k_is_not_exceeded_by():
 def test_a_wrong_selection_shows(layer):
     """Of one query, of one layer, shifted by a token."""
     model = tiny()
-    rollout = Roller(model, CPU)(some_tasks(*ALL), generator=seeded(), traced=True)
+    rollout = Roller(model, CPU)(tasks_of(*ALL), generator=seeded(), traced=True)
     row, column = (rollout.own & (rollout.ids != EOT)).nonzero()[-1].tolist()
     chosen = rollout.selections[layer]
     query = chosen[row, column - 1].clone()  # its own token's query
@@ -186,7 +186,7 @@ def test_selecting_anew_in_another_layout_differs_and_replay_does_not():
     """Positions that begin at 1000: RoPE rounds otherwise, FP8 makes selections of it, replay does not care.
     The differences that replay leaves are float32's: cos and sin of 1000 rad are off by 1000 x 2^-24."""
     model = tiny()
-    rollout = Roller(model, CPU)(some_tasks(*ALL * 2), generator=seeded(), traced=True)
+    rollout = Roller(model, CPU)(tasks_of(*ALL * 2), generator=seeded(), traced=True)
     rollout.offset = 1000
     anew = gap(model, rollout, keep_selection=False)
     assert gap(model, rollout) < 1e-2 * anew and gap(model, rollout) < 2e-3
@@ -194,14 +194,14 @@ def test_selecting_anew_in_another_layout_differs_and_replay_does_not():
 
 def test_the_fp8_cache_is_seen_by_the_metric():
     model = tiny()
-    rollout = Roller(model, CPU, fp8_cache=True)(some_tasks(*ALL), generator=seeded(), traced=True)
+    rollout = Roller(model, CPU, fp8_cache=True)(tasks_of(*ALL), generator=seeded(), traced=True)
     assert 1e-4 < gap(model, rollout)
 
 
 def test_what_top_p_left_out_stays_out():
     """Each token was possible, the others are not; without the mask the trainer's probabilities are lower."""
     model = tiny()
-    rollout = Roller(model, CPU)(some_tasks(*ALL), 1.0, 0.6, seeded(), traced=True)
+    rollout = Roller(model, CPU)(tasks_of(*ALL), 1.0, 0.6, seeded(), traced=True)
     own = rollout.own
     kept = rollout.kept[own]  # (N, vocab)
     assert kept.gather(-1, rollout.ids[own][:, None]).all()
@@ -216,14 +216,14 @@ def test_what_top_p_left_out_stays_out():
 def test_padding_changes_nothing():
     """A row among longer ones takes, at temperature 0, what it takes alone."""
     model = tiny(index_fp8=False)
-    batch = some_tasks("agent", "search", "math", "code")
+    batch = tasks_of("agent", "search", "math", "code")
     together = Roller(model, CPU)(batch, 0.0).outs
     assert together == [Roller(model, CPU)([task], 0.0).outs[0] for task in batch]
 
 
 def test_a_decoder_serves_again_after_the_weights_changed():
     model = tiny()
-    batch = some_tasks(*ALL)
+    batch = tasks_of(*ALL)
     roller = Roller(model, CPU)
     first = roller(batch, generator=seeded(), traced=True)
     with torch.no_grad():
@@ -238,13 +238,13 @@ def test_a_decoder_serves_again_after_the_weights_changed():
 def test_dense_attention_has_no_selections():
     model = tiny()
     model.attention = "dense"
-    rollout = Roller(model, CPU)(some_tasks("math", "code"), generator=seeded(), traced=True)
+    rollout = Roller(model, CPU)(tasks_of("math", "code"), generator=seeded(), traced=True)
     assert rollout.selections is None and gap(model, rollout) < 2e-5
 
 
 def test_a_trace_needs_a_temperature():
     with pytest.raises(ValueError, match="temperature=0"):
-        Roller(tiny(), CPU)(some_tasks("math"), 0.0, traced=True)
+        Roller(tiny(), CPU)(tasks_of("math"), 0.0, traced=True)
 
 
 def test_a_trace_needs_the_whole_prompt():
@@ -257,12 +257,12 @@ def test_a_trace_needs_the_whole_prompt():
 
 def test_too_long_is_refused():
     with pytest.raises(ValueError, match="max_position_embeddings=40"):
-        Roller(tiny(max_position_embeddings=40), CPU)(some_tasks("code"))
+        Roller(tiny(max_position_embeddings=40), CPU)(tasks_of("code"))
 
 
 def test_columns():
     assert [rounded(n) for n in (1, 16, 17)] == [16, 16, 32]
-    batch = some_tasks("math", "code")
+    batch = tasks_of("math", "code")
     assert prompt_columns(batch) == rounded(max(len(task.prompt()) for task in batch))
     rollout = Roller(tiny(), CPU)(batch, columns=64, generator=seeded(), traced=True)
     assert torch.equal(rollout.start, torch.tensor([64 - len(task.prompt()) for task in batch]))
