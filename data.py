@@ -639,8 +639,8 @@ def main():
                              "its tokenizer.json (default %(default)s)")
     parser.add_argument("--cache_dir",
                         help="folder for downloads and token files [$DSA_DATA_DIR, else ~/.cache/dsa-data]")
-    args = parser.parse_args()
-    found = prepare(args.data, args.tokenizer, args.cache_dir)
+    options = parser.parse_args()
+    found = prepare(options.data, options.tokenizer, options.cache_dir)
     for split, file in zip(("train", "validation"), found):
         file.verify()
         header = file.header

@@ -271,7 +271,7 @@ def layer_statistics(selecting, attending, rows, edges):
     # the farthest of the 8 sees more than k tokens of the query's document, so they all do
     alike = rows - (max(NEIGHBOURS.values()) - 1) - first >= topk  # (B, R)
 
-    def some(part):
+    def measure(part):
         seen = indexer.visible(R, T, first, last, part, rows.device)  # (B, part, T)
         p = attention_mass(q[:, part], attending.latents, attending.scale, seen)  # (B, part, T)
         scores = indexer.index_scores(q_index, k_index, w, selecting.k_scale, first, last, part)
@@ -292,7 +292,7 @@ def layer_statistics(selecting, attending, rows, edges):
             neighbours(attending.indices, rows[part], alike[:, part], topk))
 
     elements_per_row = B * T * max(q.shape[2], q_index.shape[2])
-    return Statistics(*indexer.over_rows(some, R, elements_per_row))
+    return Statistics(*indexer.over_rows(measure, R, elements_per_row))
 
 
 # ---- validation text ----
@@ -310,21 +310,23 @@ def predict(model, x, y, first, attention, dtype):
     likely token (B,n) bool. first (B,S) or None; dtype: "bfloat16" or "float32"."""
     n = y.shape[1]
     kept = []
-    model.attention = attention
 
     def keep(module, args, out):
         kept.append(out[:, -n:])
 
-    def some(part):
+    def compare(part):
         logits = F.linear(kept[0][:, part], weight).float()  # (B, part, vocab)
         nats = F.cross_entropy(logits.transpose(1, 2), y[:, part], reduction="none")  # (B, part)
         return nats, logits.argmax(-1) == y[:, part]
 
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        before = model.attention
+        model.attention = attention
         with model.model["norm"].register_forward_hook(keep):
             model(x, first=first, return_logits=False)
+        model.attention = before
         weight = parallel.whole_tensor(model.lm_head.weight)  # (vocab, hidden)
-        return indexer.over_rows(some, n, x.shape[0] * model.config.vocab_size)
+        return indexer.over_rows(compare, n, x.shape[0] * model.config.vocab_size)
 
 
 def sample_rows(sight, topk, count, generator):

@@ -12,11 +12,9 @@ LARGE_CHUNK = 32768  # beyond, nothing is gained
 CHUNK_SHARE = 8  # a chunk's tensors in one layer take at most 1 / CHUNK_SHARE of a GPU's free memory
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """logits (B,vocab) -> (B,) int64 sampled tokens, from the top_k most likely ones and the smallest set of
-    probability top_p. temperature 0 takes the most likely one. Of equal logits the lower ids come first."""
-    if temperature < 1e-6:
-        return logits.argmax(-1)
+def restrict(logits, temperature=1.0, top_k=None, top_p=None):
+    """logits (B,vocab) -> (B,vocab) float32, those that `sample` draws from: over the temperature, -inf for
+    what top_k and top_p leave out. temperature above 0."""
     logits = logits.float() / temperature
     nucleus = top_p is not None and top_p < 1
     if top_k is not None or nucleus:
@@ -27,7 +25,38 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
             p = ranked.softmax(-1)
             ranked = ranked.masked_fill(p.cumsum(-1) - p >= top_p, float("-inf"))
         logits = torch.empty_like(logits).scatter_(-1, order, ranked)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return logits
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """logits (B,vocab) -> (B,) int64 sampled tokens, from the top_k most likely ones and the smallest set of
+    probability top_p. temperature 0 takes the most likely one. Of equal logits the lower ids come first."""
+    if temperature < 1e-6:
+        return logits.argmax(-1)
+    p = restrict(logits, temperature, top_k, top_p).softmax(-1)  # (B, vocab)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+class Trace:
+    """What a trainer needs to know of a generation, noted by `stream`.
+
+    logp: for each step (B,) float32, the log-probability of the token taken, among those that could be
+    sampled; kept: for each step (B,vocab) bool, which those were; [] without top_k and top_p. selections: for
+    each forward, a chunk of the prompt or one token, a list of (B,S,k) int32 per layer; [] for a model with
+    dense attention."""
+
+    def __init__(self):
+        self.logp = []
+        self.kept = []
+        self.selections = []
+
+    def add_token(self, logits, token, temperature, top_k, top_p):
+        """The token (B,) taken where the model gave logits (B,vocab)."""
+        logits = restrict(logits, temperature, top_k, top_p)
+        logp = logits.log_softmax(-1).gather(-1, token[:, None])  # (B, 1)
+        self.logp.append(logp[:, 0])
+        if top_k is not None or top_p is not None:
+            self.kept.append(logits > float("-inf"))
 
 
 def document_starts(idx, end_ids):
@@ -54,11 +83,15 @@ class Decoder:
     """Decoding steps of B rows whose prompts are in the caches.
 
     With the Triton kernels on a GPU the first step is captured as a CUDA graph: lengths are read on the
-    device, so one graph serves every position and no time goes to launches. Routing to experts needs the
-    host, so models with experts run step by step, and so do sharded ones. compiled: by torch.compile
-    first."""
+    device, so one graph serves every position and no time goes to launches. No graph is used, and the host
+    launches every step anew, where a step needs the host: by the PyTorch reference, which takes lengths from
+    it; by a model with experts, where but in bf16 it reads how many tokens each expert got, to loop over
+    those that got any; by a sharded model, whose blocks are gathered one by one.
 
-    def __init__(self, model, caches, compiled=False):
+    compiled: by torch.compile first. traced: the selections of a step are kept in `selections`, (B,1,k) for
+    each layer."""
+
+    def __init__(self, model, caches, compiled=False, traced=False):
         latents = caches[0].latents  # (B, capacity, ...)
         B = len(latents)
         device = latents.device
@@ -71,6 +104,8 @@ class Decoder:
             self.captures = False
         self.graph = None
         self.logits = None
+        self.traced = traced and model.attention == "sparse"
+        self.selections = []
         self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.first = torch.zeros(B, 1, dtype=torch.int32, device=device)
@@ -91,8 +126,10 @@ class Decoder:
         return self.logits
 
     def forward(self, last):
+        self.selections = []
         logits, _ = self.model(
-            self.token, first=self.first, caches=self.caches, position=self.position, last=last)
+            self.token, first=self.first, caches=self.caches, position=self.position, last=last,
+            selections=self.selections if self.traced else None)
         return logits
 
     def capture(self):
@@ -107,6 +144,14 @@ class Decoder:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=side):
                 self.logits = self.forward(self.last)
+
+
+def make_decoder(model, B, capacity, device, fp8_cache=False, compiled=False, traced=False):
+    """-> the Decoder of B rows of up to `capacity` tokens, with empty caches: latents in the published FP8
+    layout, or in what the model computes in."""
+    dtype = product_dtype(model.lm_head.weight)
+    caches = new_caches(model, B, capacity, device, dtype, fp8_cache)
+    return Decoder(model, caches, compiled, traced)
 
 
 def check(T, n, temperature, top_k, top_p, chunk, config):
@@ -159,21 +204,36 @@ def share_prompt(model, idx, first, caches, chunk, ranks):
 
 @torch.inference_mode()
 def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=None,
-           fp8_cache=False, end_ids=(), go_on=False, compiled=False, ranks=None):
+           fp8_cache=False, end_ids=(), go_on=False, compiled=False, ranks=None, steer=None, trace=None,
+           decoder=None):
     """Yield up to n times the next token (B,) int64 after the prompts idx (B,T), sampled as by `sample`.
 
     end_ids: the ids that end a text. A row that has sampled one yields -1 from then on, and the stream stops
     with the last row; with go_on it starts another text instead. Either way no token sees what stands before
-    an end of text, as in training. The prompt enters the caches `chunk` tokens at a time, see
+    an end of text, as in training; so of prompts of different lengths the shorter ones begin with ends of
+    text, as many as are missing. The prompt enters the caches `chunk` tokens at a time, see
     `default_chunk`. fp8_cache: latents in the published FP8 layout. compiled: the steps by torch.compile.
     ranks: parallel.Ranks that share the prompt, called on all of them, all yield the same. Sets
-    model.cache_bytes_per_token. ValueError: see `check`."""
+    model.cache_bytes_per_token. ValueError: see `check`.
+
+    For reinforcement learning: steer(token (B,)) -> (B,) sees what was sampled and says what is taken, such
+    as the reply of a tool. trace: a Trace to fill; its selections also cover prompts up to k tokens. It takes
+    a temperature above 0 and a prompt that no ranks share. decoder: one of `make_decoder` for these rows and
+    T + n tokens, traced with a trace, whose caches and CUDA graph serve call after call."""
     B, T = idx.shape
     config = model.config
     device = idx.device
     check(T, n, temperature, top_k, top_p, chunk, config)
+    if trace is not None and temperature < 1e-6:
+        raise ValueError(f"temperature={temperature}: a trace holds log-probabilities, which the most likely "
+                         "token taken always has none of; sample above 0")
+    if trace is not None and ranks is not None and ranks.context > 1:
+        raise ValueError(f"{ranks.context} ranks share the prompt: a trace would hold the selections of a "
+                         "part of it; leave ranks or trace out")
     end_ids = list(end_ids)
-    caches = new_caches(model, B, T + n, device, product_dtype(model.lm_head.weight), fp8_cache)
+    if decoder is None:
+        decoder = make_decoder(model, B, T + n, device, fp8_cache, compiled, traced=trace is not None)
+    caches = decoder.caches
     model.cache_bytes_per_token = sum(cache.bytes_per_token for cache in caches)
 
     first = document_starts(idx.cpu(), end_ids)  # (B, T)
@@ -185,15 +245,18 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         begin = share_prompt(model, idx, first if packed else None, caches, chunk, ranks)
     for position in torch.arange(begin, T, device=device).split(chunk):
         bounds = first[:, position] if packed else None
+        chosen = [] if decoder.traced else None
         logits, _ = model(
-            idx[:, position], first=bounds, caches=caches, position=position, return_logits="last")
+            idx[:, position], first=bounds, caches=caches, position=position, return_logits="last",
+            selections=chosen)
+        if decoder.traced:
+            trace.selections.append(chosen)
 
     if logits[:, -1].isnan().any():
         raise ValueError("the model's next token is not a number: its weights are damaged, or overflow in "
                          "this dtype")
 
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
-    decoder = Decoder(model, caches, compiled)
     start = first[:, -1]  # (B,) where the document of the last token begins
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     is_end = torch.isin(idx[:, -1], ends)  # (B,)
@@ -202,6 +265,10 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
         if ranks is not None:
             token = ranks.same(token)
+        if steer is not None:
+            token = steer(token)
+        if trace is not None:
+            trace.add_token(logits[:, -1], token, temperature, top_k, top_p)
         is_end = torch.isin(token, ends)
         yield token.masked_fill(ended, -1)
         if end_ids and not go_on:
@@ -210,6 +277,8 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
                 return
         if t + 1 < T + n:
             logits = decoder.step(token, t, start)
+            if decoder.traced:  # copies: a CUDA graph writes the next step's to the same place
+                trace.selections.append([x.clone() for x in decoder.selections])
 
 
 def complete(model, idx, n, end_ids=(), **options):

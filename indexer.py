@@ -39,8 +39,8 @@ def read(x, chosen):
     """x (B,T,D), chosen (B,rows,K) -> (B,rows,K,D), x of the chosen tokens. An empty slot (-1) repeats a
     token of its row: of one that was not selected, a NaN times 0 would survive."""
     batch = torch.arange(len(x), device=x.device)[:, None, None]
-    some = F.pad(chosen, (0, 1), value=-1).amax(-1, keepdim=True)  # (B, rows, 1), -1 if nothing is selected
-    token = torch.where(chosen < 0, some, chosen).clamp(min=0).long()  # (B, rows, K)
+    selected = F.pad(chosen, (0, 1), value=-1).amax(-1, keepdim=True)  # (B, rows, 1), -1 if there is none
+    token = torch.where(chosen < 0, selected, chosen).clamp(min=0).long()  # (B, rows, K)
     return x[batch, token]
 
 
@@ -142,10 +142,10 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
     B, S, HI, _ = q.shape
     T = k.shape[1]
 
-    def some(rows):
+    def choose(rows):
         return (highest(index_scores(q, k, w, k_scale, first, last, rows), topk),)
 
-    return over_rows(some, S, B * T * HI)[0]
+    return over_rows(choose, S, B * T * HI)[0]
 
 
 # ---- selection in two levels ----
@@ -211,7 +211,7 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_block
     beginning, recently = ranked_blocks(S, T, first, last, block, recent, q.device)
     count = -(-T // block)
 
-    def some(tiles):
+    def choose(tiles):
         rows = slice(tiles.start * tile, min(tiles.stop * tile, S))
         # the best blocks of each tile
         scores = index_scores(q, k_blocks, w, block_scale, beginning + 1, recently - 1, rows)  # (B, rows, N)
@@ -231,7 +231,7 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_block
         scores = index_scores(q, k, w, k_scale, first, last, rows)  # (B, rows, T)
         return (highest(scores.masked_fill(~candidate, float("-inf")), topk),)
 
-    return over_rows(some, -(-S // tile), B * T * HI * tile)[0]
+    return over_rows(choose, -(-S // tile), B * T * HI * tile)[0]
 
 
 def check_two_levels(topk, block, candidates, recent, tile):
@@ -271,7 +271,7 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
     T = k.shape[1]
     k_heads = k.expand(-1, -1, H, -1)  # (B, T, H, D)
 
-    def some(rows):
+    def divergence(rows):
         seen = visible(S, T, first, last, rows, q.device)  # (1 or B, rows, T)
         with torch.no_grad():
             logits = torch.einsum("bshd,bthd->bsht", q[:, rows].float(), k_heads.float()) * scale
@@ -279,7 +279,7 @@ def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=N
             p = p.masked_fill(~seen[:, :, None], 0).mean(2)  # (B, rows, T)
         return kl_divergence(p, index_scores(q_index, k_index, w, None, first, last, rows), seen)
 
-    return over_rows(some, S, B * T * (H + q_index.shape[2]))
+    return over_rows(divergence, S, B * T * (H + q_index.shape[2]))
 
 
 def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
@@ -290,7 +290,7 @@ def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
     `indexer_loss_dense`."""
     B, S, K = indices.shape
 
-    def some(rows):
+    def divergence(rows):
         chosen = indices[:, rows]  # (B, rows, K)
         seen = chosen >= 0
         with torch.no_grad():
@@ -303,7 +303,7 @@ def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
         scores = torch.einsum("bshk,bsh->bsk", dots.relu(), w[:, rows].float())  # (B, rows, K)
         return kl_divergence(p, scores, seen)
 
-    return over_rows(some, S, B * K * (latents.shape[-1] + k_index.shape[-1] + q.shape[2]))
+    return over_rows(divergence, S, B * K * (latents.shape[-1] + k_index.shape[-1] + q.shape[2]))
 
 
 # ---- its projections ----

@@ -147,8 +147,8 @@ def watched(model, wrap):
     Operations."""
 
     def watch(module, args, layer):
-        h, run, *rest = args
-        return h, replace(run, ops=wrap(layer, h, run.ops)), *rest
+        h, state, *rest = args
+        return h, replace(state, ops=wrap(layer, h, state.ops)), *rest
 
     hooks = []
     for layer, block in enumerate(model.model.layers):
@@ -161,7 +161,7 @@ def watched(model, wrap):
 
 
 @dataclass
-class Run:
+class ForwardState:
     """What all layers of one forward share; see Transformer.forward."""
     ops: Operations
     cos: Tensor  # (S, 1, rope / 2) float32, as sin
@@ -175,6 +175,8 @@ class Run:
     index_loss: bool
     index_fp8: bool  # select by quantised scores
     detach: bool  # the indexer's inputs
+    always_select: bool  # also where there are no more than k tokens
+    replay: bool  # attend to selections that were given
 
     def rope(self, x, interleaved):
         """`apply_rope` at these positions."""
@@ -266,11 +268,11 @@ class Attention(nn.Module):
         k_rope = latents[:, :, None, self.rank:].expand(-1, -1, self.heads, -1)  # (B, T, H, rope)
         return torch.cat((k_nope, k_rope.to(k_nope.dtype)), -1), v
 
-    def forward(self, h, run, indices=None, cache=None):
-        """h (B,S,hidden), run: see Transformer.forward; indices (B,S,k): the selection of the layer before,
-        used if there is no indexer here
-        -> out (B,S,hidden), the selection used (the one passed in if dense), IndexLoss if run.index_loss and
-        there is an indexer, else None."""
+    def forward(self, h, state, indices=None, cache=None):
+        """h (B,S,hidden), state: the ForwardState; indices (B,S,k): the selection of the layer before,
+        used if there is no indexer here, or with state.replay the one to use
+        -> out (B,S,hidden), the selection used (the one passed in if dense), IndexLoss if state.index_loss
+        and there is an indexer, else None."""
         S = h.shape[1]
 
         # Queries, and what this token leaves in the cache: [c^KV ; k^R]
@@ -281,28 +283,28 @@ class Attention(nn.Module):
             q_latent = h
             q = self.q_proj(h)
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
-        q_rope = run.rope(q_rope, interleaved=True)  # (B, S, H, rope)
+        q_rope = state.rope(q_rope, interleaved=True)  # (B, S, H, rope)
         c_kv, k_rope = self.kv_a_proj_with_mqa(h).split([self.rank, self.rope], -1)
-        k_rope = run.rope(k_rope[:, :, None], interleaved=True).squeeze(2)  # (B, S, rope)
+        k_rope = state.rope(k_rope[:, :, None], interleaved=True).squeeze(2)  # (B, S, rope)
         latents = torch.cat((self.kv_a_layernorm(c_kv), k_rope), -1)  # (B, S, rank + rope)
 
         # The indexer's queries, keys and weights. Its inputs are detached: its loss reaches no main parameter
-        # (unless run.detach is off, an ablation). Its keys enter the cache even while nothing is selected.
-        if self.indexer and (run.sparse or run.index_loss or cache is not None):
-            inputs = (h.detach(), q_latent.detach()) if run.detach else (h, q_latent)
-            q_index, k_index, w = self.indexer(*inputs, run.rope)  # (B, S, HI, DI), (B, S, DI), (B, S, HI)
+        # (unless state.detach is off, an ablation). Its keys enter the cache even while nothing is selected.
+        if self.indexer and (state.sparse or state.index_loss or cache is not None):
+            inputs = (h.detach(), q_latent.detach()) if state.detach else (h, q_latent)
+            q_index, k_index, w = self.indexer(*inputs, state.rope)  # (B, S, HI, DI), (B, S, DI), (B, S, HI)
             # one dtype for the kernels, also where a float32 indexer sits in a bf16 model
             q_index = q_index.to(latents.dtype)
-            k_index = run.gather(k_index.to(latents.dtype))
-            scorer = self.scorer(q_index, k_index, w, run, cache)
-        latents = run.gather(latents)
+            k_index = state.gather(k_index.to(latents.dtype))
+            scorer = self.scorer(q_index, k_index, w, state, cache)
+        latents = state.gather(latents)
         if cache is not None:
-            latents = cache.append(run.position, run.length, latents)  # (B, T, rank + rope), or bytes
+            latents = cache.append(state.position, state.length, latents)  # (B, T, rank + rope), or bytes
         T = latents.shape[1]
 
         # Up to k tokens, selecting is attending to all: the dense path, unless the KL over the selection is
-        # wanted
-        sparse = run.sparse and (T > self.config.index_topk or run.index_loss)
+        # wanted, or the selection itself
+        sparse = state.sparse and (T > self.config.index_topk or state.index_loss or state.always_select)
         absorbed = sparse or (cache is not None and S <= DECODE_QUERIES)
         if not sparse and latents.dtype == torch.uint8:
             latents = sparse_attn.unpack_latents(latents, self.rank, h.dtype)
@@ -318,19 +320,20 @@ class Attention(nn.Module):
         index_loss = None
         with exact(h):
             if sparse:
-                if self.indexer:
-                    indices = scorer.select(run.ops, self.config.index_topk, run.first, run.last)  # (B, S, k)
-                out, lse = run.ops.sparse_attention(q, latents, indices, self.scale, self.rank)
+                if self.indexer and not state.replay:
+                    topk = self.config.index_topk
+                    indices = scorer.select(state.ops, topk, state.first, state.last)  # (B, S, k)
+                out, lse = state.ops.sparse_attention(q, latents, indices, self.scale, self.rank)
             else:
-                out, lse = run.dense_attention(q, k, v, self.scale)
-            if run.index_loss and self.indexer:
+                out, lse = state.dense_attention(q, k, v, self.scale)
+            if state.index_loss and self.indexer:
                 if sparse:
-                    kl, kl_uniform = run.ops.indexer_loss_sparse(
+                    kl, kl_uniform = state.ops.indexer_loss_sparse(
                         q.detach(), latents.detach(), lse, indices, self.scale, q_index, k_index, w)
                 else:
-                    kl, kl_uniform = run.ops.indexer_loss_dense(
-                        q.detach(), k.detach(), lse, self.scale, q_index, k_index, w, run.first, run.last)
-                recall = self.recall(q_nope, q_rope, latents, scorer, indices if sparse else None, run)
+                    kl, kl_uniform = state.ops.indexer_loss_dense(
+                        q.detach(), k.detach(), lse, self.scale, q_index, k_index, w, state.first, state.last)
+                recall = self.recall(q_nope, q_rope, latents, scorer, indices if sparse else None, state)
                 # means of (B, S), (B, S), (B, 16)
                 index_loss = IndexLoss(kl.mean(), kl_uniform.mean(), recall.mean())
 
@@ -339,34 +342,34 @@ class Attention(nn.Module):
             out = torch.einsum("bshr,hvr->bshv", out, w_uv)
         return self.o_proj(out.flatten(2)), indices, index_loss  # out (B, S, H, value)
 
-    def scorer(self, q, k, w, run, cache):
+    def scorer(self, q, k, w, state, cache):
         """What tokens are selected by: the indexer's q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) without gradient,
-        quantised if run.index_fp8; with a cache, k of everything in it."""
+        quantised if state.index_fp8; with a cache, k of everything in it."""
         q = q.detach()
         k = k.detach()
         w = w.detach()
         k_scale = None
-        if run.index_fp8:
+        if state.index_fp8:
             with exact(q):
-                q, q_scale = run.ops.quantise(q, block=self.indexer.dim, rotate=True)
-                k, k_scale = run.ops.quantise(k, block=self.indexer.dim, rotate=True)
+                q, q_scale = state.ops.quantise(q, block=self.indexer.dim, rotate=True)
+                k, k_scale = state.ops.quantise(k, block=self.indexer.dim, rotate=True)
             w = w * q_scale.squeeze(-1)  # (B, S, HI)
             k_scale = k_scale.squeeze(-1)  # (B, T)
         if cache is not None:
-            k, k_scale = cache.append_index(run.position, run.length, k, k_scale)
+            k, k_scale = cache.append_index(state.position, state.length, k, k_scale)
         return Scorer(q, k, w, k_scale)
 
     @torch.no_grad()
-    def recall(self, q_nope, q_rope, latents, scorer, indices, run):
+    def recall(self, q_nope, q_rope, latents, scorer, indices, state):
         """Share of the dense attention's mass that is selected, of RECALL_QUERIES queries -> (B,16) float32:
         linear cost. indices (B,S,k), or None where nothing was selected yet."""
         B, S = q_nope.shape[:2]
         rows = torch.linspace(0, S - 1, min(S, RECALL_QUERIES), device=q_nope.device).long()  # (16,)
-        last = rows.expand(B, -1).int() if run.last is None else run.last[:, rows]  # (B, 16)
-        first = torch.zeros_like(last) if run.first is None else run.first[:, rows]
+        last = rows.expand(B, -1).int() if state.last is None else state.last[:, rows]  # (B, 16)
+        first = torch.zeros_like(last) if state.first is None else state.first[:, rows]
         if indices is None:
-            some = scorer._replace(q=scorer.q[:, rows], w=scorer.w[:, rows])
-            chosen = some.select(run.ops, self.config.index_topk, first, last)  # (B, 16, k)
+            sampled = scorer._replace(q=scorer.q[:, rows], w=scorer.w[:, rows])
+            chosen = sampled.select(state.ops, self.config.index_topk, first, last)  # (B, 16, k)
         else:
             chosen = indices[:, rows]
         q = self.absorb(q_nope[:, rows], q_rope[:, rows])  # (B, 16, H, rank + rope)
@@ -387,8 +390,8 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, h, run, indices=None, cache=None):
-        out, indices, index_loss = self.self_attn(self.input_layernorm(h), run, indices, cache)
+    def forward(self, h, state, indices=None, cache=None):
+        out, indices, index_loss = self.self_attn(self.input_layernorm(h), state, indices, cache)
         h = h + out
         h = h + self.mlp(self.post_attention_layernorm(h))
         return h, indices, index_loss
@@ -531,7 +534,7 @@ class Transformer(nn.Module):
         return [p for name, p in self.named_parameters() if ".indexer." in name]
 
     def forward(self, idx, targets=None, first=None, index_loss=False, caches=None, position=None, last=None,
-                return_logits=True, split=None):
+                return_logits=True, split=None, selections=None):
         """idx (B,S) int64, targets (B,S) int64 or None, first (B,S) int32 or None: first visible position
         (packed documents).
 
@@ -541,20 +544,26 @@ class Transformer(nn.Module):
         return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
         With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
-        process has a part of the sequence, others the rest; idx, targets, first and the results are those of
-        the part. ValueError: sequence longer than max_position_embeddings."""
+        process has a part of the sequence, others the rest; idx, targets, first, selections and the results
+        are those of the part. selections: (B,S,k) int32 for each layer, to attend to instead of what the
+        indexers select now (they still learn by it); an empty list is filled with what they select.
+        ValueError: sequence longer than max_position_embeddings."""
         backend = self.backend_on(idx.device)
-        run = self.run(backend, idx, first, index_loss, caches, position, last, split)
+        state = self.forward_state(backend, idx, first, index_loss, caches, position, last, split, selections)
         h = self.model.embed_tokens(idx)  # (B, S, hidden)
         indices = None
         index_losses = []
         for i, block in enumerate(self.model.layers):
+            if state.replay:
+                indices = selections[i]
             if self.recompute and torch.is_grad_enabled() and caches is None:
-                h, indices, layer_loss = recompute(block, h, run, indices, use_reentrant=False)
+                h, indices, layer_loss = recompute(block, h, state, indices, use_reentrant=False)
             else:
-                h, indices, layer_loss = block(h, run, indices, caches[i] if caches else None)
+                h, indices, layer_loss = block(h, state, indices, caches[i] if caches else None)
             if layer_loss is not None:
                 index_losses.append(layer_loss)
+            if state.always_select and not state.replay:
+                selections.append(indices)
         h = self.model.norm(h)  # (B, S, hidden)
 
         losses = {}
@@ -568,8 +577,9 @@ class Transformer(nn.Module):
         logits = self.lm_head(h) if return_logits else None  # (B, S or 1, vocab)
         return logits, losses
 
-    def run(self, backend, idx, first, index_loss, caches, position, last, split=None):
-        """Check the arguments of `forward` -> Run."""
+    def forward_state(self, backend, idx, first, index_loss, caches, position, last, split=None,
+                      selections=None):
+        """Check the arguments of `forward` -> ForwardState."""
         if index_loss and caches is not None:
             raise ValueError("index_loss=True needs the whole sequence in one forward; leave caches out")
         S = idx.shape[1]
@@ -589,7 +599,7 @@ class Transformer(nn.Module):
             position = torch.arange(S, device=idx.device)
         own = position if split is None else split.position
         angles = (own[:, None].float() * self.rope_frequencies)[:, None]  # (S, 1, rope / 2)
-        return Run(
+        return ForwardState(
             ops=operations(backend),
             cos=angles.cos() * self.rope_amplitude,
             sin=angles.sin() * self.rope_amplitude,
@@ -601,7 +611,9 @@ class Transformer(nn.Module):
             sparse=self.attention == "sparse",
             index_loss=index_loss,
             index_fp8=self.index_fp8,
-            detach=self.detach)
+            detach=self.detach,
+            always_select=selections is not None,
+            replay=bool(selections))
 
     def generate(self, idx, n, **options):
         """idx (B,T) -> (B,T+n): the prompts and up to n sampled tokens each; options as generate.stream,

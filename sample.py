@@ -3,22 +3,27 @@
     python sample.py --prompt="def main("                    # from out/sparse
     echo "def main(" | python sample.py - --temperature=0    # prompt from standard input
     torchrun --standalone --nproc-per-node=4 sample.py --prompt_file=FILE    # a prompt over four GPUs
+    python sample.py --chat --checkpoint=out/post/mixed --domain=agent --think    # a task of post_train.py
+    python sample.py --chat --checkpoint=out/post/mixed --prompt="add 47 85"      # a question of your own
 """
 import functools
 import math
 import os
 import sys
 import time
+from random import Random
 
 import torch
 
 import parallel
+import tasks
 from generate import stream
 from model import Transformer
-from support import checkpoint, cli, files, tokenizer
+from rollout import Turns
+from support import chat, checkpoint, cli, files, tokenizer
 
 
-def options(argv):
+def parse(argv):
     """-> the parsed command line. ValueError: one line naming value and fix."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
@@ -29,6 +34,12 @@ def options(argv):
     add("--prompt_file", help="file with the text to continue")
     add("--special", action="store_true", help="special tokens that the prompt spells, such as <|endoftext|>"
         ", count as these tokens (default: as text)")
+    add("--chat", action="store_true", help="the prompt is a user's turn, for a checkpoint of post_train.py")
+    add("--think", action="store_true", help="--chat: think first, with tools (default: answer directly)")
+    add("--domain", choices=list(tasks.DOMAINS), help="--chat: ask a task of this domain, drawn "
+        "by --seed; its tool answers calls, and its checker has the last word")
+    add("--level", type=int, default=1, help="--domain: difficulty (default %(default)s)")
+    add("--page", type=int, default=40, help="--domain=search: length of a page (default %(default)s)")
     add("--num_tokens", type=int, default=500, help="most tokens to generate (default %(default)s)")
     add("--ignore_eos", action="store_true", help="do not stop at an end of text: another text begins there")
     add("--count", type=int, default=1, help="independent continuations (default %(default)s)")
@@ -51,41 +62,48 @@ def options(argv):
         "on a CUDA GPU)")
     add("--shard", action="store_true", help="under torchrun: spread the weights over the processes, for "
         "models that one GPU cannot hold; slower per token")
-    o = parser.parse_args(argv)
-    if o.stdin and parallel.world_size() > 1:
+    options = parser.parse_args(argv)
+    if options.stdin and parallel.world_size() > 1:
         raise ValueError("-: the processes of torchrun have no standard input; use --prompt_file")
-    if sum(source is not None for source in (o.stdin, o.prompt, o.prompt_file)) > 1:
+    if sum(source is not None for source in (options.stdin, options.prompt, options.prompt_file)) > 1:
         raise ValueError("give one of --prompt, --prompt_file and -, not several")
-    cli.check_ranges(o, ("num_tokens", 1, math.inf), ("count", 1, math.inf), ("temperature", 0, math.inf),
-                     ("seed", 0, 2**63 - 1))
+    cli.check_ranges(
+        options, ("num_tokens", 1, math.inf), ("count", 1, math.inf), ("temperature", 0, math.inf),
+        ("seed", 0, 2**63 - 1), ("level", 1, 6), ("page", 4, 100000))
+    if (options.think or options.domain) and not options.chat:
+        raise ValueError("--think and --domain belong to --chat; add it")
+    if options.chat and (options.count > 1 or options.special or options.ignore_eos):
+        raise ValueError("--chat answers once; leave --count, --special and --ignore_eos out")
+    if options.domain and (options.stdin or options.prompt or options.prompt_file):
+        raise ValueError(f"--domain={options.domain} asks its own question; leave the prompt out")
     for name in ("top_k", "chunk"):
-        if getattr(o, name) is not None:
-            cli.check_ranges(o, (name, 1, math.inf))
-    if o.top_p is not None and not 0 < o.top_p <= 1:
-        raise ValueError(f"--top_p={o.top_p}: a probability above 0 and up to 1")
-    return o
+        if getattr(options, name) is not None:
+            cli.check_ranges(options, (name, 1, math.inf))
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise ValueError(f"--top_p={options.top_p}: a probability above 0 and up to 1")
+    return options
 
 
-def prompt_text(o):
+def prompt_text(options):
     """The text to continue, "" for none. FileNotFoundError, ValueError: a file that is not there or no
     UTF-8."""
-    if o.stdin:
+    if options.stdin:
         return files.text_of(sys.stdin.buffer.read(), "standard input")
-    if o.prompt_file:
-        return files.read_text(o.prompt_file)
-    return files.text_of(os.fsencode(o.prompt or ""), "--prompt")
+    if options.prompt_file:
+        return files.read_text(options.prompt_file)
+    return files.text_of(os.fsencode(options.prompt or ""), "--prompt")
 
 
-def prompt_ids(o, text, tokens_of, vocab_size):
+def prompt_ids(options, text, tokens_of, vocab_size):
     """-> list of token ids, at least one: without text the end of another one, behind which a document
     begins. ValueError: the tokenizer has none, or does not fit the model."""
-    ids = tokens_of.encode(text, special=o.special)
+    ids = tokens_of.encode(text, special=options.special)
     if not ids and tokens_of.eot is None:
-        raise ValueError(f"{o.checkpoint} names no end-of-text token to begin with; give a --prompt")
+        raise ValueError(f"{options.checkpoint} names no end-of-text token to begin with; give a --prompt")
     ids = ids or [tokens_of.eot]
     if max(ids) >= vocab_size:
-        raise ValueError(f"{o.checkpoint}: its tokenizer gives id {max(ids)}, the model has {vocab_size}; "
-                         "they belong to different models")
+        raise ValueError(f"{options.checkpoint}: its tokenizer gives id {max(ids)}, the model has "
+                         f"{vocab_size}; they belong to different models")
     return ids
 
 
@@ -123,31 +141,90 @@ class Printer:
                 print(f"{'-' * 20}\n{self.text}{''.join(pieces)}{rest}")
 
 
+class Chat(tasks.Task):
+    """A question of the user's own: no tool answers, and nothing is checked."""
+
+    def __init__(self, question, think, limit):
+        self.question = question
+        self.mode = "think" if think else "direct"
+        self.limit = limit
+
+    def tool(self, text):
+        return "none"
+
+
+def chat_task(options, text):
+    """-> the task that --chat asks. ValueError: the domain does not have the mode, there is no question."""
+    if options.domain:
+        mode = "think" if options.think else "direct"
+        return tasks.make(Random(options.seed), options.domain, mode, options.level, options.page)
+    if not text:
+        raise ValueError("--chat: ask something: --prompt=TEXT, or --domain=NAME for a task")
+    return Chat(text, options.think, options.num_tokens)
+
+
+def talk(options, model, tokens_of, task, ranks):
+    """Answer a task: the conversation to standard output as it comes, turns by their names, the checker's
+    word to standard error."""
+    names = {token: name for name, token in chat.turns_of(options.checkpoint).items()}
+    if {name: token for token, name in names.items()} != tasks.TURNS:
+        raise ValueError(f"{options.checkpoint}: its turn tokens are {names}, those of tasks.py are "
+                         f"{tasks.TURNS}")
+    ids = task.prompt()
+    prompt = torch.tensor([ids], device=ranks.device)  # (1, tokens)
+    generator = torch.Generator(ranks.device).manual_seed(options.seed)
+    turns = Turns([task])
+    text = tokens_of.stream()
+    print(f"<|user|>{task.question}{names[ids[-1]]}", end="", flush=True)
+    rows = stream(
+        model, prompt, task.limit, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        generator=generator, chunk=options.chunk, fp8_cache=options.cache == "fp8", end_ids=tokens_of.end_ids,
+        compiled=options.compile, ranks=ranks, steer=turns)
+    for row in rows:
+        [token] = row.tolist()
+        if token in names:
+            print(text.rest() + names[token], end="", flush=True)
+            text = tokens_of.stream()
+        elif token not in tokens_of.end_ids:
+            print(text.add(token), end="", flush=True)
+    print(text.rest())
+    if options.domain:
+        print(f"[{options.domain}: {'right' if task.outcome(turns.outs[0]) else 'wrong'}]", file=sys.stderr)
+
+
 def main():
     """Load, stream to standard output, report speed on standard error."""
-    o = options(sys.argv[1:])
-    text = prompt_text(o)
-    device = parallel.device(o.device)
-    ranks = parallel.start(device, parallel.world_size(), vars(o))
-    config = checkpoint.read_config(o.checkpoint)
-    if o.index_fp8 and config.index_topk:
+    options = parse(sys.argv[1:])
+    text = prompt_text(options)
+    device = parallel.device(options.device)
+    ranks = parallel.start(device, parallel.world_size(), vars(options))
+    config = checkpoint.read_config(options.checkpoint)
+    if options.index_fp8 and config.index_topk:
         cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
-    if o.cache == "fp8":
+    if options.cache == "fp8":
         cli.check_e4m3(device, "--cache=fp8", "--cache=auto")
-    dtype = getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    tokens_of = tokenizer.load_tokenizer(o.checkpoint)
-    ids = prompt_ids(o, text, tokens_of, config.vocab_size)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    tokens_of = tokenizer.load_tokenizer(options.checkpoint)
+    if options.chat:
+        task = chat_task(options, text)
+        chat.turns_of(options.checkpoint)
+    else:
+        ids = prompt_ids(options, text, tokens_of, config.vocab_size)
     model = Transformer.from_pretrained(
-        o.checkpoint, cli.backend(o.backend, device), o.attention, o.index_fp8, device=device, dtype=dtype,
-        prepare=functools.partial(parallel.shard, ranks=ranks) if o.shard else None)
+        options.checkpoint, cli.backend(options.backend, device), options.attention, options.index_fp8,
+        device=device, dtype=dtype,
+        prepare=functools.partial(parallel.shard, ranks=ranks) if options.shard else None)
+    if options.chat:
+        talk(options, model, tokens_of, task, ranks)
+        return 0
 
-    prompt = torch.tensor([ids], device=device).expand(o.count, -1)  # (count, tokens)
-    generator = torch.Generator(device).manual_seed(o.seed)
-    printer = Printer(text, tokens_of, ids, o.count, stops=not o.ignore_eos)
+    prompt = torch.tensor([ids], device=device).expand(options.count, -1)  # (count, tokens)
+    generator = torch.Generator(device).manual_seed(options.seed)
+    printer = Printer(text, tokens_of, ids, options.count, stops=not options.ignore_eos)
     rows = stream(
-        model, prompt, o.num_tokens, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p,
-        generator=generator, chunk=o.chunk, fp8_cache=o.cache == "fp8", end_ids=tokens_of.end_ids,
-        go_on=o.ignore_eos, compiled=o.compile, ranks=ranks)
+        model, prompt, options.num_tokens, temperature=options.temperature, top_k=options.top_k,
+        top_p=options.top_p, generator=generator, chunk=options.chunk, fp8_cache=options.cache == "fp8",
+        end_ids=tokens_of.end_ids, go_on=options.ignore_eos, compiled=options.compile, ranks=ranks)
     began = time.perf_counter()
     times = []
     for row in rows:
@@ -157,12 +234,12 @@ def main():
 
     speed = "one token each"
     if len(times) > 1:
-        speed = f"{(printer.tokens - o.count) / (times[-1] - times[0]):.1f} tokens/s"
+        speed = f"{(printer.tokens - options.count) / (times[-1] - times[0]):.1f} tokens/s"
     print(f"[{model.attention} attention, top-k {config.index_topk}: prompt {len(ids)} tokens in "
           f"{times[0] - began:.2f} s, then {speed}; cache {model.cache_bytes_per_token:,} bytes per token "
           f"over {config.num_hidden_layers} layers]", file=sys.stderr)
     total = len(ids) + len(times)
-    trained = files.run_options(files.locate(o.checkpoint).parent).get("block_size")
+    trained = files.run_options(files.locate(options.checkpoint).parent).get("block_size")
     if isinstance(trained, int) and total > trained:
         print(f"[these are {total} tokens, and the model was trained on contexts of {trained}: beyond them "
               "it may talk nonsense]", file=sys.stderr)

@@ -33,13 +33,13 @@ def dense_attention(q, k, v, scale, first=None, last=None):
     k = k.expand(-1, -1, H, -1)  # (B, T, H, D)
     v = v.expand(-1, -1, H, -1)  # (B, T, H, V)
 
-    def some(rows):
+    def attend(rows):
         logits = torch.einsum("bshd,bthd->bsht", q[:, rows].float(), k.float()) * scale  # (B, rows, H, T)
         seen = visible(S, T, first, last, rows, q.device)[:, :, None]  # (1 or B, rows, 1, T)
         p, lse = masked_softmax(logits, seen)
         return torch.einsum("bsht,bthd->bshd", p, v.float()).to(v.dtype), lse
 
-    return over_rows(some, S, B * H * T)
+    return over_rows(attend, S, B * H * T)
 
 
 def split_attention(q, k, v, scale, early, late):
@@ -61,7 +61,7 @@ def sparse_attention(q, latents, indices, scale, value_dim):
     B, S, H, D = q.shape
     K = indices.shape[2]
 
-    def some(rows):
+    def attend(rows):
         chosen = indices[:, rows]  # (B, rows, K)
         tokens = read(latents, chosen)  # (B, rows, K, D), or bytes
         if tokens.dtype == torch.uint8:
@@ -72,7 +72,7 @@ def sparse_attention(q, latents, indices, scale, value_dim):
         out = torch.einsum("bshk,bskd->bshd", p, tokens[..., :value_dim])  # (B, rows, H, value_dim)
         return out.to(q.dtype), lse
 
-    return over_rows(some, S, B * K * (D + H))
+    return over_rows(attend, S, B * K * (D + H))
 
 
 def attention_mass(q, latents, scale, seen):

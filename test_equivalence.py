@@ -162,10 +162,10 @@ def random_layer(backend="torch", **changes):
     return model, layer
 
 
-def run_of(model, h, first=None, position=None, index_loss=False):
+def state_of(model, h, first=None, position=None, index_loss=False):
     """What `model.forward` would hand to its layers for hidden states h."""
     idx = torch.zeros(h.shape[:2], dtype=torch.long, device=h.device)
-    return model.run(model.backend, idx, first, index_loss, None, position, None)
+    return model.forward_state(model.backend, idx, first, index_loss, None, position, None)
 
 
 PLAIN = dict()
@@ -205,7 +205,7 @@ def test_layer_is_the_papers(backend, B, T, size, changes):
     recall = np.mean([paper.recall[sampled] for paper in papers["sparse"]])
     for model.attention, sequences in papers.items():
         with torch.no_grad():
-            out, indices, loss = layer(h, run_of(model, h, first, index_loss=True))
+            out, indices, loss = layer(h, state_of(model, h, first, index_loss=True))
         expected = torch.from_numpy(np.stack([paper.out for paper in sequences]))
         assert_close(out, expected, *FLOAT32, model.attention)
         if model.attention == "sparse":
@@ -251,7 +251,7 @@ def test_only_distances_matter(changes):
     selections = []
     for offset in (0, 512):
         with torch.no_grad():
-            out, indices, _ = layer(h, run_of(model, h, position=torch.arange(40) + offset))
+            out, indices, _ = layer(h, state_of(model, h, position=torch.arange(40) + offset))
         outs.append(out)
         selections.append(indices)
     assert torch.equal(*selections)
@@ -583,16 +583,16 @@ def test_sparse_with_k_of_everything_is_dense_and_absorbed_is_unabsorbed(monkeyp
     computed as such."""
     model, layer = random_layer(index_topk=30, rope_scaling=YARN, max_position_embeddings=256)
     h = torch.randn(2, 30, 48)  # (B, S, hidden)
-    sparse = layer(h, run_of(model, h, index_loss=True))[0]  # the loss takes the sparse path at any length
+    sparse = layer(h, state_of(model, h, index_loss=True))[0]  # the loss takes the sparse path at any length
     model.attention = "dense"
-    dense = layer(h, run_of(model, h))[0]
+    dense = layer(h, state_of(model, h))[0]
     assert_close(sparse, dense, *FLOAT32)
     assert not torch.equal(sparse, dense)  # they were two computations
 
     model.attention = "sparse"
     monkeypatch.setattr(sparse_attn, "sparse_attention", None)
     monkeypatch.setattr(indexer, "select", None)
-    assert torch.equal(layer(h, run_of(model, h))[0], dense)
+    assert torch.equal(layer(h, state_of(model, h))[0], dense)
 
 
 def test_selected_mass():

@@ -135,16 +135,16 @@ def resolve(argv):
     defaults = defaults | dict(gradient_accumulation_steps=max(1, groups))
     values = defaults | earlier | given
 
-    o = Options(**{name: value for name, value in values.items() if name in TRAINING})
+    options = Options(**{name: value for name, value in values.items() if name in TRAINING})
     sizes = {name: value for name, value in values.items() if name not in TRAINING}
-    check_options(o, device)
-    check_start(o)
-    o.tokenizer = o.tokenizer or tokenizer_of(start_folder(o))
+    check_options(options, device)
+    check_start(options)
+    options.tokenizer = options.tokenizer or tokenizer_of(start_folder(options))
     if sizes.get("index_topk", 1) < 1:
         raise ValueError(f"--index_topk={sizes['index_topk']}: a query selects at least 1 token")
-    if not (start_folder(o) or o.resume):
-        check_context(Config(**sizes).check(), o)
-    return o, sizes, device
+    if not (start_folder(options) or options.resume):
+        check_context(Config(**sizes).check(), options)
+    return options, sizes, device
 
 
 def resumed_options(given):
@@ -193,12 +193,12 @@ def device_defaults(given, device):
     return GPU
 
 
-def start_folder(o):
+def start_folder(options):
     """The checkpoint that a run begins with: --init_from, else what the stage before left in out_dir; "" for
     a fresh model."""
-    if o.init_from:
-        return o.init_from
-    return str(Path(o.out_dir) / BEFORE[o.stage]) if o.stage in BEFORE else ""
+    if options.init_from:
+        return options.init_from
+    return str(Path(options.out_dir) / BEFORE[options.stage]) if options.stage in BEFORE else ""
 
 
 def tokenizer_of(folder):
@@ -206,57 +206,59 @@ def tokenizer_of(folder):
     return tokenizer.tokenizer_name(folder) if folder and files.locate(folder).is_dir() else "bytes"
 
 
-def check_options(o, device):
+def check_options(options, device):
     """ValueError or FileNotFoundError for options that are wrong by themselves or on this device."""
-    cli.check_ranges(o, *RANGES)
-    parallel.check_context(o.context_parallel, o.block_size)
-    groups = parallel.world_size() // o.context_parallel
-    if o.gradient_accumulation_steps % groups:
-        raise ValueError(f"--gradient_accumulation_steps={o.gradient_accumulation_steps}: the micro-batches "
-                         f"of a step go to {groups} groups of processes; use a multiple of {groups}, or "
-                         "another number of processes")
-    if not o.out_dir:
+    cli.check_ranges(options, *RANGES)
+    parallel.check_context(options.context_parallel, options.block_size)
+    groups = parallel.world_size() // options.context_parallel
+    if options.gradient_accumulation_steps % groups:
+        raise ValueError(f"--gradient_accumulation_steps={options.gradient_accumulation_steps}: the "
+                         f"micro-batches of a step go to {groups} groups of processes; use a multiple of "
+                         f"{groups}, or another number of processes")
+    if not options.out_dir:
         raise ValueError("--out_dir=: name a folder")
-    files.destination(o.out_dir)
-    report.read_logs(o.compare)
-    cli.backend(o.backend, device)
-    if o.index_fp8:
+    files.destination(options.out_dir)
+    report.read_logs(options.compare)
+    cli.backend(options.backend, device)
+    if options.index_fp8:
         cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
-    if o.stage == "control" and o.train == "none":
+    if options.stage == "control" and options.train == "none":
         raise ValueError("--stage=control --train=none: nothing would be trained; use --train=all or "
                          "attention")
 
 
-def check_start(o):
+def check_start(options):
     """FileNotFoundError unless there is a checkpoint where one is needed; what --resume needs is in
     out_dir."""
-    if o.resume:
+    if options.resume:
         return
-    if o.init_from and not files.locate(o.init_from).is_dir():
-        raise FileNotFoundError(f"--init_from={o.init_from} does not exist; give the folder of a checkpoint")
-    folder = start_folder(o)
+    if options.init_from and not files.locate(options.init_from).is_dir():
+        raise FileNotFoundError(f"--init_from={options.init_from} does not exist; give the folder of a "
+                                "checkpoint")
+    folder = start_folder(options)
     if folder and not files.locate(folder).is_dir():
-        raise FileNotFoundError(f"--stage={o.stage} starts from {folder}, which does not exist; run the "
-                                "stage before, or give --init_from=DIR")
+        raise FileNotFoundError(f"--stage={options.stage} starts from {folder}, which does not exist; run "
+                                "the stage before, or give --init_from=DIR")
 
 
-def check_context(config, o):
+def check_context(config, options):
     """ValueError: a context that is too long for the model of this Config, or too short for its k."""
-    if o.block_size > config.max_position_embeddings:
-        raise ValueError(f"--block_size={o.block_size}: longer than the model's "
+    if options.block_size > config.max_position_embeddings:
+        raise ValueError(f"--block_size={options.block_size}: longer than the model's "
                          f"max_position_embeddings={config.max_position_embeddings}")
-    if o.stage in ("all", "sparse") and o.block_size <= config.index_topk:
-        raise ValueError(f"--block_size={o.block_size}: not longer than index_topk={config.index_topk}, so "
-                         "the sparse stage would select everything; lower --index_topk")
+    if options.stage in ("all", "sparse") and options.block_size <= config.index_topk:
+        raise ValueError(f"--block_size={options.block_size}: not longer than "
+                         f"index_topk={config.index_topk}, so the sparse stage would select everything; "
+                         "lower --index_topk")
 
 
 # ---- the model ----
 
-def build(o, sizes, device, stages, vocab_size, prepare):
+def build(options, sizes, device, stages, vocab_size, prepare):
     """-> the model to start `stages` with: fresh, or of the checkpoint in `start_folder`; prepare: see
     Transformer.from_pretrained. ValueError: it has no place for the options given."""
-    switches = dict(backend=cli.backend(o.backend, device), index_fp8=o.index_fp8)
-    folder = start_folder(o)
+    switches = dict(backend=cli.backend(options.backend, device), index_fp8=options.index_fp8)
+    folder = start_folder(options)
     if not folder:
         model = Transformer(Config(vocab_size=vocab_size, **sizes), **switches)
         return prepare(model.to(device))
@@ -268,13 +270,13 @@ def build(o, sizes, device, stages, vocab_size, prepare):
             there = f"instead of {old.index_n_heads} of {old.index_head_dim}"
         print(f"indexers start anew: {index['index_n_heads']} heads of {index['index_head_dim']} {there} in "
               f"{folder}")
-    dtype = torch.float32 if o.dtype == "float32" else None
+    dtype = torch.float32 if options.dtype == "float32" else None
     model = Transformer.from_pretrained(
         folder, device=device, index=index, dtype=dtype, prepare=prepare, **switches)
     fit(model.config, sizes, folder)
     if model.config.vocab_size < vocab_size:
-        raise ValueError(f"--tokenizer={o.tokenizer} has {vocab_size} tokens, the checkpoint {folder} only "
-                         f"{model.config.vocab_size}; use the tokenizer it was trained with")
+        raise ValueError(f"--tokenizer={options.tokenizer} has {vocab_size} tokens, the checkpoint {folder} "
+                         f"only {model.config.vocab_size}; use the tokenizer it was trained with")
     return model
 
 
@@ -330,25 +332,25 @@ def trainable(model, stage, train):
     return main, index
 
 
-def adamw(main, index, o, device):
+def adamw(main, index, options, device):
     """AdamW with weight decay on matrices only."""
     groups = []
     for parameters in (main, index):
         matrices = [p for p in parameters if p.dim() > 1]
         vectors = [p for p in parameters if p.dim() <= 1]
-        groups.append(dict(params=matrices, weight_decay=o.weight_decay))
+        groups.append(dict(params=matrices, weight_decay=options.weight_decay))
         groups.append(dict(params=vectors, weight_decay=0.0))
-    return torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), fused=device.type == "cuda")
 
 
-def learning_rate(o, step, steps, peak):
+def learning_rate(options, step, steps, peak):
     """Linear ramp over ramp_steps, then a cosine down to min_lr * peak at the last step, or constant."""
-    if step < o.ramp_steps:
-        return peak * (step + 1) / (o.ramp_steps + 1)
-    if o.schedule == "constant":
+    if step < options.ramp_steps:
+        return peak * (step + 1) / (options.ramp_steps + 1)
+    if options.schedule == "constant":
         return peak
-    progress = (step - o.ramp_steps) / max(1, steps - 1 - o.ramp_steps)
-    return peak * (o.min_lr + (1 - o.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+    progress = (step - options.ramp_steps) / max(1, steps - 1 - options.ramp_steps)
+    return peak * (options.min_lr + (1 - options.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
 
 
 # ---- the run ----
@@ -356,7 +358,7 @@ def learning_rate(o, step, steps, peak):
 @dataclass
 class Run:
     """What the stages of a run share."""
-    o: Options
+    options: Options
     device: torch.device
     ranks: parallel.Ranks
     split: parallel.Split | None  # this rank's part of a sequence, where several share it
@@ -374,8 +376,8 @@ class Run:
     validation_file: data.TokenFile
 
     def autocast(self):
-        """A context for linear layers in o.dtype."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.o.dtype == "bfloat16")
+        """A context for linear layers in options.dtype."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16")
 
     def batch(self, batches, number):
         """-> x, y, first (batch_size, block_size, or this rank's part of it) on the device, see data.Batches;
@@ -388,54 +390,55 @@ class Run:
         return tensors if len(tensors) == 3 else [*tensors, None]
 
 
-def set_up(o, sizes, device):
+def set_up(options, sizes, device):
     """Everything that can still be refused: what lies in out_dir, text, checkpoint -> Run. Nothing is written
     yet."""
-    ranks = parallel.start(device, o.context_parallel, asdict(o) | sizes)
-    out = Path(o.out_dir)
-    stages = list(STAGES[:3]) if o.stage == "all" else [o.stage]
+    ranks = parallel.start(device, options.context_parallel, asdict(options) | sizes)
+    out = Path(options.out_dir)
+    stages = list(STAGES[:3]) if options.stage == "all" else [options.stage]
     # with all stages also a control, which belongs to the warm-up that it started from
-    replaced = list(STAGES) if o.stage == "all" else stages
+    replaced = list(STAGES) if options.stage == "all" else stages
     earlier = earlier_folders(out, replaced)
     saved = None
-    if o.resume:
+    if options.resume:
         saved = runs.read_trainer(runs.latest_state(out, stages[-1]), stages)
         stages = stages[stages.index(saved["stage"]):]
         replaced = stages
-    check_earlier(o, earlier)
+    check_earlier(options, earlier)
     for stage in stages:
         files.destination(out / stage)  # raises if it is a link that leads nowhere
 
-    prepared = ranks.first(data.prepare, o.data, o.tokenizer)
-    training_file, validation_file = prepared or data.prepare(o.data, o.tokenizer)  # the others find it done
+    prepared = ranks.first(data.prepare, options.data, options.tokenizer)
+    prepared = prepared or data.prepare(options.data, options.tokenizer)  # the others find it done
+    training_file, validation_file = prepared
     eot = training_file.header["eot"]
-    batches = data.Batches(training_file.tokens, o.block_size, o.batch_size, eot, o.seed)
-    validation = data.Batches(validation_file.tokens, o.block_size, o.batch_size, eot, 0)
+    batches = data.Batches(training_file.tokens, options.block_size, options.batch_size, eot, options.seed)
+    validation = data.Batches(validation_file.tokens, options.block_size, options.batch_size, eot, 0)
     if saved and saved["corpus"] != training_file.header["sha256"]:
-        raise ValueError(f"--resume: the text of --data={o.data} has changed since the run was interrupted, "
-                         "its batches would be others; start anew with --overwrite")
+        raise ValueError(f"--resume: the text of --data={options.data} has changed since the run was "
+                         "interrupted, its batches would be others; start anew with --overwrite")
 
     def prepare(model):
         """What any of the stages trains is float32 before it is sharded."""
         for stage in stages:
-            trainable(model, stage, o.train)
+            trainable(model, stage, options.train)
         return parallel.shard(model, ranks)
 
-    torch.manual_seed(o.seed)
+    torch.manual_seed(options.seed)
     if saved:
-        backend = cli.backend(o.backend, device)
+        backend = cli.backend(options.backend, device)
         model = Transformer.from_pretrained(
-            saved["folder"], backend, index_fp8=o.index_fp8, device=device, prepare=prepare)
+            saved["folder"], backend, index_fp8=options.index_fp8, device=device, prepare=prepare)
     else:
-        model = build(o, sizes, device, stages, training_file.header["vocab_size"], prepare)
-    check_context(model.config, o)
+        model = build(options, sizes, device, stages, training_file.header["vocab_size"], prepare)
+    check_context(model.config, options)
     model.train()
-    model.recompute = o.recompute
-    model.detach = o.detach
-    forward = torch.compile(model) if o.compile else model
-    [rate] = ranks.total([report.matmul_rate(device, getattr(torch, o.dtype))])
+    model.recompute = options.recompute
+    model.detach = options.detach
+    forward = torch.compile(model) if options.compile else model
+    [rate] = ranks.total([report.matmul_rate(device, getattr(torch, options.dtype))])
     return Run(
-        o=o, device=device, ranks=ranks, split=ranks.split(o.block_size),
+        options=options, device=device, ranks=ranks, split=ranks.split(options.block_size),
         out=out, stages=stages, replaced=replaced, earlier=earlier, saved=saved,
         model=model, forward=forward, rate=rate,
         batches=batches, validation=validation, training_file=training_file, validation_file=validation_file)
@@ -450,12 +453,13 @@ def earlier_folders(out, stages):
     return found
 
 
-def check_earlier(o, earlier):
+def check_earlier(options, earlier):
     """ValueError if the run would replace what is there without being told to, or what it starts from."""
-    if o.overwrite and o.init_from and Path(o.init_from).resolve() in [path.resolve() for path in earlier]:
-        raise ValueError(f"--init_from={o.init_from} is what --overwrite would replace; choose another "
+    replaced = [path.resolve() for path in earlier]
+    if options.overwrite and options.init_from and Path(options.init_from).resolve() in replaced:
+        raise ValueError(f"--init_from={options.init_from} is what --overwrite would replace; choose another "
                          "--out_dir")
-    if earlier and not (o.resume or o.overwrite):
+    if earlier and not (options.resume or options.overwrite):
         raise ValueError(f"{earlier[-1]} exists: continue with --resume, replace it with --overwrite, or "
                          "choose another --out_dir")
 
@@ -463,13 +467,13 @@ def check_earlier(o, earlier):
 def begin(run):
     """The first writes: remove what the run replaces, note its options, cut the log where it goes on."""
     records = [record for record in runs.read_records(run.out) if stays(record, run)]
-    if run.o.overwrite:
+    if run.options.overwrite:
         for path in run.earlier:
             runs.clear(files.locate(path))
     run.out.mkdir(parents=True, exist_ok=True)
     config = run.model.config
     sizes = {field.name: getattr(config, field.name) for field in MODEL_FIELDS}
-    options = asdict(run.o) | dict(resume=False, overwrite=False) | sizes
+    options = asdict(run.options) | dict(resume=False, overwrite=False) | sizes
     command = " ".join(sys.argv)
     facts = dict(options=options, command=command, commit=cli.commit(), **report.machine(run.device))
     runs.write_text(run.out / "run.json", json.dumps(facts, indent=2) + "\n")
@@ -488,7 +492,7 @@ def stays(record, run):
 
 def describe(run, facts):
     """Print what is trained, on what, with which options."""
-    o = run.o
+    options = run.options
     model = run.model
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     in_indexers = sum(p.numel() for p in model.indexer_parameters()) / 1e6
@@ -496,10 +500,11 @@ def describe(run, facts):
     if ranks.world > 1:
         print(f"{ranks.world} processes: {ranks.data} x micro-batches, {ranks.context} x context")
     print(f"{facts['device']} | torch {facts['torch']} | commit {facts['commit']} | "
-          f"backend {o.backend}, {o.dtype} | GB: {report.memory_meaning(run.device)}")
+          f"backend {options.backend}, {options.dtype} | GB: {report.memory_meaning(run.device)}")
     print(f"model: {parameters:.1f}M parameters ({in_indexers:.2f}M in indexers), "
-          f"{model.config.num_hidden_layers} layers, context {o.block_size}, top-k {model.config.index_topk}")
-    print(f"data: {o.data}, {len(run.training_file.tokens):,} training and "
+          f"{model.config.num_hidden_layers} layers, context {options.block_size}, "
+          f"top-k {model.config.index_topk}")
+    print(f"data: {options.data}, {len(run.training_file.tokens):,} training and "
           f"{len(run.validation_file.tokens):,} validation tokens")
     given = [f"--{name}={value}" for name, value in facts["options"].items() if value != ""]
     print(f"options: {' '.join(given)}")
@@ -533,14 +538,14 @@ def write_stage(run, model, stage, dtype):
     for p in trained(model):
         p.data = p.data.to(dtype)
     with runs.saving(run.out):
-        model.save_pretrained(run.out / stage, run.o.tokenizer)
+        model.save_pretrained(run.out / stage, run.options.tokenizer)
 
 
 def write_summary(run, summary):
     """The losses so far, and the plot."""
     runs.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     with runs.saving(run.out):
-        report.plot(run.out / "metrics.jsonl", run.out / "plot.png", run.o.compare)
+        report.plot(run.out / "metrics.jsonl", run.out / "plot.png", run.options.compare)
 
 
 # ---- training ----
@@ -553,21 +558,21 @@ def evaluate(run, attention):
     trained_with = model.attention
     model.attention = attention
     losses = []
-    for number, counts in run.ranks.turns(run.o.eval_steps):
+    for number, counts in run.ranks.turns(run.options.eval_steps):
         x, y, first = run.batch(run.validation, number)
         with run.autocast():
             loss = model(x, y, first, return_logits=False, split=run.split)[1]["lm"]
         losses.append(loss if counts else torch.zeros_like(loss))
     model.attention = trained_with
     [total] = run.ranks.total([sum(torch.stack(losses).tolist())])
-    return total / run.ranks.context / run.o.eval_steps
+    return total / run.ranks.context / run.options.eval_steps
 
 
-def batch_numbers(o, stage, step):
+def batch_numbers(options, stage, step):
     """The numbers of a step's micro-batches, of all ranks: they count on from stage to stage."""
-    steps_before = sum(getattr(o, f"{before}_steps") for before in STAGES[:STAGES.index(stage)])
-    first = (steps_before + step) * o.gradient_accumulation_steps
-    return range(first, first + o.gradient_accumulation_steps)
+    steps_before = sum(getattr(options, f"{before}_steps") for before in STAGES[:STAGES.index(stage)])
+    first = (steps_before + step) * options.gradient_accumulation_steps
+    return range(first, first + options.gradient_accumulation_steps)
 
 
 def read(losses, norms):
@@ -581,28 +586,28 @@ def read(losses, norms):
     return means | dict(grad_norm=values[-2], index_grad_norm=values[-1])
 
 
-def gradient_norm(parameters, o, device):
+def gradient_norm(parameters, options, device):
     """Clip the gradients of these parameters together -> their norm before, ()."""
-    norm = clip_grad_norm_(parameters, o.grad_clip)
+    norm = clip_grad_norm_(parameters, options.grad_clip)
     return parallel.whole_tensor(norm).to(device)
 
 
 def train_stage(run, stage, caught):
     """Train one stage, or the rest of the one that was interrupted -> 0, or the exit code of a run that
     stops: 1 for losses that are not finite, 130 or 143 for the signal in `caught`."""
-    o = run.o
+    options = run.options
     model = run.model
     like = "sparse" if stage == "control" else stage  # whose steps, learning rate and batches it has
-    steps = getattr(o, f"{like}_steps")
-    peak_lr = getattr(o, f"{like}_lr")
+    steps = getattr(options, f"{like}_steps")
+    peak_lr = getattr(options, f"{like}_lr")
     indexing = stage in ("warmup", "sparse")
     model.attention = "sparse" if stage == "sparse" else "dense"
-    main, index = trainable(model, stage, o.train)
-    optimizer = adamw(main, index, o, run.device)
+    main, index = trainable(model, stage, options.train)
+    optimizer = adamw(main, index, options, run.device)
     resumed = run.saved and stage == run.saved["stage"]
     start = runs.restore(optimizer, run.saved, parallel.sharded_state) if resumed else 0
-    tokens_per_step = o.batch_size * o.block_size * o.gradient_accumulation_steps
-    flops_per_token = report.flops_per_token(model, o.block_size, stage)
+    tokens_per_step = options.batch_size * options.block_size * options.gradient_accumulation_steps
+    flops_per_token = report.flops_per_token(model, options.block_size, stage)
     report.reset_peak_memory(run.device)
 
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, dynamic_ncols=True)
@@ -610,13 +615,13 @@ def train_stage(run, stage, caught):
         began = time.perf_counter()
 
         # This step's learning rate
-        lr = learning_rate(o, step, steps, peak_lr)
+        lr = learning_rate(options, step, steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # Micro-batches, whose gradients add up to that of the mean loss. The warm-up needs no logits
         losses = []
-        batches = batch_numbers(o, like, step)
+        batches = batch_numbers(options, like, step)
         numbers = batches[run.ranks.data_rank::run.ranks.data]  # of this rank
         for number in numbers:
             parallel.synchronise(model, number == numbers[-1])
@@ -630,7 +635,7 @@ def train_stage(run, stage, caught):
             losses.append({name: loss.detach() for name, loss in micro.items()})
 
         # Clip the model and the indexers apart: one norm over both would couple their objectives
-        norms = [gradient_norm(group, o, run.device) for group in (main, index)]
+        norms = [gradient_norm(group, options, run.device) for group in (main, index)]
 
         # Stop before a step by something that is not finite
         values = run.ranks.means(read(losses, norms))
@@ -655,14 +660,14 @@ def train_stage(run, stage, caught):
         bar.set_postfix(shown | dict(tok_s=f"{speed:.0f}"))
 
         # Evaluate
-        if (step + 1) % o.eval_interval == 0 or step + 1 == steps:
+        if (step + 1) % options.eval_interval == 0 or step + 1 == steps:
             record["val_loss"] = evaluate(run, model.attention)
             tqdm.write(report.line(record))
         run.ranks.first(runs.append_record, run.out, record)
 
         # Save what --resume goes on from. A signal to one rank stops all
         [stop] = run.ranks.largest([caught[0] if caught else 0])
-        if stop or (step + 1) % o.save_interval == 0 or step + 1 == steps:
+        if stop or (step + 1) % options.save_interval == 0 or step + 1 == steps:
             save_state(run, optimizer, stage, step + 1)
         if stop:
             run.ranks.first(print_stop, run, stage, step + 1)
@@ -682,25 +687,25 @@ def save_state(run, optimizer, stage, step):
 def print_stop(run, stage, step):
     """Where an interrupted run goes on."""
     print(f"\nstopped after {stage} step {step}; continue with: python train.py --resume "
-          f"--out_dir={run.o.out_dir}", file=sys.stderr)
+          f"--out_dir={run.options.out_dir}", file=sys.stderr)
 
 
 def last_good(run):
     """Where training could go on from."""
     found = runs.states(run.out)
-    return found[-1] if found else run.o.init_from or "none yet"
+    return found[-1] if found else run.options.init_from or "none yet"
 
 
 def print_sample(run, stage):
     """Continue the beginning of the validation text."""
-    o = run.o
-    length = o.block_size // 2
+    options = run.options
+    length = options.block_size // 2
     tokens = torch.from_numpy(run.validation_file.tokens[:length].astype("int64"))  # (length,)
     prompt = tokens[None].to(run.device)  # (1, length)
     eot = run.validation_file.header["eot"]
     run.model.eval()
     with run.autocast():
-        out = run.model.generate(prompt, min(256, o.block_size - length), temperature=0.8, top_k=50,
+        out = run.model.generate(prompt, min(256, options.block_size - length), temperature=0.8, top_k=50,
                                  end_ids=(eot,), go_on=True, ranks=run.ranks)  # (1, length + n)
     text = tokenizer.load_tokenizer(run.out / stage).decode(out[0, length:].tolist())
     print(f"sample after the first {length} tokens of the validation text:\n{text}\n")

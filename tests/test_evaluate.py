@@ -101,16 +101,16 @@ class Unabsorbed:
     """A layer's attention and indexer from its own input, in MHA mode and float64, a query and a head at a
     time."""
 
-    def __init__(self, attention, h, run, first):
+    def __init__(self, attention, h, state, first):
         with torch.no_grad():
             q_latent = attention.q_a_layernorm(attention.q_a_proj(h))
             q_nope, q_rope = attention.q_b_proj(q_latent).unflatten(-1, (2, 16)).split([8, 8], -1)
-            self.q = torch.cat((q_nope, run.rope(q_rope, True)), -1).double()  # (B, T, H, 16)
+            self.q = torch.cat((q_nope, state.rope(q_rope, True)), -1).double()  # (B, T, H, 16)
             c_kv, k_rope = attention.kv_a_proj_with_mqa(h).split([16, 8], -1)
-            k_rope = run.rope(k_rope[:, :, None], True)[:, :, 0]
+            k_rope = state.rope(k_rope[:, :, None], True)[:, :, 0]
             k, _ = attention.expand(torch.cat((attention.kv_a_layernorm(c_kv), k_rope), -1))
             self.k = k.double()  # (B, T, H, 16)
-            index = attention.indexer(h, q_latent, run.rope)
+            index = attention.indexer(h, q_latent, state.rope)
             self.q_index, self.k_index, self.w = [x.double() for x in index]
         self.first = first
 
@@ -147,8 +147,8 @@ def test_layer_statistics_are_what_a_loop_over_queries_finds(monkeypatch, slices
     inputs = []
 
     def keep(module, args, out):
-        h, run, *_ = args
-        inputs.append((Unabsorbed(module, h, run, first), out[1]))
+        h, state, *_ = args
+        inputs.append((Unabsorbed(module, h, state, first), out[1]))
 
     for block in model.model.layers:
         block.self_attn.register_forward_hook(keep)
@@ -260,8 +260,8 @@ def test_predict_is_the_models_loss(monkeypatch, attention):
     x, y, first = tokens_and_first()
     with torch.no_grad():
         nats, right = evaluate.predict(model, x, y, first, attention, "float32")
+        model.attention = attention
         logits, losses = model(x, y, first)
-        assert model.attention == attention
         assert nats.mean().item() == pytest.approx(losses["lm"].item(), rel=1e-5)
         expected = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
         assert torch.allclose(nats, expected, atol=1e-5) and torch.equal(right, logits.argmax(-1) == y)
@@ -273,11 +273,15 @@ def test_predict_is_the_models_loss(monkeypatch, attention):
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
-def test_no_hook_stays(attention):
+def test_the_model_stays_as_it_was(attention):
+    """No hook stays, and its own attention does."""
     model = tiny()
     x, y, first = tokens_and_first()
     watched(model, x, first)
+    own = "dense" if attention == "sparse" else "sparse"
+    model.attention = own
     evaluate.predict(model, x, y, first, attention, "float32")
+    assert model.attention == own
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

@@ -294,10 +294,10 @@ def test_rope_angles_stay_float32(name):
     expected = rope_frequencies(model.config)[0]
     assert model.rope_frequencies.dtype == torch.float32 and torch.equal(model.rope_frequencies, expected)
     token = torch.zeros(1, 1, dtype=torch.long)
-    run = model.run("torch", token, None, False, None, torch.tensor([4096]), None)
+    state = model.forward_state("torch", token, None, False, None, torch.tensor([4096]), None)
     angles = 4096 * expected.double()
-    assert_close(run.cos.flatten(), angles.cos(), 4096 * 2**-24, 4096 * 2**-24)
-    assert_close(run.sin.flatten(), angles.sin(), 4096 * 2**-24, 4096 * 2**-24)
+    assert_close(state.cos.flatten(), angles.cos(), 4096 * 2**-24, 4096 * 2**-24)
+    assert_close(state.sin.flatten(), angles.sin(), 4096 * 2**-24, 4096 * 2**-24)
 
 
 def test_rope_angles_on_meta():

@@ -376,10 +376,10 @@ def test_config_files(place, what):
     here = os.getcwd()
     os.chdir(place)
     try:
-        o, _, _ = resolve(["--config=one.cfg", "--stage=dense"])
+        options, _, _ = resolve(["--config=one.cfg", "--stage=dense"])
     finally:
         os.chdir(here)
-    assert o.seed == 3 and o.data == ("te#xt.txt" if b"data" in CONFIGS[what] else "python")
+    assert options.seed == 3 and options.data == ("te#xt.txt" if b"data" in CONFIGS[what] else "python")
 
 
 def test_not_finite(place):

@@ -20,15 +20,15 @@ TINY = dict(
 
 # ---- learning rate ----
 
-def options(**values):
+def options_of(**values):
     return train.Options(**values)
 
 
 def test_learning_rate_ramp_cosine_and_last_step():
     """By hand: 4 steps of ramp reach 1/5 .. 4/5 of the peak, step 4 is the peak, the last step min_lr of it,
     the step halfway between them the mean of the two."""
-    o = options(ramp_steps=4, min_lr=0.1)
-    rates = [train.learning_rate(o, step, 25, 2.0) for step in range(25)]
+    options = options_of(ramp_steps=4, min_lr=0.1)
+    rates = [train.learning_rate(options, step, 25, 2.0) for step in range(25)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0], rel=1e-12)
     assert rates[-1] == pytest.approx(0.2, rel=1e-12)
     assert rates[14] == pytest.approx((2.0 + 0.2) / 2, rel=1e-12)
@@ -37,20 +37,20 @@ def test_learning_rate_ramp_cosine_and_last_step():
 
 
 def test_learning_rate_constant_and_short_stages():
-    constant = options(ramp_steps=3, schedule="constant")
+    constant = options_of(ramp_steps=3, schedule="constant")
     rates = [train.learning_rate(constant, step, 10, 1.0) for step in range(10)]
     assert rates == [0.25, 0.5, 0.75] + [1.0] * 7
-    assert train.learning_rate(options(ramp_steps=0), 0, 1, 3.0) == 3.0
-    assert train.learning_rate(options(ramp_steps=0, min_lr=0.0), 1, 2, 3.0) == 0.0
+    assert train.learning_rate(options_of(ramp_steps=0), 0, 1, 3.0) == 3.0
+    assert train.learning_rate(options_of(ramp_steps=0, min_lr=0.0), 1, 2, 3.0) == 0.0
     # a stage shorter than its ramp is over before the peak
-    assert train.learning_rate(options(ramp_steps=20), 4, 5, 1.0) == 5 / 21
+    assert train.learning_rate(options_of(ramp_steps=20), 4, 5, 1.0) == 5 / 21
 
 
 def test_learning_rate_of_the_log(run):
-    o = options(ramp_steps=2, dense_steps=6, warmup_steps=5, sparse_steps=5)
+    options = options_of(ramp_steps=2, dense_steps=6, warmup_steps=5, sparse_steps=5)
     for r in metrics(run[0]):
-        steps = getattr(o, f"{r['stage']}_steps")
-        assert r["lr"] == train.learning_rate(o, r["step"], steps, getattr(o, f"{r['stage']}_lr"))
+        steps = getattr(options, f"{r['stage']}_steps")
+        assert r["lr"] == train.learning_rate(options, r["step"], steps, getattr(options, f"{r['stage']}_lr"))
 
 
 # ---- what learns ----
@@ -92,7 +92,7 @@ def test_weight_decay_is_for_matrices():
     """(T22) vectors are not decayed, and no parameter is in two groups."""
     model = Transformer(Config(**TINY))
     groups = train.trainable(model, "sparse", "all")
-    optimizer = train.adamw(*groups, options(weight_decay=0.3), torch.device("cpu"))
+    optimizer = train.adamw(*groups, options_of(weight_decay=0.3), torch.device("cpu"))
     members = sum(len(group["params"]) for group in optimizer.param_groups)
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == members == len(list(model.parameters()))
@@ -101,11 +101,11 @@ def test_weight_decay_is_for_matrices():
 
 def test_batches_count_on():
     """From step to step and from stage to stage: none is seen twice."""
-    o = options(dense_steps=6, warmup_steps=5, sparse_steps=4, gradient_accumulation_steps=3)
+    options = options_of(dense_steps=6, warmup_steps=5, sparse_steps=4, gradient_accumulation_steps=3)
     numbers = []
     for stage, steps in dict(dense=6, warmup=5, sparse=4).items():
         for step in range(steps):
-            numbers += train.batch_numbers(o, stage, step)
+            numbers += train.batch_numbers(options, stage, step)
     assert numbers == [*range(3 * 15)]
 
 

@@ -205,11 +205,11 @@ def print_trained(folder):
     text = data.prepare("python", tokenizer.tokenizer_name(folder))[1].tokens[:4097]
     calls = recorded(model, torch.from_numpy(text.astype("int64")).cuda()[None], torch.bfloat16)
     layers = model.config.num_hidden_layers
-    some = sorted({0, layers // 2, layers - 1})
+    shown = sorted({0, layers // 2, layers - 1})
     for name in OPERATIONS:
-        for layer in some:
+        for layer in shown:
             print_case(f"trained, layer {layer}: {name}", name, calls[name][layer])
-    for layer in some:
+    for layer in shown:
         same = same_selection(calls["select"][layer])
         print(f"trained, layer {layer}: {same:.2%} of the queries select as the reference")
 

@@ -119,17 +119,18 @@ def main():
     parser.add_argument("--plots", action="store_true", help="with --collect: keep its pictures too")
     parser.add_argument("--compare", default="", help="draw plot.png in FOLDER anew, with these runs in it: "
                         "folders or metrics.jsonl files, with commas between")
-    o = parser.parse_args()
-    if o.plots and not o.collect:
+    options = parser.parse_args()
+    if options.plots and not options.collect:
         raise ValueError("--plots keeps the pictures of a run; name it with --collect=RUN")
-    if o.collect:
-        collect(o.collect, o.folder, o.plots)
-    if o.compare:
-        plot(o.folder / "metrics.jsonl", o.folder / "plot.png", o.compare)
+    if options.collect:
+        collect(options.collect, options.folder, options.plots)
+    if options.compare:
+        plot(options.folder / "metrics.jsonl", options.folder / "plot.png", options.compare)
 
-    runs = [path for path in (o.folder, *o.folder.glob("*/")) if (path / "summary.json").is_file()]
+    folder = options.folder
+    runs = [path for path in (folder, *folder.glob("*/")) if (path / "summary.json").is_file()]
     if not runs:
-        raise FileNotFoundError(f"{o.folder}: no run here, nor one folder below; a run has a summary.json")
+        raise FileNotFoundError(f"{folder}: no run here, nor one folder below; a run has a summary.json")
     rows = [(path.resolve().name, row(path)) for path in runs]
     print_table(sorted(rows, key=order))
     return 0

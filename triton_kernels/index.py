@@ -1289,9 +1289,9 @@ def score_run(
         HI: tl.constexpr, DI: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, TURN: tl.constexpr, DECODE_E4M3: tl.constexpr):
     """Scores of the tokens begin..end-1 of each query, that of token t to out_row_ptr + t"""
-    some = begin < end
-    lo = tl.min(tl.where(some, begin, T))
-    hi = tl.max(tl.where(some, end, 0))
+    wants = begin < end
+    lo = tl.min(tl.where(wants, begin, T))
+    hi = tl.max(tl.where(wants, end, 0))
     for t0 in range(lo, hi, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         wanted = (t[:, None] >= begin[None, :]) & (t[:, None] < end[None, :])

@@ -840,15 +840,15 @@ def fp8_query(q_ptr, row, ok, D: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.cons
 
 @triton.jit
 def fp8_values(
-        cache_ptr, scales_ptr, byte, scale_at, some,
+        cache_ptr, scales_ptr, byte, scale_at, used,
         V: tl.constexpr, BLOCK_V: tl.constexpr, PIECE: tl.constexpr, dtype: tl.constexpr):
     """One piece of the gathered values -> values (BLOCK_U, BLOCK_V) without their scale, in dtype, and scales
     (BLOCK_U,)."""
     v = PIECE * BLOCK_V + tl.arange(0, BLOCK_V)
-    k = tl.load(cache_ptr + byte[:, None] + v[None, :], mask=some[:, None] & (v < V)[None, :], other=0.0)
+    k = tl.load(cache_ptr + byte[:, None] + v[None, :], mask=used[:, None] & (v < V)[None, :], other=0.0)
     if k.dtype == tl.uint8:
         k = e4m3_to_fp16(k)
-    return k.to(dtype), tl.load(scales_ptr + scale_at + PIECE, mask=some & (PIECE * BLOCK_V < V), other=0.0)
+    return k.to(dtype), tl.load(scales_ptr + scale_at + PIECE, mask=used & (PIECE * BLOCK_V < V), other=0.0)
 
 
 @triton.jit
@@ -892,24 +892,24 @@ def fp8_kernel(
     first_token = (query // S).to(tl.int64) * capacity
     for j in tl.range(part * share, tl.minimum(K, (part + 1) * share), BLOCK_U, num_stages=NUM_STAGES):
         t, bits = union_tokens(indices_ptr, indices_ptr, start, j, K, 1, BLOCK_U)
-        some = bits != 0
+        used = bits != 0
         token = first_token + t
         byte = token * BYTES
         scale_at = token * (BYTES // 4) + V // 4
         rope_row = rope_ptr + token[:, None] * (BYTES // 2) + (V + 4 * SCALES) // 2
 
         # scores
-        k_rope = tl.load(rope_row + r[None, :], mask=some[:, None] & (r < R)[None, :], other=0.0).to(q0.dtype)
-        k0, f0 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 0, q0.dtype)
+        k_rope = tl.load(rope_row + r[None, :], mask=used[:, None] & (r < R)[None, :], other=0.0).to(q0.dtype)
+        k0, f0 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, used, V, BLOCK_V, 0, q0.dtype)
         logits = matmul(q_rope, tl.trans(k_rope)) + matmul(q0, tl.trans(k0)) * f0[None, :]
         if PIECES > 1:
-            k1, f1 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 1, q0.dtype)
+            k1, f1 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, used, V, BLOCK_V, 1, q0.dtype)
             logits += matmul(q1, tl.trans(k1)) * f1[None, :]
         if PIECES > 2:
-            k2, f2 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 2, q0.dtype)
-            k3, f3 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, some, V, BLOCK_V, 3, q0.dtype)
+            k2, f2 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, used, V, BLOCK_V, 2, q0.dtype)
+            k3, f3 = fp8_values(cache_ptr, scales_ptr, byte, scale_at, used, V, BLOCK_V, 3, q0.dtype)
             logits += matmul(q2, tl.trans(k2)) * f2[None, :] + matmul(q3, tl.trans(k3)) * f3[None, :]
-        logits = tl.where(some[None, :], logits * scale_log2, float("-inf"))
+        logits = tl.where(used[None, :], logits * scale_log2, float("-inf"))
 
         # softmax, values
         m_new = tl.maximum(m, tl.max(logits, 1))
