@@ -50,6 +50,12 @@ class Config:
     index_n_heads: int = option(4, "heads of the lightning indexer")
     index_head_dim: int = option(32, "dimensions of an indexer head, a power of two")
     index_topk: int = option(64, "k, tokens that a query attends to; 0: a dense model without indexer")
+    index_block: int = option(0, "selection in two levels (docs/LONG.md): tokens of a block, whose mean key "
+                              "says whether they are scored; 0: all are")
+    index_candidates: int = option(0, "tokens in the best blocks, which are scored (0: max(8 index_topk, "
+                                   "T / 32))")
+    index_tile: int = option(1, "neighbouring queries that share their blocks; from 2 on faster, but the "
+                             "blocks of a query then depend on queries behind it")
     indexer_rope_interleave: bool = option(False, "the indexer's RoPE pairs: (2i, 2i+1), else (i, i + dim/2)")
     indexer_types: list | None = option(None, "per layer: full, or shared (selects as the one before)")
     n_routed_experts: int = option(0, "experts of a mixture layer; 0: every layer is dense")
@@ -122,6 +128,11 @@ class Config:
                 f"index_n_heads={self.index_n_heads}, index_head_dim={self.index_head_dim}: the indexer "
                 "needs at least one head, of a power of two (Hadamard) not below "
                 f"qk_rope_head_dim={self.qk_rope_head_dim}")
+        if min(self.index_block, self.index_candidates) < 0:
+            raise ValueError(f"index_block={self.index_block}, index_candidates={self.index_candidates}: "
+                             "tokens of a block and of candidates, from 0 on")
+        if self.index_tile < 1 or self.index_tile & (self.index_tile - 1):
+            raise ValueError(f"index_tile={self.index_tile}: queries that share their blocks, a power of two")
 
     def _check_layer_types(self):
         for key, kinds in dict(indexer_types=("full", "shared"), mlp_layer_types=("dense", "sparse")).items():

@@ -212,12 +212,18 @@ def watching(model, record):
             selecting = SelectArguments(*arguments)
             return ops.select(*arguments)
 
+        def select_by_blocks(*arguments):
+            nonlocal selecting
+            selecting = SelectArguments(*arguments[:len(SelectArguments._fields)])
+            return ops.select_by_blocks(*arguments)
+
         def sparse_attention(*arguments):
             with exact(h):
                 record(layer, selecting, AttentionArguments(*arguments))
             return ops.sparse_attention(*arguments)
 
-        return ops._replace(select=select, sparse_attention=sparse_attention)
+        return ops._replace(
+            select=select, select_by_blocks=select_by_blocks, sparse_attention=sparse_attention)
 
     return watched(model, wrap)
 

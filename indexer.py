@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from precision import exact
 
 E4M3_MAX = 448.0
+RECENT = 256  # last tokens that selection in two levels scores whatever their blocks say
 SLICE = 2**24  # elements of the largest tensor that the reference holds at once
 
 
@@ -192,7 +193,7 @@ def default_candidates(topk, T):
 
 @torch.no_grad()
 def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_blocks=None, block_scale=None,
-                     block=16, candidates=0, recent=256, tile=1):
+                     block=16, candidates=0, recent=RECENT, tile=1):
     """`select` among candidates only: what a query's document begins with (its first block), its `recent`
     last tokens (and the rest of the block in which these begin), and of the blocks between those that score
     highest by their keys, `candidates` tokens of them (0: `default_candidates`; rounded up to blocks).
@@ -217,11 +218,9 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_block
         scores = index_scores(q, k_blocks, w, block_scale, beginning + 1, recently - 1, rows)  # (B, rows, N)
         scores = F.pad(scores, (0, 0, 0, (rows.start - rows.stop) % tile), value=float("-inf"))
         scores = scores.unflatten(1, (tiles.stop - tiles.start, tile)).amax(2)  # (B, tiles, N)
-        best = highest(scores, blocks).long() % (count + 1)  # (B, tiles, blocks), `count` in empty slots
+        chosen = selected(highest(scores, blocks), count)  # (B, tiles, count) bool
 
         # the candidates of each query: of the blocks that it ranks, the best
-        chosen = torch.zeros(*best.shape[:2], count + 1, dtype=torch.bool, device=q.device)
-        chosen = chosen.scatter(-1, best, True)[..., :-1]  # (B, tiles, count)
         chosen = chosen.repeat_interleave(tile, 1)[:, :rows.stop - rows.start]  # (B, rows, count)
         n = torch.arange(count, device=q.device)
         ranked = (n > beginning[:, rows, None]) & (n < recently[:, rows, None])  # (1 or B, rows, count)
@@ -232,6 +231,20 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_block
         return (highest(scores.masked_fill(~candidate, float("-inf")), topk),)
 
     return over_rows(choose, -(-S // tile), B * T * HI * tile)[0]
+
+
+def selected(indices, T):
+    """Positions (B,S,K), -1 in empty slots, of T places -> (B,S,T) bool: which are among them?"""
+    among = torch.zeros(*indices.shape[:2], T + 1, dtype=torch.bool, device=indices.device)
+    return among.scatter(-1, indices.long() % (T + 1), True)[..., :-1]  # -1 is the place behind all
+
+
+def selection_recall(indices, exact, T):
+    """Share of an exact selection (B,S,K) of T tokens that another, indices (B,S,K), holds, too -> (B,S)
+    float32; 1 where nothing is visible. Holds (B,S,T) bool: a metric, for a few sampled queries."""
+    found = selected(indices, T).gather(-1, exact.clamp(min=0).long()) & (exact >= 0)  # (B, S, K)
+    count = (exact >= 0).sum(-1)
+    return torch.where(count > 0, found.sum(-1) / count.clamp(min=1), 1.0)
 
 
 def check_two_levels(topk, block, candidates, recent, tile):
@@ -304,6 +317,29 @@ def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
         return kl_divergence(p, scores, seen)
 
     return over_rows(divergence, S, B * K * (latents.shape[-1] + k_index.shape[-1] + q.shape[2]))
+
+
+def block_loss(p, seen, q_index, k_index, w, first, last, block, recent=RECENT):
+    """What block scores learn from: m_t KL(P_t / m_t || softmax(Ibar_t)) over the blocks that query t ranks
+    and of which it has `seen` a token.
+
+    p (B,S,T), the target p_t, is what the attention looks at; P_t its sum over each block, m_t the sum of
+    P_t: a query whose attention lies elsewhere teaches little. Ibar_t are index scores of the blocks' mean
+    keys, not quantised. seen (B,S,T) bool: what is visible in the warm-up, what is selected in the sparse
+    stage. p, first, last (B,S) receive no gradient; q_index (B,S,HI,DI), k_index (B,T,DI), w (B,S,HI) do. ->
+    kl (B,S) float32, 0 for a query that ranks no block. Holds (B,S,T): for sampled queries."""
+    S, T = p.shape[1:]
+    N = T // block
+    k_blocks, _ = block_keys(k_index.float(), None, block)  # (B, N, DI)
+    beginning, recently = ranked_blocks(S, T, first, last, block, recent, p.device)
+    scores = index_scores(q_index, k_blocks, w, None, beginning + 1, recently - 1)  # (B, S, N)
+    n = torch.arange(N, device=p.device)
+    ranked = (n > beginning[..., None]) & (n < recently[..., None])  # (B, S, N)
+    ranked = ranked & seen[..., :N * block].unflatten(-1, (N, block)).any(-1)
+    P = p[..., :N * block].unflatten(-1, (N, block)).sum(-1).masked_fill(~ranked, 0)  # (B, S, N)
+    m = P.sum(-1)  # (B, S)
+    # sum P log(P / m) - P log softmax, without dividing by an m of 0
+    return kl_divergence(P, scores, ranked)[0] - torch.special.xlogy(m, m)
 
 
 # ---- its projections ----

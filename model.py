@@ -27,6 +27,7 @@ from moe import MLP, MoE
 from precision import exact, product_dtype
 
 RECALL_QUERIES = 16  # of a sequence, for the recall that training reports
+BLOCK_QUERIES = 64  # of a sequence, from which block scores learn
 DECODE_QUERIES = 16  # up to so many new queries read the latents themselves: expanding a cache costs more
 LOSS_SLICE = 2**28  # logits that the language-model loss holds at a time
 
@@ -105,6 +106,8 @@ class Operations(NamedTuple):
     """The functions of the attention path: the reference's or their Triton twins."""
     quantise: Callable
     select: Callable
+    block_keys: Callable
+    select_by_blocks: Callable
     dense_attention: Callable
     split_attention: Callable
     sparse_attention: Callable
@@ -126,6 +129,8 @@ def operations(backend):
         return Operations(
             quantise=kernels.quantise,
             select=kernels.select,
+            block_keys=kernels.block_keys,
+            select_by_blocks=kernels.select_by_blocks,
             dense_attention=kernels.dense_attention,
             split_attention=kernels.split_attention,
             sparse_attention=kernels.sparse_attention,
@@ -134,6 +139,8 @@ def operations(backend):
     return Operations(
         quantise=indexer.quantise,
         select=indexer.select,
+        block_keys=indexer.block_keys,
+        select_by_blocks=indexer.select_by_blocks,
         dense_attention=sparse_attn.dense_attention,
         split_attention=sparse_attn.split_attention,
         sparse_attention=sparse_attn.sparse_attention,
@@ -174,6 +181,7 @@ class ForwardState:
     sparse: bool  # attend to the selection
     index_loss: bool
     index_fp8: bool  # select by quantised scores
+    candidates: int  # select among so many tokens, see indexer.select_by_blocks; 0: among all
     detach: bool  # the indexer's inputs
     always_select: bool  # also where there are no more than k tokens
     replay: bool  # attend to selections that were given
@@ -195,15 +203,28 @@ class ForwardState:
 
 class Scorer(NamedTuple):
     """What one layer selects by: index scores of q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) and, of e4m3 keys,
-    k_scale (B,T)."""
+    k_scale (B,T); with candidates in two levels, by block keys (B,T // block,DI), too."""
     q: Tensor
     k: Tensor
     w: Tensor
     k_scale: Tensor | None
+    k_blocks: Tensor | None = None
+    block_scale: Tensor | None = None
+    block: int = 0
+    candidates: int = 0
+    tile: int = 1
 
     def select(self, ops, topk, first, last):
-        """-> (B,S,topk) int32, see indexer.select."""
-        return ops.select(self.q, self.k, self.w, topk, self.k_scale, first, last)
+        """-> (B,S,topk) int32, see indexer.select and indexer.select_by_blocks."""
+        args = (self.q, self.k, self.w, topk, self.k_scale, first, last)
+        if not self.candidates:
+            return ops.select(*args)
+        return ops.select_by_blocks(
+            *args, self.k_blocks, self.block_scale, self.block, self.candidates, indexer.RECENT, self.tile)
+
+    def at(self, rows):
+        """Of the queries `rows` alone, which do not share their blocks."""
+        return self._replace(q=self.q[:, rows], w=self.w[:, rows], tile=1)
 
 
 class IndexLoss(NamedTuple):
@@ -211,6 +232,8 @@ class IndexLoss(NamedTuple):
     kl: Tensor  # nats, what the indexer learns from
     kl_uniform: Tensor  # nats, of an indexer that cannot tell tokens apart
     recall: Tensor  # share of the dense attention's mass that is selected, of sampled queries
+    kl_blocks: Tensor | None = None  # nats, what block scores learn from, of sampled queries
+    index_recall: Tensor | None = None  # share of what exact selection selects, of sampled queries
 
 
 # ---- the model ----
@@ -333,9 +356,15 @@ class Attention(nn.Module):
                 else:
                     kl, kl_uniform = state.ops.indexer_loss_dense(
                         q.detach(), k.detach(), lse, self.scale, q_index, k_index, w, state.first, state.last)
-                recall = self.recall(q_nope, q_rope, latents, scorer, indices if sparse else None, state)
+                used = indices if sparse else None
+                recall, index_recall = self.recall(q_nope, q_rope, latents, scorer, used, state)
                 # means of (B, S), (B, S), (B, 16)
                 index_loss = IndexLoss(kl.mean(), kl_uniform.mean(), recall.mean())
+                if state.candidates:
+                    kl_blocks = self.block_loss(q_nope, q_rope, latents, q_index, k_index, w, used, state)
+                    # means of (B, 64), (B, 16)
+                    index_loss = index_loss._replace(
+                        kl_blocks=kl_blocks.mean(), index_recall=index_recall.mean())
 
         if absorbed:
             _, w_uv = self.kv_b(out.dtype)
@@ -357,23 +386,62 @@ class Attention(nn.Module):
             k_scale = k_scale.squeeze(-1)  # (B, T)
         if cache is not None:
             k, k_scale = cache.append_index(state.position, state.length, k, k_scale)
-        return Scorer(q, k, w, k_scale)
+        scorer = Scorer(q, k, w, k_scale)
+        block = self.config.index_block
+        if not block:
+            return scorer
+        if cache is not None:
+            k_blocks, block_scale = cache.append_blocks(state.position, state.length)
+        else:
+            with exact(q):
+                k_blocks, block_scale = state.ops.block_keys(k, k_scale, block)
+        return scorer._replace(
+            k_blocks=k_blocks, block_scale=block_scale, block=block, candidates=state.candidates,
+            tile=self.config.index_tile)
+
+    def sampled(self, B, S, n, state):
+        """n of S queries -> rows (n,), first, last (B,n) int32."""
+        rows = torch.linspace(0, S - 1, min(S, n), device=state.position.device).long()  # (n,)
+        last = rows.expand(B, -1).int() if state.last is None else state.last[:, rows]  # (B, n)
+        first = torch.zeros_like(last) if state.first is None else state.first[:, rows]
+        return rows, first, last
 
     @torch.no_grad()
     def recall(self, q_nope, q_rope, latents, scorer, indices, state):
-        """Share of the dense attention's mass that is selected, of RECALL_QUERIES queries -> (B,16) float32:
-        linear cost. indices (B,S,k), or None where nothing was selected yet."""
+        """Share of the dense attention's mass that is selected, of RECALL_QUERIES queries -> (B,16) float32,
+        and, where selection has two levels, the share of what is selected from all: linear cost. indices
+        (B,S,k), or None where nothing was selected yet."""
         B, S = q_nope.shape[:2]
-        rows = torch.linspace(0, S - 1, min(S, RECALL_QUERIES), device=q_nope.device).long()  # (16,)
-        last = rows.expand(B, -1).int() if state.last is None else state.last[:, rows]  # (B, 16)
-        first = torch.zeros_like(last) if state.first is None else state.first[:, rows]
-        if indices is None:
-            sampled = scorer._replace(q=scorer.q[:, rows], w=scorer.w[:, rows])
-            chosen = sampled.select(state.ops, self.config.index_topk, first, last)  # (B, 16, k)
-        else:
-            chosen = indices[:, rows]
+        topk = self.config.index_topk
+        rows, first, last = self.sampled(B, S, RECALL_QUERIES, state)  # (16,), (B, 16), (B, 16)
+        of_rows = scorer.at(rows)
+        chosen = of_rows.select(state.ops, topk, first, last) if indices is None else indices[:, rows]
         q = self.absorb(q_nope[:, rows], q_rope[:, rows])  # (B, 16, H, rank + rope)
-        return sparse_attn.selected_mass(q, latents, chosen, self.scale, first, last)
+        mass = sparse_attn.selected_mass(q, latents, chosen, self.scale, first, last)  # (B, 16)
+        if not state.candidates:
+            return mass, None
+        from_all = of_rows._replace(candidates=0).select(state.ops, topk, first, last)  # (B, 16, k)
+        return mass, indexer.selection_recall(chosen, from_all, latents.shape[1])
+
+    def block_loss(self, q_nope, q_rope, latents, q_index, k_index, w, indices, state):
+        """indexer.block_loss of BLOCK_QUERIES queries -> (B,64) float32: linear cost. indices (B,S,k): the
+        target is the attention over the selection; None: over everything."""
+        B, S = q_nope.shape[:2]
+        T = latents.shape[1]
+        rows, first, last = self.sampled(B, S, BLOCK_QUERIES, state)  # (64,), (B, 64), (B, 64)
+        with torch.no_grad():
+            latents = latents.detach()
+            q = self.absorb(q_nope[:, rows], q_rope[:, rows])  # (B, 64, H, rank + rope)
+            seen = indexer.visible(len(rows), T, first, last, slice(None), q.device)  # (B, 64, T)
+            if indices is not None:
+                seen = indexer.selected(indices[:, rows], T)
+
+            def target(part):
+                return (sparse_attn.attention_mass(q[:, part], latents, self.scale, seen[:, part]),)
+
+            [p] = indexer.over_rows(target, len(rows), B * T * self.heads)  # (B, 64, T)
+        return indexer.block_loss(
+            p, seen, q_index[:, rows], k_index, w[:, rows], first, last, self.config.index_block)
 
 
 class Block(nn.Module):
@@ -540,7 +608,9 @@ class Transformer(nn.Module):
 
         -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target
         counts) if targets are given, and with index_loss "kl", "kl_uniform" (nats, mean over tokens and over
-        layers with an indexer) and "recall" (share of dense attention mass selected, 0..1).
+        layers with an indexer) and "recall" (share of dense attention mass selected, 0..1); with
+        config.index_block also "kl_blocks" (nats, see indexer.block_loss) and "index_recall" (share of exact
+        selection that is selected).
         return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
         With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
@@ -569,7 +639,8 @@ class Transformer(nn.Module):
         losses = {}
         if index_losses:
             for name, layers in zip(IndexLoss._fields, zip(*index_losses)):
-                losses[name] = torch.stack(layers).mean()
+                if layers[0] is not None:
+                    losses[name] = torch.stack(layers).mean()
         if targets is not None:
             losses["lm"] = next_token_loss(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), backend)
         if return_logits == "last":
@@ -595,6 +666,11 @@ class Transformer(nn.Module):
         if length > self.config.max_position_embeddings:
             raise ValueError(f"sequence of {length} tokens is longer than the model's "
                              f"max_position_embeddings={self.config.max_position_embeddings}; shorten it")
+        candidates = 0
+        if self.config.index_block:  # of all that will be cached, so that every forward has as many
+            T = caches[0].capacity if caches else length
+            default = indexer.default_candidates(self.config.index_topk, T)
+            candidates = self.config.index_candidates or default
         if position is None:
             position = torch.arange(S, device=idx.device)
         own = position if split is None else split.position
@@ -611,6 +687,7 @@ class Transformer(nn.Module):
             sparse=self.attention == "sparse",
             index_loss=index_loss,
             index_fp8=self.index_fp8,
+            candidates=candidates,
             detach=self.detach,
             always_select=selections is not None,
             replay=bool(selections))

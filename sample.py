@@ -50,6 +50,10 @@ def parse(argv):
     add("--attention", choices=["dense", "sparse"], help="default: sparse if the checkpoint has an indexer")
     add("--index_fp8", type=cli.boolean, default=True, help="score quantised indexer keys and queries "
         "(default true)")
+    add("--index_block", type=int, help="select in two levels, by blocks of so many tokens (default: as the "
+        "checkpoint was trained; 0: among all tokens)")
+    add("--index_candidates", type=int, help="with --index_block: tokens in the best blocks, which are scored "
+        "(default: as the checkpoint was trained)")
     add("--cache", choices=["auto", "fp8"], default="auto", help="latent cache in the model's precision, or "
         "in the published FP8 layout")
     add("--chunk", type=int, help="prompt tokens that enter the cache at once (default: on a GPU what its "
@@ -214,6 +218,10 @@ def main():
         options.checkpoint, cli.backend(options.backend, device), options.attention, options.index_fp8,
         device=device, dtype=dtype,
         prepare=functools.partial(parallel.shard, ranks=ranks) if options.shard else None)
+    for name in ("index_block", "index_candidates"):
+        if getattr(options, name) is not None:
+            setattr(model.config, name, getattr(options, name))
+    model.config.check()
     if options.chat:
         talk(options, model, tokens_of, task, ranks)
         return 0

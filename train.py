@@ -63,6 +63,8 @@ class Options:
     detach: bool = option(True, "keep the KL from teaching the main model, as the paper does (false: an "
                           "ablation)")
     index_fp8: bool = option(True, "select by FP8 index scores, as the published inference does")
+    block_weight: float = option(1.0, "with --index_block: weight of the block scores' KL in the loss of the "
+                                 "indexers")
     block_size: int = option(256, "context length in tokens")
     batch_size: int = option(8, "sequences per micro-batch")
     gradient_accumulation_steps: int = option(
@@ -98,14 +100,15 @@ GPU = dict(
     hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
     q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
     index_n_heads=8, index_head_dim=64, index_topk=512)
+SELECTION = ("index_topk", "index_block", "index_candidates", "index_tile")  # no property of the weights
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
 TRAINING = tuple(field.name for field in fields(Options))
 MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) and f.name != "vocab_size"]
 # What a run being resumed cannot change: its batches, its weights, or what they learn would be others
-FIXED = {"stage", "init_from", "train", "detach", "data", "tokenizer", "seed", "block_size", "batch_size",
-         "gradient_accumulation_steps", *(field.name for field in MODEL_FIELDS)}
+FIXED = {"stage", "init_from", "train", "detach", "block_weight", "data", "tokenizer", "seed", "block_size",
+         "batch_size", "gradient_accumulation_steps", *(field.name for field in MODEL_FIELDS)}
 RANGES = (
     ("block_size", 2, math.inf), ("batch_size", 1, math.inf), ("gradient_accumulation_steps", 1, math.inf),
     ("dense_steps", 0, math.inf), ("warmup_steps", 0, math.inf), ("sparse_steps", 0, math.inf),
@@ -113,7 +116,7 @@ RANGES = (
     ("ramp_steps", 0, math.inf), ("min_lr", 0, 1), ("weight_decay", 0, math.inf),
     ("beta1", 0, 0.9999999), ("beta2", 0, 0.9999999), ("grad_clip", 1e-12, math.inf),
     ("eval_interval", 1, math.inf), ("eval_steps", 1, math.inf), ("save_interval", 1, math.inf),
-    ("context_parallel", 1, math.inf), ("seed", 0, 2**63 - 1))
+    ("context_parallel", 1, math.inf), ("block_weight", 0, math.inf), ("seed", 0, 2**63 - 1))
 
 
 def resolve(argv):
@@ -293,11 +296,11 @@ def new_indexers(old, sizes, stages):
 
 
 def fit(config, sizes, folder):
-    """Take k from the sizes given, since how many are selected is no property of the weights. ValueError for
-    other sizes that the checkpoint does not have."""
+    """Take k, and how its candidates are found, from the sizes given, since these are no property of the
+    weights. ValueError for other sizes that the checkpoint does not have."""
     for name, value in sizes.items():
-        if name == "index_topk" and config.index_topk:
-            config.index_topk = value
+        if name in SELECTION and config.index_topk:
+            setattr(config, name, value)
             config.check()
         elif getattr(config, name) != value:
             advice = "leave the option out"
@@ -631,6 +634,8 @@ def train_stage(run, stage, caught):
                 micro = run.forward(
                     x, targets, first, index_loss=indexing, return_logits=False, split=run.split)[1]
             objective = sum(micro[name] for name in ("lm", "kl") if name in micro)
+            if "kl_blocks" in micro:
+                objective = objective + options.block_weight * micro["kl_blocks"]
             (objective / len(numbers)).backward()
             losses.append({name: loss.detach() for name, loss in micro.items()})
 
@@ -656,7 +661,8 @@ def train_stage(run, stage, caught):
             stage=stage, step=step, loss=values.get("lm", values.get("kl")), **values, lr=lr,
             tokens_per_second=speed, mfu=speed * flops_per_token / run.rate,
             memory_gb=run.ranks.largest([report.peak_memory(run.device)])[0])
-        shown = {name: f"{record[name]:.3f}" for name in ("loss", "kl", "recall") if name in record}
+        names = ("loss", "kl", "recall", "index_recall")
+        shown = {name: f"{record[name]:.3f}" for name in names if name in record}
         bar.set_postfix(shown | dict(tok_s=f"{speed:.0f}"))
 
         # Evaluate

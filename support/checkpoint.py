@@ -297,6 +297,9 @@ def published_config(config, dtype):
     values = other | {key: value for key, value in values.items() if value is not None or key in null}
     if not config.index_topk:
         values = {key: value for key, value in values.items() if not key.startswith("index")}
+    if not config.index_block:  # then no published family needs to know of it
+        for key in ("index_block", "index_candidates", "index_tile"):
+            values.pop(key, None)
     return values
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from indexer import RECENT, default_candidates
 from moe import MoE
 
 STAGES = ("dense", "warmup", "sparse", "control")
@@ -82,7 +83,11 @@ def indexer_flops(a, stage, pairs, keys, h_learns, latent_learns):
         target = 2 * a.heads * (a.nope + a.rope)
         return total + pairs * (3 * score + target)
     target = 2 * a.heads * (a.rank + a.rope)
-    return total + pairs * score + keys * (3 * score + target)
+    scored = pairs
+    if a.config.index_block:  # a key for each block, then the tokens of the best blocks
+        candidates = a.config.index_candidates or default_candidates(a.config.index_topk, int(2 * pairs))
+        scored = min(pairs, pairs / a.config.index_block + candidates + RECENT)
+    return total + scored * score + keys * (3 * score + target)
 
 
 def mlp_flops(mlp, learns):
@@ -164,6 +169,8 @@ def line(record):
     if "kl" in record:
         parts.append(f"KL {record['kl']:.4f} (uniform {record['kl_uniform']:.4f})")
         parts.append(f"recall {record['recall']:.3f}")
+    if "index_recall" in record:
+        parts.append(f"of exact selection {record['index_recall']:.3f}")
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     parts.append(f"{100 * record['mfu']:.0f}% MFU")
     parts.append(f"{record['memory_gb']:.1f} GB")

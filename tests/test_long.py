@@ -1,0 +1,341 @@
+"""A model that selects in two levels (--index_block, docs/LONG.md): off, it is what it was; caches and
+decoding; what its block scores learn; what training reports. (T10): docs/TRAPS.md. Selection itself:
+tests/test_blocks.py."""
+import json
+
+import pytest
+import torch
+
+import indexer
+import sparse_attn
+from config import Config
+from model import Transformer
+from support import checkpoint
+from tests.common import FLOAT32, assert_close, device_of, packed_batch, tiny_model
+from tests.scripts import metrics, refused, train
+from tests.test_generate import cached, new_caches, random_tokens
+
+TWO_LEVELS = dict(index_block=4, index_candidates=16)
+LENGTH = indexer.RECENT + 80  # of a sequence: some 20 blocks are ranked, of which 4 are read
+
+
+def losses(model, batch):
+    return model(*batch, index_loss=True)[1]
+
+
+# ---- off, and as good as off ----
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_enough_candidates_change_nothing(attention):
+    """Logits, losses and gradients of one level, bit for bit, and the block scores' loss beside them."""
+    model = tiny_model(attention=attention)
+    batch = packed_batch(S=LENGTH)
+    results = []
+    for block, candidates in ((0, 0), (4, LENGTH)):
+        model.config.index_block = block
+        model.config.index_candidates = candidates
+        logits, found = model(*batch, index_loss=True)
+        model.zero_grad(set_to_none=True)
+        (found["lm"] + found["kl"]).backward()
+        results.append((logits, found, {name: p.grad for name, p in model.named_parameters()}))
+    (logits, one, gradients), (again, two, others) = results
+    assert two.pop("index_recall") == 1
+    assert two.pop("kl_blocks") > 0
+    assert one.keys() == two.keys() == {"lm", "kl", "kl_uniform", "recall"}
+    assert torch.equal(again, logits)
+    for name in one:
+        assert torch.equal(two[name], one[name]), name
+    for name in gradients:
+        assert torch.equal(others[name], gradients[name]), name
+
+
+def test_few_candidates_change_the_model():
+    """The model's tests below do not compare exact selection with itself."""
+    model = tiny_model(**TWO_LEVELS)
+    batch = packed_batch(S=LENGTH)
+    with torch.no_grad():
+        two = model(*batch, index_loss=True)
+        model.config.index_block = 0
+        assert not torch.equal(two[0], model(*batch)[0])
+    assert two[1]["index_recall"] < 1
+
+
+def test_impossible_sizes_are_refused():
+    for changes, message in ((dict(index_block=-1), "index_block=-1"),
+                             (dict(index_candidates=-4), "index_candidates=-4"),
+                             (dict(index_tile=3), "index_tile=3")):
+        with pytest.raises(ValueError, match=message):
+            Config(**changes).check()
+
+
+def test_checkpoint_says_so_only_where_it_is_so(tmp_path):
+    """A checkpoint of one level has the published keys alone; of two levels, it is loaded as it was."""
+    tiny_model().save_pretrained(tmp_path / "one")
+    tiny_model(**TWO_LEVELS).save_pretrained(tmp_path / "two")
+    one = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert not {"index_block", "index_candidates", "index_tile"} & one.keys()
+    assert checkpoint.read_config(tmp_path / "one").index_block == 0
+    loaded = Transformer.from_pretrained(tmp_path / "two")
+    assert (loaded.config.index_block, loaded.config.index_candidates) == (4, 16)
+
+
+# ---- causality, caches, decoding ----
+
+@pytest.mark.parametrize("index_fp8", [False, True])
+def test_no_token_sees_the_future_or_another_document(index_fp8):
+    """(T10) Logits, exactly."""
+    model = tiny_model(**TWO_LEVELS, index_fp8=index_fp8)
+    idx, _, first = packed_batch(S=2 * LENGTH)
+    start = int(first[-1, -1])
+    with torch.no_grad():
+        before = model(idx, first=first)[0]
+        other = idx.clone()
+        other[:, -9:] = (other[:, -9:] + 1) % 61
+        after = model(other, first=first)[0]
+        assert torch.equal(before[:, :-9], after[:, :-9]) and not torch.equal(before, after)
+        other = idx.clone()
+        other[-1, :start] = (other[-1, :start] + 1) % 61
+        assert torch.equal(before[-1, start:], model(other, first=first)[0][-1, start:])
+
+
+@pytest.mark.parametrize("index_fp8", [False, True])
+@pytest.mark.parametrize("steps", [[1] * 40, [3] * 200, [1, 6, 33], [100]], ids=str)
+def test_block_keys_of_a_cache(steps, index_fp8):
+    """Those of the keys in it, bit for bit, however these came: token by token, in chunks that end anywhere;
+    in a capacity that is no multiple of the block."""
+    config = tiny_model(**TWO_LEVELS).config
+    cache = sparse_attn.Cache(config, 2, 102, "cpu", torch.float32, index_fp8=index_fp8)
+    done = 0
+    for n in steps:
+        n = min(n, 102 - done)
+        if n == 0:
+            break
+        keys = torch.randn(2, n, config.index_head_dim)
+        scales = None
+        if index_fp8:
+            keys, scales = indexer.quantise(keys)
+            scales = scales.squeeze(-1)
+        position = torch.arange(done, done + n)
+        done += n
+        stored = cache.append_index(position, done, keys, scales)
+        got = cache.append_blocks(position, done)
+        want = indexer.block_keys(*stored, 4)
+        assert got[0].shape[1] == done // 4
+        assert torch.equal(got[0].float(), want[0].float())
+        assert got[1] is want[1] is None or torch.equal(got[1], want[1])
+    per_token = cache.bytes_per_token
+    config.index_block = 0
+    without = sparse_attn.Cache(config, 2, 102, "cpu", torch.float32, index_fp8=index_fp8).bytes_per_token
+    key = 16 + 4 if index_fp8 else 64
+    assert per_token == without + key // 4 - 1  # 25 blocks of 102 tokens, rounded down
+
+
+def test_a_cache_shorter_than_a_block():
+    config = tiny_model(**TWO_LEVELS).config
+    cache = sparse_attn.Cache(config, 1, 3, "cpu", torch.float32)
+    cache.append_index(torch.arange(3), 3, torch.randn(1, 3, 16))
+    assert cache.append_blocks(torch.arange(3), 3)[0].shape == (1, 0, 16)
+
+
+@pytest.mark.parametrize("index_fp8", [False, True])
+@pytest.mark.parametrize("chunks", [[300] + [1] * 36, [61, 200, 70, 5], [LENGTH]], ids=str)
+def test_cached_decoding_chunked_prefill_and_one_forward_agree(index_fp8, chunks):
+    """(T25) As with one level: block keys count as soon as they are complete, in training, too."""
+    model = tiny_model(**TWO_LEVELS, index_fp8=index_fp8).eval()
+    x = random_tokens("torch", 2, LENGTH)
+    caches = new_caches(model, 2, LENGTH + 9, index_fp8=index_fp8)
+    with torch.no_grad():
+        full = model(x)[0]
+        assert_close(cached(model, x, chunks, caches), full, *FLOAT32)
+        # the length read on the device, from a cache longer than what it holds, as under a CUDA graph
+        last = torch.full((2, 1), LENGTH - 1, dtype=torch.int32)
+        position = torch.tensor([LENGTH - 1])
+        again = model(x[:, -1:], caches=caches, position=position, last=last)[0]
+    assert_close(again, full[:, -1:], *FLOAT32)
+
+
+def test_default_candidates_follow_the_capacity():
+    """So a long prompt finds the same tokens, whatever its chunks, as the steps behind it."""
+    model = tiny_model(index_block=4, max_position_embeddings=2**20).eval()
+    caches = new_caches(model, 1, 3000)
+    position = torch.tensor([0])
+    found = [
+        model.forward_state("torch", position[None], None, False, given, position, None).candidates
+        for given in (caches, None)]
+    assert found == [3000 // 32, 8 * 6]
+    model.config.index_candidates = 20
+    assert model.forward_state("torch", position[None], None, False, caches, position, None).candidates == 20
+
+
+@pytest.mark.parametrize("fp8_cache", [False, True])
+def test_backends_decode_alike(fp8_cache):
+    """A step by the kernels behind a prompt read by the reference."""
+    pytest.importorskip("triton")
+    device = device_of("triton")
+    model = tiny_model("torch", **TWO_LEVELS, index_fp8=True).eval().to(device)
+    x = torch.randint(0, 59, (2, LENGTH), device=device)
+    logits = []
+    for backend in ("torch", "triton"):
+        model.backend = "torch"
+        caches = new_caches(model, 2, LENGTH, index_fp8=True, fp8=fp8_cache)
+        cached(model, x[:, :-1], [LENGTH - 1], caches)
+        model.backend = backend
+        position = torch.tensor([LENGTH - 1], device=device)
+        with torch.no_grad():
+            logits.append(model(x[:, -1:], caches=caches, position=position)[0])
+    assert_close(logits[1], logits[0], *FLOAT32)
+
+
+def test_backends_train_alike():
+    """All losses of a sparse step, the two of selection in two levels too."""
+    pytest.importorskip("triton")
+    device = device_of("triton")
+    batch = [x.to(device) for x in packed_batch(B=1, S=indexer.RECENT + 24)]
+    model = tiny_model("torch", index_block=4, index_candidates=4, num_hidden_layers=1).to(device)
+    want = losses(model, batch)
+    model.backend = "triton"
+    got = losses(model, batch)
+    assert want["index_recall"] < 1
+    for name in want:
+        assert_close(got[name][None], want[name][None], *FLOAT32, name)
+
+
+# ---- learning ----
+
+def block_loss_in_float64(p, seen, q, k, w, first, last, block, recent):
+    """Its definition, query by query."""
+    B, S, T = p.shape
+    rows = []
+    for b in range(B):
+        for s in range(S):
+            blocks = []
+            for n in range(T // block):
+                ranks = first[b, s] // block < n < (last[b, s] - recent + 1) // block
+                tokens = slice(n * block, (n + 1) * block)
+                if ranks and seen[b, s, tokens].any():
+                    score = (q[b, s] @ k[b, tokens].mean(0)).relu() @ w[b, s]
+                    blocks.append((p[b, s, tokens].sum(), score))
+            if not blocks:
+                rows.append(w[b, s].sum() * 0)
+                continue
+            mass, score = (torch.stack(column) for column in zip(*blocks))
+            m = mass.sum()
+            rows.append(m * torch.nn.functional.kl_div(score.log_softmax(0), mass / m, reduction="sum"))
+    return torch.stack(rows).view(B, S)
+
+
+@pytest.mark.parametrize("selects", [False, True])
+def test_block_loss(selects):
+    """(T18, T20) Values and gradients in float64; 0, and no gradient, where no block is ranked."""
+    B, S, T = 2, 9, 47
+    first = torch.tensor([[0], [6]]).expand(B, S)
+    last = (torch.arange(S) * 5 + 6).expand(B, S)
+    q = torch.randn(B, S, 3, 8, requires_grad=True)
+    k = torch.randn(B, T, 8, requires_grad=True)
+    w = torch.randn(B, S, 3, requires_grad=True)
+    seen = indexer.visible(S, T, first, last, slice(None), "cpu")
+    if selects:
+        seen = seen & (torch.rand(B, S, T) < 0.3)
+    p = torch.rand(B, S, T).masked_fill(~seen, 0)
+    p = p / p.sum(-1, keepdim=True).clamp(min=1e-9)
+    got = indexer.block_loss(p, seen, q, k, w, first, last, 4, 10)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, w)]
+    want = block_loss_in_float64(p.double(), seen, *exact, first, last, 4, 10)
+    assert (got[:, 0] == 0).all() and (got[:, -1] > 0).all()
+    assert_close(got, want, *FLOAT32)
+    weight = torch.rand(B, S)
+    gradients = torch.autograd.grad((got * weight).sum(), (q, k, w))
+    wanted = torch.autograd.grad((want * weight.double()).sum(), exact)
+    for g, e in zip(gradients, wanted):
+        assert_close(g, e, *FLOAT32)
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_block_loss_teaches_indexers_alone(attention):
+    """(T14) All parameters of each, and no other."""
+    model = tiny_model(attention=attention, **TWO_LEVELS)
+    index = {name for name, _ in model.named_parameters() if ".indexer." in name}
+    losses(model, packed_batch(S=LENGTH))["kl_blocks"].backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == index
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_recomputation_gives_the_same(attention):
+    """(T21)"""
+    model = tiny_model(attention=attention, **TWO_LEVELS)
+    batch = packed_batch(S=LENGTH)
+    gradients = []
+    for model.recompute in (False, True):
+        model.zero_grad(set_to_none=True)
+        losses(model, batch)["kl_blocks"].backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_block_scores_learn():
+    """By the block term alone, its own loss falls and more of exact selection is found."""
+    torch.manual_seed(1)
+    model = tiny_model(attention="dense", num_hidden_layers=1, index_block=4, index_candidates=16)
+    batch = packed_batch(S=LENGTH)
+    optimizer = torch.optim.Adam(model.indexer_parameters(), lr=1e-2)
+    history = []
+    for _ in range(30):
+        loss = losses(model, batch)["kl_blocks"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < history[0] / 2
+
+
+def test_selection_recall():
+    exact = torch.tensor([[[1, 4, 7], [0, 2, -1], [-1, -1, -1]]])
+    found = torch.tensor([[[4, 5, 7], [0, 1, 2], [-1, -1, -1]]])
+    assert torch.allclose(indexer.selection_recall(found, exact, 9), torch.tensor([[2 / 3, 1, 1]]))
+
+
+def test_index_recall_is_of_what_the_layer_uses():
+    """The share of exact selection that its selection holds, of the queries that training samples."""
+    model = tiny_model(num_hidden_layers=1, **TWO_LEVELS)
+    idx, targets, _ = packed_batch(S=LENGTH)
+    two = []
+    exact = []
+    with torch.no_grad():
+        found = model(idx, targets, index_loss=True, selections=two)[1]["index_recall"]
+        model.config.index_block = 0
+        model(idx, targets, selections=exact)
+    rows = torch.linspace(0, LENGTH - 1, 16).long()
+    shares = []
+    for b in range(2):
+        for row in rows.tolist():
+            want = set(exact[0][b, row].tolist()) - {-1}
+            shares.append(len(want & set(two[0][b, row].tolist())) / len(want))
+    assert 0.3 < found.item() < 1
+    assert abs(found.item() - sum(shares) / len(shares)) < 1e-6
+
+
+# ---- train.py ----
+
+def test_train_and_continue(place):
+    """Options reach model, losses and log; a checkpoint of one level can go on with two."""
+    options = (f"--block_size={LENGTH}", "--batch_size=1")
+    code, _, err = train(place, "two-levels", *options, "--index_block=4", "--index_candidates=16")
+    assert code == 0, err
+    for record in metrics(place / "two-levels"):
+        learns = record["stage"] != "dense"
+        assert ("kl_blocks" in record) == ("index_recall" in record) == learns
+        assert not learns or 0 < record["index_recall"] <= 1
+    weighted = ("--stage=sparse", "--init_from=two-levels/warmup", *options)
+    norms = []
+    for out, further in (("a", "--block_weight=0"), ("b", "--block_weight=3"), ("c", "--index_block=0")):
+        code, _, err = train(place, f"two-levels-{out}", *weighted, further)
+        assert code == 0, err
+        norms.append(metrics(place / f"two-levels-{out}")[0])
+    assert norms[0]["kl"] == norms[1]["kl"] and norms[0]["index_grad_norm"] != norms[1]["index_grad_norm"]
+    assert "index_recall" not in norms[2]
+
+
+def test_train_refuses(place):
+    refused(train(place, "never", "--index_tile=3"), "index_tile=3", "power of two")
