@@ -78,6 +78,8 @@ HEADS = (128, 64, 16)  # of the published shape
 CHUNK = 4096  # queries of a long prompt that are computed at a time
 CONTEXTS = (32768, 131072)  # behind which they come
 LONGEST = 2**20  # behind which selection filters
+FAR = (2**17, 2**19, 2**20)  # behind which selection in two levels runs beside exact selection
+WHOLE = (2**17, 2**19)  # contexts of which every query selects
 SEQUENCE = 8192  # tokens of a sequence that is trained on, in the rows of one layer
 BATCH = 128  # sequences that decode at a time
 MATMUL = 8192  # rows and columns of the matrices that the baselines multiply
@@ -336,6 +338,35 @@ def select_row(table, what, shape, B, S, T):
     batch = "" if B == 1 else f"{B} x "
     table.faster(f"select whole, {batch}S {S}, T {T}{what}",
                  lambda: kernels.select(q, k, w, shape.topk, k_scale), scores_and_topk, "scores + torch.topk")
+
+
+def bench_blocks(table):
+    """Selection in two levels (docs/LONG.md) beside exact selection: a chunk of queries behind a long
+    context, one query, and whole contexts; candidates by default, alone and in tiles of 16 queries. Random
+    vectors: neighbouring queries have less in common than a model's."""
+    import kernels
+    few = SMALL._replace(index_heads=2 * SMALL.index_heads)
+    keys = randn(1, FAR[-1], few.index_dim).to(torch.float8_e4m3fn)
+    scale = torch.ones(1, FAR[-1], device=DEVICE)
+    table.traffic(f"block keys of {FAR[-1]} keys of {few.index_dim}", lambda: kernels.block_keys(keys, scale),
+                  keys.numel())
+
+    cases = [(few, CHUNK, T) for T in FAR] + [(V32, CHUNK, T) for T in FAR] + [(few, 1, T) for T in FAR]
+    cases += [(few, T, T) for T in WHOLE]
+    for shape, S, T in cases:
+        q, k, w, k_scale = index_inputs(shape, 1, S, T)
+        blocks = kernels.block_keys(k, k_scale)  # a prompt's chunks find theirs in the cache
+
+        def exact():
+            kernels.select(q, k, w, shape.topk, k_scale)
+
+        for tile in (1, 16):
+            if S == 1 and tile > 1:
+                continue
+            args = (q, k, w, shape.topk, k_scale, None, None, *blocks)
+            few_heads = "" if shape is V32 else f", {shape.index_heads} indexer heads of {shape.index_dim}"
+            table.faster(f"select by blocks, S {S}, T {T}, tile {tile}{few_heads}",
+                         lambda: kernels.select_by_blocks(*args, tile=tile), exact, "select")
 
 
 def bench_dense(table):
@@ -898,8 +929,8 @@ def bench_cold(table):
 def parts(checkpoint):
     """-> {name: function of a Table}; checkpoint: for the part `long`."""
     found = dict(
-        select=bench_select, dense=bench_dense, sparse=bench_sparse, loss=bench_loss, context=bench_context,
-        default=bench_default)
+        select=bench_select, blocks=bench_blocks, dense=bench_dense, sparse=bench_sparse, loss=bench_loss,
+        context=bench_context, default=bench_default)
     for T in TRAINED:
         found[f"train-{T // 1024}k"] = functools.partial(bench_train, T=T)
     for T in BESIDE_GPT:

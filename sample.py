@@ -52,8 +52,8 @@ def parse(argv):
         "(default true)")
     add("--index_block", type=int, help="select in two levels, by blocks of so many tokens (default: as the "
         "checkpoint was trained; 0: among all tokens)")
-    add("--index_candidates", type=int, help="with --index_block: tokens in the best blocks, which are scored "
-        "(default: as the checkpoint was trained)")
+    add("--index_candidates", type=int, help="with --index_block: tokens in the best blocks, which are "
+        "scored (default: as the checkpoint was trained)")
     add("--cache", choices=["auto", "fp8"], default="auto", help="latent cache in the model's precision, or "
         "in the published FP8 layout")
     add("--chunk", type=int, help="prompt tokens that enter the cache at once (default: on a GPU what its "

@@ -684,8 +684,9 @@ def arguments(function):
 
 
 @pytest.mark.parametrize("twin", [
-    indexer.quantise, indexer.index_scores, indexer.select, sparse_attn.dense_attention,
-    sparse_attn.sparse_attention, indexer.indexer_loss_dense, indexer.indexer_loss_sparse, cross_entropy])
+    indexer.quantise, indexer.index_scores, indexer.select, indexer.block_keys, indexer.select_by_blocks,
+    sparse_attn.dense_attention, sparse_attn.sparse_attention, indexer.indexer_loss_dense,
+    indexer.indexer_loss_sparse, cross_entropy])
 def test_twins_have_one_signature(twin):
     """Each operation of the reference has a kernel of the same name, with the same arguments and defaults."""
     kernels = pytest.importorskip("kernels", reason="needs triton")

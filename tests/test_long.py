@@ -190,7 +190,7 @@ def test_backends_train_alike():
     """All losses of a sparse step, the two of selection in two levels too."""
     pytest.importorskip("triton")
     device = device_of("triton")
-    batch = [x.to(device) for x in packed_batch(B=1, S=indexer.RECENT + 24)]
+    batch = [x.to(device) for x in packed_batch(B=1, S=indexer.RECENT + 90)[:2]]  # one document
     model = tiny_model("torch", index_block=4, index_candidates=4, num_hidden_layers=1).to(device)
     want = losses(model, batch)
     model.backend = "triton"
