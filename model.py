@@ -441,7 +441,8 @@ class Attention(nn.Module):
 
             [p] = indexer.over_rows(target, len(rows), B * T * self.heads)  # (B, 64, T)
         return indexer.block_loss(
-            p, seen, q_index[:, rows], k_index, w[:, rows], first, last, self.config.index_block)
+            p, seen, q_index[:, rows], k_index, w[:, rows], first, last, self.config.index_block,
+            indexer.RECENT)
 
 
 class Block(nn.Module):

@@ -186,16 +186,18 @@ def test_backends_decode_alike(fp8_cache):
     assert_close(logits[1], logits[0], *FLOAT32)
 
 
-def test_backends_train_alike():
-    """All losses of a sparse step, the two of selection in two levels too."""
+def test_backends_train_alike(monkeypatch):
+    """All losses of a sparse step, the two of selection in two levels too; few recent tokens, as the
+    interpreter is slow."""
+    monkeypatch.setattr(indexer, "RECENT", 10)
     pytest.importorskip("triton")
     device = device_of("triton")
-    batch = [x.to(device) for x in packed_batch(B=1, S=indexer.RECENT + 90)[:2]]  # one document
-    model = tiny_model("torch", index_block=4, index_candidates=4, num_hidden_layers=1).to(device)
+    batch = [x.to(device) for x in packed_batch(B=1, S=60)[:2]]  # one document
+    model = tiny_model("torch", index_block=4, index_candidates=12, num_hidden_layers=1).to(device)
     want = losses(model, batch)
     model.backend = "triton"
     got = losses(model, batch)
-    assert want["index_recall"] < 1
+    assert want["index_recall"] < 1 and want["kl_blocks"] > 0
     for name in want:
         assert_close(got[name][None], want[name][None], *FLOAT32, name)
 
