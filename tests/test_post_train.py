@@ -274,10 +274,10 @@ def test_chat_refuses(home, chain, args, words):
     refused(call(home, "sample.py", "--checkpoint=chain/mixed", *args), *words)
 
 
-def test_chat_needs_turn_tokens(home, run):
+def test_chat_needs_turn_tokens(home, run, chain):
     result = call(home, "sample.py", "--chat", "--prompt=a", f"--checkpoint={run[0]}/sparse")
     refused(result, "no turn tokens")
-    assert chat.turns_of(home / "chain" / "base") == tasks.TURNS
+    assert chat.turns_of(chain[0] / "base") == tasks.TURNS
 
 
 # ---- bad input ----
