@@ -22,6 +22,7 @@ happened. out_dir also holds run.json, metrics.jsonl and plot.png.
 """
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -34,6 +35,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import exam
@@ -49,6 +51,7 @@ from train import MODEL_FIELDS, adamw, learning_rate, trainable
 
 STAGES = ("base", "specialists", "distillation", "mixed", "sequential", "evaluate")
 PROMPT_WEIGHT = 0.02  # of a prompt's tokens in supervised losses: enough to learn what prompts look like
+PACKERS = 6  # processes that pack batches for a GPU
 HARDER_SHARE = 0.2  # of the base's demonstrations that are of the next level
 
 
@@ -345,10 +348,15 @@ class Run:
 
     def random(self, job, step):
         """-> the source of a step's choices, and the torch.Generators of its samples and of its order."""
-        random = Random(f"{self.options.seed} {job} {step}")
+        random = random_of(self.options, job, step)
         sampling = torch.Generator(self.device).manual_seed(random.getrandbits(62))
         order = torch.Generator().manual_seed(random.getrandbits(62))
         return random, sampling, order
+
+
+def random_of(options, job, step):
+    """-> the source of a step's choices."""
+    return Random(f"{options.seed} {job} {step}")
 
 
 # ---- states ----
@@ -403,63 +411,83 @@ def demonstration(random, job, options):
     return task.prompt(), task.demo(random, tasks.SLOPPY)
 
 
-def packed(documents, options, device):
+class Batches(Dataset):
+    """What a supervised job reads: batch n is a function of (seed, job, n)."""
+
+    def __init__(self, run, job):
+        self.options = run.options
+        self.job = job
+        self.answers = None  # of the specialists, for the generalist alone
+        if job.name == "generalist":
+            lines = (run.out / "distillation.jsonl").read_text().splitlines()
+            self.answers = [json.loads(line) for line in lines]
+
+    def __getitem__(self, step):
+        return packed(self.documents(random_of(self.options, self.job.name, step)), self.options)
+
+    def documents(self, random):
+        """Yield (prompt, ids behind it) to learn from."""
+        while True:
+            if self.answers is None:
+                yield demonstration(random, self.job, self.options)
+            else:
+                document = random.choice(self.answers)
+                yield document["prompt"], document["out"]
+
+
+def packed(documents, options):
     """Pack documents, an iterator of (prompt, ids behind it), one behind the other into rows; one that does
     not fit into what is left begins the next row -> ids (B,S+1), weight (B,S) of each target, first (B,S)."""
-    B = options.batch_size
-    S = options.block_size
-    ids = torch.full((B, S + 1), tasks.EOT)
-    weight = torch.zeros(B, S + 1)
-    first = torch.arange(S + 1).repeat(B, 1)
-    row = 0
-    at = 0
+    width = options.block_size + 1
+    ids = [[]]
+    weight = [[]]
+    first = [[]]
     while True:
         prompt, out = next(documents)
-        text = (prompt + out)[:S + 1]
-        if at + len(text) > S + 1:
-            row += 1
-            at = 0
-        if row == B:
-            break
-        here = slice(at, at + len(text))
-        ids[row, here] = torch.tensor(text)
+        text = (prompt + out)[:width]
+        if len(ids[-1]) + len(text) > width:
+            missing = width - len(ids[-1])
+            first[-1] += range(len(ids[-1]), width)
+            ids[-1] += [tasks.EOT] * missing
+            weight[-1] += [0.0] * missing
+            if len(ids) == options.batch_size:
+                break
+            for rows in (ids, weight, first):
+                rows.append([])
+        first[-1] += [len(ids[-1])] * len(text)
         own = [1.0 if mine else 0.0 for mine in tasks.own_tokens(out)]
-        weight[row, here] = torch.tensor(([PROMPT_WEIGHT] * len(prompt) + own)[:len(text)])
-        first[row, here] = at
-        weight[row, at] = 0  # nothing predicts a first token
-        at += len(text)
-    return ids.to(device), weight[:, 1:].to(device), first[:, :-1].int().to(device)
+        weights = [PROMPT_WEIGHT] * len(prompt) + own
+        weights[0] = 0.0  # nothing predicts a first token
+        weight[-1] += weights[:len(text)]
+        ids[-1] += text
+    return (torch.tensor(ids), torch.tensor(weight)[:, 1:],
+            torch.tensor(first, dtype=torch.int32)[:, :-1])
 
 
-def documents_of(run, job, random):
-    """Yield (prompt, ids behind it) to learn from."""
-    data = None
-    if job.name == "generalist":
-        data = [json.loads(line) for line in (run.out / "distillation.jsonl").read_text().splitlines()]
-    while True:
-        if data is None:
-            yield demonstration(random, job, run.options)
-        else:
-            document = random.choice(data)
-            yield document["prompt"], document["out"]
+class Supervised:
+    """The steps of a supervised job. On a GPU other processes pack the batches, since the host would take as
+    long for one as the GPU for its step."""
 
+    def __init__(self, run, job, start):
+        workers = min(PACKERS, os.cpu_count()) if run.device.type == "cuda" else 0
+        self.batches = iter(DataLoader(
+            Batches(run, job), batch_size=None, sampler=range(start, job.steps), num_workers=workers))
 
-def supervised_step(run, job, model, optimizer, groups, step):
-    """One step of learning from documents -> dict of floats."""
-    random, _, _ = run.random(job.name, step)
-    ids, weight, first = packed(documents_of(run, job, random), run.options, run.device)
-    indexing = job.kind != "dense"
-    with run.autocast():
-        logits, losses = model(ids[:, :-1], first=first, index_loss=indexing)
-        nats = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    lm = (nats * weight.flatten()).sum() / weight.sum()
-    total = losses["kl"] if job.kind == "warmup" else lm + losses.get("kl", 0)
-    total.backward()
-    norms = [clip_grad_norm_(group, run.options.grad_clip).to(run.device) for group in groups]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    values = dict(loss=lm, **losses, grad_norm=norms[0], index_grad_norm=norms[1])
-    return dict(zip(values, torch.stack([value.detach().float() for value in values.values()]).tolist()))
+    def step(self, run, job, model, optimizer, groups, step):
+        """-> dict of floats."""
+        ids, weight, first = (x.to(run.device) for x in next(self.batches))
+        indexing = job.kind != "dense"
+        with run.autocast():
+            logits, losses = model(ids[:, :-1], first=first, index_loss=indexing)
+            nats = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        lm = (nats * weight.flatten()).sum() / weight.sum()
+        total = losses["kl"] if job.kind == "warmup" else lm + losses.get("kl", 0)
+        total.backward()
+        norms = [clip_grad_norm_(group, run.options.grad_clip).to(run.device) for group in groups]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        values = dict(loss=lm, **losses, grad_norm=norms[0], index_grad_norm=norms[1])
+        return dict(zip(values, torch.stack([value.detach().float() for value in values.values()]).tolist()))
 
 
 # ---- reinforcement learning ----
@@ -618,7 +646,10 @@ def run_job(run, job):
             p.requires_grad_(False)
     optimizer = adamw(*groups, options, run.device)
     start = runs.restore(optimizer, saved, parallel.sharded_state) if saved else 0
-    take = Learner(run, job, model).step if job.kind == "grpo" else supervised_step
+    if job.kind == "grpo":
+        learner = Learner(run, job, model)
+    else:
+        learner = Supervised(run, job, start)
 
     bar = tqdm(range(start, job.steps), desc=job.name, initial=start, total=job.steps, disable=None,
                dynamic_ncols=True)
@@ -627,7 +658,7 @@ def run_job(run, job):
         lr = learning_rate(options, step, job.steps, job.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        values = take(run, job, model, optimizer, groups, step)
+        values = learner.step(run, job, model, optimizer, groups, step)
         if not all(map(math.isfinite, values.values())):
             print(f"post_train.py: {job.name} step {step}: not finite: {values}. Lower the learning rate or "
                   "raise --ramp_steps", file=sys.stderr)

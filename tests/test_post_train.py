@@ -58,7 +58,7 @@ def test_packed_documents():
         task = tasks.make(random, "agent")
         documents.append((task.prompt(), task.demo(random)))
     source = iter(documents)
-    ids, weight, first = post_train.packed(source, options, torch.device("cpu"))
+    ids, weight, first = post_train.packed(source, options)
     assert ids.shape == (3, 61) and weight.shape == first.shape == (3, 60) and first.dtype == torch.int32
     taken = iter(documents)
     for row in range(3):
@@ -197,19 +197,19 @@ def test_resume_is_the_run(home, monkeypatch, job, stage):
     broken = f"broken-{stage}"
     if stage == "specialists":
         assert post(home, broken, *args, "--stage=base")[0] == 0
-    name = "supervised_step" if stage == "base" else "draw_groups"
-    original = getattr(post_train, name)
+    learner = post_train.Supervised if stage == "base" else post_train.Learner
+    original = learner.step
 
-    def interrupted(run, at, *rest):
+    def interrupted(self, run, at, *rest):
         if at.name == job and rest[-1] == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(run, at, *rest)
+        return original(self, run, at, *rest)
 
-    monkeypatch.setattr(post_train, name, interrupted)
+    monkeypatch.setattr(learner, "step", interrupted)
     code, _, err = post(home, broken, *args, f"--stage={stage}")
     assert code == 130 and "--resume" in err, err
     assert (home / broken / f"state-{job}").is_dir() and not (home / broken / job).exists()
-    monkeypatch.setattr(post_train, name, original)
+    monkeypatch.setattr(learner, "step", original)
     code, _, err = post(home, broken, *args, f"--stage={stage}", "--resume")
     assert code == 0, err
     if stage == "base":  # the options of the run are those of the stage that made its base
