@@ -248,9 +248,11 @@ def harmless(values):
 
 
 def page(facts, packed):
-    """facts: what the page tells and shows beside the layers, see `main`; packed: {layer: packed Reads} -> the
-    HTML."""
-    layers = [f'<script type="text/plain" id="layer-{layer}">{text}</script>' for layer, text in packed.items()]
+    """facts: what the page tells and shows beside the layers, see `main`; packed: {layer: packed Reads} ->
+    the HTML."""
+    layers = []
+    for layer, text in packed.items():
+        layers.append(f'<script type="text/plain" id="layer-{layer}">{text}</script>')
     parts = dict(title=html.escape(facts["title"]), facts=harmless(facts), layers="\n".join(layers))
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
@@ -272,7 +274,8 @@ def main():
     if o.index_fp8:
         cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
     dtype = getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    model = Transformer.from_pretrained(o.checkpoint, "torch", "sparse", o.index_fp8, device=device, dtype=dtype)
+    model = Transformer.from_pretrained(
+        o.checkpoint, "torch", "sparse", o.index_fp8, device=device, dtype=dtype)
 
     packed = read(model, ids, layers, o.missed, by_head)
     trained = files.run_options(files.locate(o.checkpoint).parent).get("block_size")

@@ -1,5 +1,5 @@
-"""What a training run shows while it goes on: its plot, and its numbers in TensorBoard or Weights & Biases where
-they are installed."""
+"""What a training run shows while it goes on: its plot, and its numbers in TensorBoard or Weights & Biases
+where they are installed."""
 import importlib.util
 import shutil
 import time
@@ -69,7 +69,8 @@ class WeightsAndBiases(Log):
         try:
             self.run = wandb.init(project=PROJECT, group=out.resolve().name, dir=str(out), config=options)
         except Exception as error:  # of a network or an account the library raises many kinds
-            raise ValueError(f"--log=wandb: {error}; log in, set WANDB_MODE=offline, or leave --log out") from None
+            raise ValueError(f"--log=wandb: {error}; log in, set WANDB_MODE=offline, or leave --log "
+                             "out") from None
 
     def add(self, record, step):
         values = {f"{record['stage']}/{name}": value for name, value in record.items()}
@@ -99,8 +100,8 @@ class LivePlot:
         self.spent = 0.0
 
     def refresh(self):
-        """Draw what metrics.jsonl holds by now, if there is time. What cannot be drawn or written now may be at
-        the next evaluation: no reason to end a run."""
+        """Draw what metrics.jsonl holds by now, if there is time. What cannot be drawn or written now may be
+        at the next evaluation: no reason to end a run."""
         start = time.perf_counter()
         if self.spent > PLOT_SHARE * (start - self.began):
             return

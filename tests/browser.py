@@ -11,7 +11,12 @@ import time
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # The protocol's pipe is at 3 and 4, whatever is open here
-LAUNCH = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+LAUNCH = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 CODES = dict(
     ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40, PageUp=33, PageDown=34, End=35, Home=36, Tab=9,
     Enter=13)
@@ -103,6 +108,23 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
+    def each(self, selector, function):
+        """A JavaScript function of all elements that a selector finds -> list of its values."""
+        return self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map({function})")
+
+    def one(self, selector, function):
+        """The same of the first of them."""
+        return self.evaluate(f"({function})(document.querySelector({json.dumps(selector)}))")
+
+    def text(self, selector):
+        """The text in an element."""
+        return self.one(selector, "x => x.textContent")
+
+    def middle(self, selector):
+        """-> where the middle of an element is, in the layout as it stands."""
+        return self.one(selector, "x => { const box = x.getClientRects()[0]; "
+                        "return {x: box.x + box.width / 2, y: box.y + box.height / 2} }")
+
     def wait(self, expression, seconds=60):
         """Until a JavaScript expression is true."""
         end = time.monotonic() + seconds
@@ -128,21 +150,15 @@ class Browser:
         self.settle()
 
     def click(self, selector):
-        """The left button in the middle of the element, wherever the layout has put it."""
-        box = self.evaluate(
-            f"(() => {{ const box = document.querySelector({json.dumps(selector)}).getClientRects()[0]; "
-            "return [box.x + box.width / 2, box.y + box.height / 2] })()")
-        place = dict(x=box[0], y=box[1], button="left", clickCount=1)
-        self.call("Input.dispatchMouseEvent", type="mousePressed", **place)
-        self.call("Input.dispatchMouseEvent", type="mouseReleased", **place)
+        """The left button in the middle of the element."""
+        button = dict(button="left", clickCount=1, **self.middle(selector))
+        self.call("Input.dispatchMouseEvent", type="mousePressed", **button)
+        self.call("Input.dispatchMouseEvent", type="mouseReleased", **button)
         self.settle()
 
     def hover(self, selector):
         """The pointer over the middle of the element."""
-        box = self.evaluate(
-            f"(() => {{ const box = document.querySelector({json.dumps(selector)}).getClientRects()[0]; "
-            "return [box.x + box.width / 2, box.y + box.height / 2] })()")
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", **self.middle(selector))
         self.settle()
 
     def screenshot(self, path, kind="png", **options):

@@ -71,7 +71,8 @@ def wandb_runs(monkeypatch):
 def test_a_package_that_is_not_installed(place, monkeypatch, name):
     """One line, before any work."""
     monkeypatch.setattr(logs.importlib.util, "find_spec", lambda package: None)
-    refused(train(place, f"no-{name}", f"--log={name}"), f"--log={name}", "not installed", f"pip install {name}")
+    result = train(place, f"no-{name}", f"--log={name}")
+    refused(result, f"--log={name}", "not installed", f"pip install {name}")
     assert not (place / f"no-{name}").exists()
 
 
@@ -129,7 +130,8 @@ def test_wandb_that_refuses(place, monkeypatch):
         raise RuntimeError("api_key not configured\n(no-tty)")
 
     fake_package(monkeypatch, "wandb", init=init)
-    refused(train(place, "refused", "--log=wandb"), "--log=wandb", "api_key not configured", "WANDB_MODE=offline")
+    result = train(place, "refused", "--log=wandb")
+    refused(result, "--log=wandb", "api_key not configured", "WANDB_MODE=offline")
 
 
 def test_only_rank_0_logs(place, tmp_path, monkeypatch):

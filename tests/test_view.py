@@ -56,8 +56,8 @@ def unpack(packed, T, k, missed, parts):
 
 
 def operations_of(model, idx):
-    """What each layer gave to `select` (of a shared layer: the one before) and `sparse_attention`, in a forward
-    of its own -> list of (arguments, arguments)."""
+    """What each layer gave to `select` (of a shared layer: the one before) and `sparse_attention`, in a
+    forward of its own -> list of (arguments, arguments)."""
     seen = []
     last = None
 
@@ -128,7 +128,10 @@ def check_query(t, found, by_head, selecting, attending):
 
 
 @pytest.mark.parametrize("by_head", [True, False])
-@pytest.mark.parametrize("sizes", [dict(), dict(index_fp8=True), dict(indexer_types=["full", "shared", "full"])])
+@pytest.mark.parametrize("sizes", [
+    dict(),
+    dict(index_fp8=True),
+    dict(indexer_types=["full", "shared", "full"])])
 @pytest.mark.parametrize("slices", [2**24, 300])
 def test_the_page_holds_what_the_model_reads(monkeypatch, by_head, sizes, slices):
     """Every query of every layer asked for, those within k and those beyond."""
@@ -172,7 +175,8 @@ def test_more_missed_than_tokens():
 def test_codes():
     """255 is 1, 16 steps down a half; what is too small for a code is 0, and nothing is off by more than half
     a step."""
-    assert view.codes(torch.tensor([1, 0.5, 0.25, 2**-15.9375, 2**-17, 0.0])).tolist() == [255, 239, 223, 0, 0, 0]
+    powers = torch.tensor([1, 0.5, 0.25, 2**-15.9375, 2**-17, 0.0])
+    assert view.codes(powers).tolist() == [255, 239, 223, 0, 0, 0]
     p = torch.rand(1000).double().exp2() / 2
     back = 2 ** ((view.codes(p).double() - 255) / 16)
     assert ((back / p).log2().abs() <= 1 / 32 + 1e-9).all()
@@ -216,7 +220,8 @@ def test_pieces_of_a_tokenizer_json(tmp_path):
 
 @pytest.fixture(scope="module")
 def made(place, run):
-    """The script on a text that holds traps -> the page's path, the text, its layers as `unpack` reads them."""
+    """The script on a text that holds traps -> the page's path, the text, its layers as `unpack` reads
+    them."""
     text = TRAP + (place / "text.txt").read_text()[:260]
     (place / "trap.txt").write_text(text, newline="")
     code, out, err = call(place, "view.py", f"--checkpoint={run[0]}/sparse", "--text=trap.txt",
@@ -292,16 +297,17 @@ def test_bad_input(place, run, options, words):
 def test_a_checkpoint_without_an_indexer(place, run):
     shutil.copytree(run[0] / "sparse", place / "no-indexer")
     edit_json(place / "no-indexer" / "config.json", lambda values: values.update(index_topk=0))
-    refused(call(place, "view.py", "--checkpoint=no-indexer", "--text=text.txt"), "no indexer", "--stage=warmup")
+    result = call(place, "view.py", "--checkpoint=no-indexer", "--text=text.txt")
+    refused(result, "no indexer", "--stage=warmup")
 
 
 def test_a_page_too_large_for_a_browser(place, run, monkeypatch):
+    read_text = ("view.py", f"--checkpoint={run[0]}/sparse", "--text=text.txt", "--max_tokens=99")
     monkeypatch.setattr(view, "PAGE_LIMIT", 10000)
-    refused(call(place, "view.py", f"--checkpoint={run[0]}/sparse", "--text=text.txt"), "too large", "--layers")
+    refused(call(place, *read_text), "too large", "--layers")
     monkeypatch.setattr(view, "PAGE_LIMIT", 2**28)
     monkeypatch.setattr(view, "HEADS_LIMIT", 1000)
-    code, _, err = call(place, "view.py", f"--checkpoint={run[0]}/sparse", "--text=text.txt", "--max_tokens=99",
-                        "--out=large.html")
+    code, _, err = call(place, *read_text, "--out=large.html")
     assert code == 0 and not facts_of(place / "large.html")["byHead"], err
 
 
@@ -322,19 +328,17 @@ def browser(made, tmp_path):
 
 def chosen_in(browser):
     """Number of the token that the page has chosen; what a screen reader is told of it agrees."""
-    told = browser.evaluate("document.querySelector('#text').getAttribute('aria-activedescendant')")
-    marked = browser.evaluate("[...document.querySelectorAll('#text .query, #text [aria-selected]')].map(x => x.id)")
+    told = browser.one("#text", "x => x.getAttribute('aria-activedescendant')")
+    marked = browser.each("#text .query, #text [aria-selected]", "x => x.id")
     assert marked == [told]
     return int(told[1:])
 
 
 def coloured(browser):
     """-> {token: level} and the missed tokens, as the page shows them."""
-    levels = browser.evaluate(
-        "Object.fromEntries([...document.querySelectorAll('#text [data-level]')]"
-        ".map(x => [x.id.slice(1), Number(x.dataset.level)]))")
-    missed = browser.evaluate("[...document.querySelectorAll('#text [data-missed]')].map(x => Number(x.id.slice(1)))")
-    return {int(t): level for t, level in levels.items()}, missed
+    levels = browser.each("#text [data-level]", "x => [Number(x.id.slice(1)), Number(x.dataset.level)]")
+    missed = browser.each("#text [data-missed]", "x => Number(x.id.slice(1))")
+    return dict(levels), missed
 
 
 def assert_shows(browser, found, t, head=0):
@@ -344,21 +348,21 @@ def assert_shows(browser, found, t, head=0):
     want = np.clip(10 + np.ceil(np.log2(p) - 1 / 32 + 1e-9), 1, 10).astype(int)
     assert levels == dict(zip(found["chosen"][t].tolist(), want.tolist()))
     assert missed == sorted(found["missed"][t][found["missed_attention"][0, t] > 0].tolist())
-    assert browser.evaluate("document.querySelector('#count').textContent") == f"{min(t + 1, 8)} of {t + 1}"
-    kept = browser.evaluate("document.querySelector('#kept').textContent")
+    assert browser.text("#count") == f"{min(t + 1, 8)} of {t + 1}"
+    kept = browser.text("#kept")
     assert abs(float(kept.strip("<>%")) / 100 - (1 - found["mass"][t, head])) <= 0.0051, kept
-    listed = browser.evaluate("[...document.querySelectorAll('#strongest button')].map(x => Number(x.dataset.token))")
+    listed = browser.each("#strongest button", "x => Number(x.dataset.token)")
     order = np.lexsort((-found["index"][t].astype(int), -found["attention"][head][t].astype(int)))
-    assert listed == found["chosen"][t][order][:10].tolist()
+    assert listed == found["chosen"][t][order][:8].tolist()
 
 
 @browser_only
 def test_the_text_is_there(browser, made):
     _, text, _ = made
-    assert browser.evaluate("document.querySelector('#text').textContent") == text
+    assert browser.text("#text") == text
     assert browser.evaluate("document.title").startswith("<i>A & B</i>")
-    assert browser.evaluate("document.querySelector('h1').textContent") == "<i>A & B</i>"
-    assert browser.evaluate("document.querySelectorAll('#text [role=option]').length") == len(text.encode())
+    assert browser.text("h1") == "<i>A & B</i>"
+    assert len(browser.each("#text [role=option]", "x => x.id")) == len(text.encode())
 
 
 @browser_only
@@ -372,7 +376,7 @@ def test_a_click_shows_what_the_token_reads(browser, made):
         assert chosen_in(browser) == t
         assert_shows(browser, layers[1], t)
     browser.click(f"#t{half}")
-    assert "part of “é”" in browser.evaluate("document.querySelector('#query-name').textContent")
+    assert "part of “é”" in browser.text("#query-name")
 
 
 @browser_only
@@ -386,13 +390,12 @@ def test_keys_of_the_text(browser, made):
         assert chosen_in(browser) == t, key
         assert_shows(browser, layers[1], t)
     browser.click("#t120")
-    tops = [browser.evaluate("document.querySelector('#text .query').getBoundingClientRect().top")]
-    lefts = [browser.evaluate("document.querySelector('#text .query').getBoundingClientRect().left")]
-    for key in ("ArrowDown", "ArrowUp"):
-        browser.key(key)
-        tops.append(browser.evaluate("document.querySelector('#text .query').getBoundingClientRect().top"))
-        lefts.append(browser.evaluate("document.querySelector('#text .query').getBoundingClientRect().left"))
-    assert chosen_in(browser) == 120 and tops[1] > tops[0] == tops[2] and abs(lefts[1] - lefts[0]) < 12
+    here = browser.middle("#text .query")
+    browser.key("ArrowDown")
+    below = browser.middle("#text .query")
+    browser.key("ArrowUp")
+    assert chosen_in(browser) == 120
+    assert below["y"] > here["y"] and abs(below["x"] - here["x"]) < 12
 
 
 @browser_only
@@ -424,7 +427,7 @@ def test_layers_and_heads(browser, made):
     assert browser.evaluate(f"!!{active}.closest('#heads')")
     browser.key("ArrowRight")
     assert_shows(browser, layers[1], 151, 0)
-    checked = browser.evaluate("[...document.querySelectorAll('[aria-checked=true]')].map(x => x.textContent)")
+    checked = browser.each("[aria-checked=true]", "x => x.textContent")
     assert len(checked) == 2 and checked[1] == "mean"
 
 
@@ -447,9 +450,9 @@ def test_what_is_said(browser):
     """The live region, the names of all that can be reached, the histogram in words."""
     browser.click("#t150")
     browser.wait("document.querySelector('#live').textContent.includes('token 151')")
-    said = browser.evaluate("document.querySelector('#live').textContent")
+    said = browser.text("#live")
     assert "reads 8 of 151 tokens" in said and "layer 1" in said and "Most: " in said
-    assert "How many tokens back" in browser.evaluate("document.querySelector('#histogram').getAttribute('aria-label')")
+    assert "How many tokens back" in browser.one("#histogram", "x => x.getAttribute('aria-label')")
     browser.call("Accessibility.enable")
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
     kinds = {}
