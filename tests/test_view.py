@@ -231,7 +231,7 @@ def made(place, run):
     page = path.read_text()
     T = len(text.encode())
     assert f"{path}: {T} tokens, 2 layers, {len(page) / 1e6:.1f} MB" in out
-    assert f"trained on contexts of 32" in err
+    assert "trained on contexts of 32" in err
     packed = re.findall(r'<script type="text/plain" id="layer-\d+">([^<]+)</script>', page)
     return path, text, [unpack(layer, T, 8, MISSED, 3) for layer in packed]
 
@@ -523,4 +523,4 @@ def test_a_broken_page_is_noticed(made, tmp_path):
         with pytest.raises(AssertionError, match="never true"):
             browser.call("Page.navigate", url=path.as_uri())
             browser.wait("document.documentElement?.dataset.complete", seconds=3)
-        assert browser.errors
+        assert browser.errors and "cannot be read" in browser.text("#query-place")
