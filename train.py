@@ -14,8 +14,8 @@ Stages (DeepSeek-V3.2-Exp, section 2.1.1; each starts from the checkpoint of the
            indexers; not part of --stage=all, and it takes its options from the run in out_dir
 
 A run follows from its options: batch n is a function of (seed, n), so an interrupted run continues with
---resume as if nothing had happened. out_dir holds run.json (options, versions), metrics.jsonl, plot.png,
-summary.json and a checkpoint folder per stage.
+--resume as if nothing had happened. out_dir holds run.json (options, versions), metrics.jsonl, plot.png
+(drawn anew at evaluations), summary.json and a checkpoint folder per stage.
 """
 import json
 import math
@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -34,7 +35,7 @@ import data
 import parallel
 from config import Config, option
 from model import Transformer
-from support import checkpoint, cli, files, report, runs, tokenizer
+from support import checkpoint, cli, files, logs, report, runs, tokenizer
 from support.report import STAGES
 
 
@@ -89,6 +90,7 @@ class Options:
     save_interval: int = option(50, "steps between states to --resume from")
     compare: str = option("", "runs to draw beside this one in plot.png: folders or metrics.jsonl files, "
                           "with commas between")
+    log: str = option("none", "where the metrics go besides metrics.jsonl, if it is installed", *logs.LOGS)
 
 
 # Defaults that differ on a CUDA GPU: a model of 27M parameters at a context of 4096
@@ -222,6 +224,7 @@ def check_options(options, device):
         raise ValueError("--out_dir=: name a folder")
     files.destination(options.out_dir)
     report.read_logs(options.compare)
+    logs.check(options.log)
     cli.backend(options.backend, device)
     if options.index_fp8:
         cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
@@ -377,6 +380,8 @@ class Run:
     validation: data.Batches
     training_file: data.TokenFile
     validation_file: data.TokenFile
+    log: logs.Log = logs.Log()  # on rank 0 what --log asks for
+    live: logs.LivePlot | None = None  # on rank 0
 
     def autocast(self):
         """A context for linear layers in options.dtype."""
@@ -482,6 +487,8 @@ def begin(run):
     runs.write_text(run.out / "run.json", json.dumps(facts, indent=2) + "\n")
     runs.write_text(run.out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     describe(run, facts)
+    run.log = logs.start(run.options.log, run.out, options)
+    run.live = logs.LivePlot(run.out, run.options.compare)
 
 
 def stays(record, run):
@@ -669,7 +676,7 @@ def train_stage(run, stage, caught):
         if (step + 1) % options.eval_interval == 0 or step + 1 == steps:
             record["val_loss"] = evaluate(run, model.attention)
             tqdm.write(report.line(record))
-        run.ranks.first(runs.append_record, run.out, record)
+        run.ranks.first(write_record, run, record, batches[0] // options.gradient_accumulation_steps)
 
         # Save what --resume goes on from. A signal to one rank stops all
         [stop] = run.ranks.largest([caught[0] if caught else 0])
@@ -680,6 +687,15 @@ def train_stage(run, stage, caught):
             return 130 if stop == signal.SIGINT else 143
     bar.close()
     return 0
+
+
+def write_record(run, record, step):
+    """A step's record to metrics.jsonl and --log, and after an evaluation the plot so far. step: counted from
+    the first stage on."""
+    runs.append_record(run.out, record)
+    run.log.add(record, step)
+    if "val_loss" in record:
+        run.live.refresh()
 
 
 def save_state(run, optimizer, stage, step):
@@ -723,7 +739,7 @@ def main():
     again = tuple(f"after {stage}" for stage in run.replaced)
     summary = {name: loss for name, loss in runs.read_summary(run.out).items() if not name.endswith(again)}
     run.ranks.first(begin, run)
-    with cli.interruptible() as caught:
+    with cli.interruptible() as caught, closing(run.log):
         for stage in run.stages:
             code = train_stage(run, stage, caught)
             if code:

@@ -22,9 +22,9 @@ TINY = (
     "--eval_tasks=2", "--eval_samples=2", "--ramp_steps=1")
 
 
-def post(place, out_dir, *args):
+def post(home, out_dir, *args):
     """post_train.py with a small model and few steps."""
-    return call(place, "post_train.py", f"--out_dir={out_dir}", *TINY, *args)
+    return call(home, "post_train.py", f"--out_dir={out_dir}", *TINY, *args)
 
 
 def options_of(**values):
@@ -32,13 +32,19 @@ def options_of(**values):
 
 
 @pytest.fixture(scope="module")
-def chain(place):
+def home(tmp_path_factory):
+    """A user's folder apart: the runs here have names that other tests' runs have, too."""
+    return tmp_path_factory.mktemp("post")
+
+
+@pytest.fixture(scope="module")
+def chain(home):
     """-> the folder of a chain of all stages in two domains, run in a process of its own, and what it
     printed."""
-    process = start(place, "post_train.py", "--out_dir=chain", *TINY, "--domains=math,writing")
+    process = start(home, "post_train.py", "--out_dir=chain", *TINY, "--domains=math,writing")
     code, out, err = finish(process)
     assert code == 0, err
-    return place / "chain", out
+    return home / "chain", out
 
 
 # ---- batches ----
@@ -145,22 +151,22 @@ def test_chain(chain):
     assert "| math/think, level 1 |" in out and "sample.py --chat" in out
 
 
-def test_a_stage_is_not_replaced_unasked(place, chain):
-    again = post(place, "chain", "--domains=math,writing", "--stage=mixed")
+def test_a_stage_is_not_replaced_unasked(home, chain):
+    again = post(home, "chain", "--domains=math,writing", "--stage=mixed")
     refused(again, "mixed-base exists", "--overwrite")
 
 
-def test_what_a_later_stage_cannot_change(place, chain):
+def test_what_a_later_stage_cannot_change(home, chain):
     for change in ("--page=13", "--seed=1", "--hidden_size=64"):
-        result = call(place, "post_train.py", "--out_dir=chain", "--stage=mixed", "--overwrite", change)
+        result = call(home, "post_train.py", "--out_dir=chain", "--stage=mixed", "--overwrite", change)
         refused(result, change, "the run in chain has")
 
 
-def test_evaluation_goes_on(place, chain):
+def test_evaluation_goes_on(home, chain):
     """With --resume nothing is measured twice."""
     path = chain[0] / "evaluation.json"
     edit_json(path, spoil)
-    code, _, err = call(place, "post_train.py", "--out_dir=chain", "--stage=evaluate", "--resume")
+    code, _, err = call(home, "post_train.py", "--out_dir=chain", "--stage=evaluate", "--resume")
     assert code == 0, err
     found = json.loads(path.read_text())
     assert found["base, level 1, math/think"]["ok at 1"] == 0.125
@@ -181,16 +187,16 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("job,stage", [("base", "base"), ("specialist-search", "specialists")])
-def test_resume_is_the_run(place, monkeypatch, job, stage):
+def test_resume_is_the_run(home, monkeypatch, job, stage):
     """Interrupted in the first step of a supervised and of a GRPO job: same numbers, same weights."""
     args = ("--domains=search", "--specialist_steps=3", "--sparse_steps=3")
-    whole = place / "whole"
+    whole = home / "whole"
     if not whole.exists():
         for name in ("base", "specialists"):
-            assert post(place, "whole", *args, f"--stage={name}")[0] == 0
+            assert post(home, "whole", *args, f"--stage={name}")[0] == 0
     broken = f"broken-{stage}"
     if stage == "specialists":
-        assert post(place, broken, *args, "--stage=base")[0] == 0
+        assert post(home, broken, *args, "--stage=base")[0] == 0
     learner = post_train.Supervised if stage == "base" else post_train.Learner
     original = learner.step
 
@@ -200,31 +206,31 @@ def test_resume_is_the_run(place, monkeypatch, job, stage):
         return original(self, run, at, *rest)
 
     monkeypatch.setattr(learner, "step", interrupted)
-    code, _, err = post(place, broken, *args, f"--stage={stage}")
+    code, _, err = post(home, broken, *args, f"--stage={stage}")
     assert code == 130 and "--resume" in err, err
-    assert (place / broken / f"state-{job}").is_dir() and not (place / broken / job).exists()
+    assert (home / broken / f"state-{job}").is_dir() and not (home / broken / job).exists()
     monkeypatch.setattr(learner, "step", original)
-    code, _, err = post(place, broken, *args, f"--stage={stage}", "--resume")
+    code, _, err = post(home, broken, *args, f"--stage={stage}", "--resume")
     assert code == 0, err
     if stage == "base":  # the options of the run are those of the stage that made its base
-        assert call(place, "post_train.py", f"--out_dir={broken}", "--stage=specialists")[0] == 0
-    assert losses(place / broken) == losses(whole)
+        assert call(home, "post_train.py", f"--out_dir={broken}", "--stage=specialists")[0] == 0
+    assert losses(home / broken) == losses(whole)
     for model in ("base", "specialist-search"):
         a = (whole / model / "model.safetensors").read_bytes()
-        assert a == (place / broken / model / "model.safetensors").read_bytes()
+        assert a == (home / broken / model / "model.safetensors").read_bytes()
 
 
-def test_from_a_checkpoint_of_train(place, run):
+def test_from_a_checkpoint_of_train(home, run):
     """Its indexer is kept, and learns on in the sparse stage."""
     folder = run[0] / "sparse"
     args = [arg for arg in TINY if arg not in SIZES]
-    code, _, err = call(place, "post_train.py", "--out_dir=from-train", f"--init_from={folder}", *args,
+    code, _, err = call(home, "post_train.py", "--out_dir=from-train", f"--init_from={folder}", *args,
                         "--stage=base", "--domains=math")
     assert code == 0, err
     old = Transformer.from_pretrained(folder)
-    new = Transformer.from_pretrained(place / "from-train" / "base")
+    new = Transformer.from_pretrained(home / "from-train" / "base")
     assert new.config.index_topk == old.config.index_topk
-    assert not (place / "from-train" / "dense").exists()
+    assert not (home / "from-train" / "dense").exists()
     step = {name: (p - dict(old.named_parameters())[name]).abs().max() for name, p in new.named_parameters()}
     assert 0 < max(step.values()) < 0.01
 
@@ -250,9 +256,9 @@ def test_transformers_renders_the_same_ids(chain):
     assert made.decode([tasks.CALL, 97, tasks.REPLY]) == "<|call|>a<|reply|>"
 
 
-def test_chat(place, chain):
+def test_chat(home, chain):
     for args in (["--domain=math"], ["--domain=math", "--think"], ["--prompt=hello"]):
-        code, out, err = call(place, "sample.py", "--chat", "--checkpoint=chain/mixed", *args)
+        code, out, err = call(home, "sample.py", "--chat", "--checkpoint=chain/mixed", *args)
         assert code == 0 and out.startswith("<|user|>"), err
         assert ("<|think|>" if "--think" in args else "<|answer|>") in out
         assert ("[math: " in err) == ("--domain=math" in args)
@@ -264,13 +270,14 @@ def test_chat(place, chain):
     (["--chat", "--domain=agent"], ["agent has think"]), (["--chat", "--domain=poetry"], ["invalid choice"]),
     (["--chat", "--domain=math", "--prompt=a"], ["its own question"]),
     (["--chat", "--domain=math", "--level=9"], ["--level=9"])])
-def test_chat_refuses(place, chain, args, words):
-    refused(call(place, "sample.py", "--checkpoint=chain/mixed", *args), *words)
+def test_chat_refuses(home, chain, args, words):
+    refused(call(home, "sample.py", "--checkpoint=chain/mixed", *args), *words)
 
 
-def test_chat_needs_turn_tokens(place, run):
-    refused(call(place, "sample.py", "--checkpoint=out/sparse", "--chat", "--prompt=a"), "no turn tokens")
-    assert chat.turns_of(place / "chain" / "base") == tasks.TURNS
+def test_chat_needs_turn_tokens(home, run, chain):
+    result = call(home, "sample.py", "--chat", "--prompt=a", f"--checkpoint={run[0]}/sparse")
+    refused(result, "no turn tokens")
+    assert chat.turns_of(chain[0] / "base") == tasks.TURNS
 
 
 # ---- bad input ----
@@ -288,43 +295,43 @@ def test_chat_needs_turn_tokens(place, run):
     (["--stage=sideways"], ["invalid choice"]), (["--resume"], ["run.json", "does not exist"]),
     (["--backend=triton"], ["CUDA GPU"]), (["--device=tpu"], ["--device=tpu"]),
     (["--steps=3"], ["--steps=3"])])
-def test_bad_options(place, args, words):
-    refused(post(place, "bad", *args), *words)
-    assert not (place / "bad").exists()
+def test_bad_options(home, args, words):
+    refused(post(home, "bad", *args), *words)
+    assert not (home / "bad").exists()
 
 
-def test_torchrun_is_refused(place, monkeypatch):
+def test_torchrun_is_refused(home, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(post(place, "bad"), "2 processes", "start it with python")
+    refused(post(home, "bad"), "2 processes", "start it with python")
 
 
-def test_checkpoints_that_cannot_be_started_from(place, run):
-    refused(post(place, "bad", f"--init_from={run[0]}/dense", "--hidden_size=64"), "--hidden_size=64")
+def test_checkpoints_that_cannot_be_started_from(home, run):
+    refused(post(home, "bad", f"--init_from={run[0]}/dense", "--hidden_size=64"), "--hidden_size=64")
     torch.manual_seed(0)
-    Transformer(Config(vocab_size=300, index_topk=0)).save_pretrained(place / "dense-only", "bytes")
+    Transformer(Config(vocab_size=300, index_topk=0)).save_pretrained(home / "dense-only", "bytes")
     args = [arg for arg in TINY if arg not in SIZES]
-    refused(call(place, "post_train.py", "--init_from=dense-only", *args), "no indexer")
-    Transformer(Config(vocab_size=60)).save_pretrained(place / "small-words", "bytes")
-    refused(call(place, "post_train.py", "--init_from=small-words", *args), "in bytes")
+    refused(call(home, "post_train.py", "--init_from=dense-only", *args), "no indexer")
+    Transformer(Config(vocab_size=60)).save_pretrained(home / "small-words", "bytes")
+    refused(call(home, "post_train.py", "--init_from=small-words", *args), "in bytes")
 
 
-def test_damaged_files(place, chain):
+def test_damaged_files(home, chain):
     resume = ("post_train.py", "--out_dir=damaged", "--resume", "--stage=all")
-    folder = place / "damaged"
+    folder = home / "damaged"
     folder.mkdir()
     (folder / "run.json").write_text("{")
-    refused(call(place, *resume), "run.json", "JSON")
+    refused(call(home, *resume), "run.json", "JSON")
     (folder / "run.json").write_text(json.dumps(dict(options=dict(rows="many"))))
-    refused(call(place, *resume), "rows='many'")
+    refused(call(home, *resume), "rows='many'")
     (folder / "run.json").write_text((chain[0] / "run.json").read_text())
     state = folder / "state-dense"
     state.mkdir()
     (state / "trainer.pt").write_bytes(b"no")
-    refused_late(call(place, *resume), "trainer.pt", "remove")
+    refused_late(call(home, *resume), "trainer.pt", "remove")
     (folder / "metrics.jsonl").write_text("no\n{}\n")
     (state / "trainer.pt").unlink()
     state.rmdir()
-    refused_late(call(place, *resume), "metrics.jsonl, line 1")
+    refused_late(call(home, *resume), "metrics.jsonl, line 1")
 
 
 def refused_late(result, *words):
@@ -335,8 +342,8 @@ def refused_late(result, *words):
         assert word in err, err
 
 
-def test_every_option_says_what_it_is(place):
-    code, out, _ = call(place, "post_train.py", "--help")
+def test_every_option_says_what_it_is(home):
+    code, out, _ = call(home, "post_train.py", "--help")
     assert code == 0
     shown = " ".join(out.split())
     for field in post_train.fields(post_train.Options):
