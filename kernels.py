@@ -31,6 +31,7 @@ Letters
     B  sequences         S  queries            T  keys                   K  slots of a selection
     H  attention heads   D  their dimensions   V  dimensions of a value  R  rope dimensions
     HI indexer heads     DI their dimensions   U  tokens of a union      N  rows (query, head) of a tile
+    M  blocks of a list (select_by_blocks)
     m, l  running maximum and sum of a softmax         BLOCK_x  extent of a tile along x
     Equations keep the paper's indices, t a query and s a token that it may see; code counts queries by s < S
     and keys by t < T.

@@ -200,7 +200,7 @@ def test_few_candidates_are_not_select():
 @pytest.mark.parametrize("path", ["reference", "operation"])
 def test_not_finite(path):
     """A token whose key is NaN ranks first, and its block with it, for those that see it; a query that is NaN
-    selects for itself alone; an infinite key counts as the highest or as not visible."""
+    selects for itself alone."""
     q = integers(1, 40, 3, 16)
     k = integers(1, 40, 16, seed=1)
     w = integers(1, 40, 3, seed=2).abs() + 1

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import evaluate
 import indexer
 import sparse_attn
 from config import Config
@@ -276,6 +277,24 @@ def test_recomputation_gives_the_same(attention):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_compiled_training_is_eager_training(attention):
+    """In one graph, the same losses and gradients."""
+    model = tiny_model(attention=attention, num_hidden_layers=1, **TWO_LEVELS)
+    batch = packed_batch(S=LENGTH)
+    results = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad(set_to_none=True)
+        found = forward(*batch, index_loss=True)[1]
+        (found["lm"] + found["kl"] + found["kl_blocks"]).backward()
+        results.append((found, [p.grad for p in model.parameters() if p.grad is not None]))
+    (want, gradients), (got, others) = results
+    for name in want:
+        assert_close(got[name][None], want[name][None], *FLOAT32, name)
+    for one, other in zip(gradients, others, strict=True):
+        assert_close(other, one, *FLOAT32)
+
+
 def test_block_scores_learn():
     """By the block term alone, its own loss falls and more of exact selection is found."""
     torch.manual_seed(1)
@@ -316,6 +335,22 @@ def test_index_recall_is_of_what_the_layer_uses():
             shares.append(len(want & set(two[0][b, row].tolist())) / len(want))
     assert 0.3 < found.item() < 1
     assert abs(found.item() - sum(shares) / len(shares)) < 1e-6
+
+
+def test_evaluation_sees_what_is_selected():
+    """evaluate.watching records both levels' selections, and what exact selection would start from."""
+    model = tiny_model(num_hidden_layers=2, **TWO_LEVELS)
+    x = random_tokens("torch", 1, LENGTH)
+    records = []
+    chosen = []
+    with torch.no_grad():
+        with evaluate.watching(model, lambda *record: records.append(record)):
+            model(x)
+        model(x, selections=chosen)
+    for (layer, selecting, attending), indices in zip(records, chosen, strict=True):
+        assert torch.equal(attending.indices, indices)
+        exact = indexer.select(*selecting)
+        assert exact.shape == indices.shape and not torch.equal(exact, indices)
 
 
 # ---- train.py ----
