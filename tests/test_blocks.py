@@ -30,9 +30,9 @@ def inputs(B, S, T, HI=3, DI=16, dtype="e4m3"):
 def ranges(S, T, first, last, B):
     """What each query sees, as lists of (first, last)."""
     if first is None:
-        first = torch.zeros(B, S, dtype=torch.int32)
+        first = torch.zeros(B, S, dtype=torch.int32, device=DEVICE)
     if last is None:
-        last = torch.arange(T - S, T).expand(B, S)
+        last = torch.arange(T - S, T, device=DEVICE).expand(B, S)
     low = first.clamp(min=0).expand(B, S).tolist()
     high = last.clamp(max=T - 1).expand(B, S).tolist()
     return [list(zip(*row)) for row in zip(low, high)]
@@ -80,7 +80,7 @@ def test_definition(B, S, T, kind, topk, candidates, tile, monkeypatch):
     k_blocks, block_scale = indexer.block_keys(k, k_scale, BLOCK)
     args = (q, k, w, topk, k_scale, first, last, None, None, BLOCK, candidates, RECENT, tile)
     got = indexer.select_by_blocks(*args)
-    everything = torch.zeros(B, S, dtype=torch.int32), torch.full((B, S), T)
+    everything = torch.zeros(B, S, device=DEVICE), torch.full((B, S), T, device=DEVICE)
     scores = indexer.index_scores(q, k, w, k_scale, *everything)
     block_scores = indexer.index_scores(q, k_blocks, w, block_scale, *everything)
     for b, seen in enumerate(ranges(S, T, first, last, B)):
@@ -211,7 +211,7 @@ def test_not_finite(path):
         got = indexer.select_by_blocks(*args, None, None, BLOCK, 4, RECENT)
     else:
         got = operation(*args, BLOCK, 4, RECENT, 1)
-    assert (got[0, 9:] == 9).sum(-1).eq(1)[torch.arange(31) != 21].all()
+    assert (got[0, 9:] == 9).sum(-1).eq(1)[torch.arange(31, device=DEVICE) != 21].all()
     assert (got[0, :9] != 9).all()
     assert got[0, 30].tolist() == [0, 1, 2, 3, 4]  # all NaN: the lowest candidates
     clean = integers(1, 40, 3, 16), integers(1, 40, 16, seed=1), w

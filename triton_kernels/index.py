@@ -1344,9 +1344,10 @@ def candidate_scores_kernel(
 
     if tl.program_id(1) == tl.num_programs(1) - 1:
         # the first block, unless it is recent, and the recent tokens
-        stop = tl.where(beginning < recently, (beginning + 1) * BLOCK, first)
+        first_end = tl.where(beginning < recently, (beginning + 1) * BLOCK, first)
         score_run(
-            out_row_ptr - beginning * BLOCK, first, tl.minimum(stop, last + 1), k_ptr, k_scale_ptr, q, w, h,
+            out_row_ptr - beginning * BLOCK, first, tl.minimum(first_end, last + 1),
+            k_ptr, k_scale_ptr, q, w, h,
             T, stride_kt, stride_st,
             HI, DI, BLOCK_S, BLOCK_H, BLOCK_D, BLOCK_T, TURN, DECODE_E4M3)
         score_run(
