@@ -40,14 +40,14 @@ class Turns:
         self.calls = [None] * len(tasks)  # ids since a <call> that is open
 
     def __call__(self, sampled):
-        """sampled (B,) -> (B,) int64, what is taken."""
+        """sampled (B,) -> (B,) int64, what is taken. Waits for the device once, to read `sampled`."""
         tokens = sampled.tolist()
         own = []
         for row in range(len(self.tasks)):
             own.append(not self.over[row] and not self.replies[row])
             tokens[row] = self.take(row, tokens[row])
         self.own.append(own)
-        return torch.tensor(tokens, device=sampled.device)
+        return torch.tensor(tokens).to(sampled.device, non_blocking=True)
 
     def take(self, row, token):
         """The next token of a row for which this one was sampled."""
