@@ -17,6 +17,7 @@ from tasks import CALL, EOT, REPLY
 
 ROUND = 16  # lengths are multiples of it, so that few shapes occur
 ROW_ROUND = 32  # and on a GPU the numbers of rows, since each shape is captured as a CUDA graph of its own
+MOST_DECODERS = 8  # shapes whose caches and CUDA graphs are kept
 
 
 def rounded(n, step=ROUND):
@@ -89,9 +90,10 @@ class Rollout:
     offset: int = 0  # the position of column 0
 
     def first(self):
-        """(B, T - 1) int32, the first position that a token sees: padding sees itself alone."""
-        at = torch.arange(self.ids.shape[1] - 1, device=self.ids.device)
-        return torch.minimum(at[None], self.start[:, None]).int()
+        """(B, T - 1) int32, the first column that a token sees: padding, at both ends, sees itself alone."""
+        at = torch.arange(self.ids.shape[1] - 1, device=self.ids.device)[None]  # (1, T - 1)
+        first = torch.minimum(at, self.start[:, None])
+        return torch.where(at < self.end[:, None], first, at).int()
 
 
 def assemble(tasks, prompts, turns, trace, device):
@@ -139,8 +141,8 @@ def prompt_columns(tasks):
 
 
 class Roller:
-    """Rolls out one model, whose weights may change from call to call: caches and the CUDA graph of a shape
-    are kept.
+    """Rolls out one model, whose weights may change in place from call to call: caches and the CUDA graph of a
+    shape are kept, those of the MOST_DECODERS shapes that were used last.
 
     autocast: makes the context that the model runs in; it must not cache casts of weights, which a CUDA graph
     would read when they are stale. fp8_cache: latents in the published FP8 layout."""
@@ -179,12 +181,15 @@ class Roller:
         return rollout if len(tasks) == real else part(rollout, torch.arange(real, device=self.device))
 
     def decoder(self, rows, capacity, traced):
-        """The decoder of this shape, made when it is first asked for."""
+        """-> the decoder of this shape, the one that was made for it if it is still kept."""
         key = (rows, capacity, traced)
-        if key not in self.decoders:
-            self.decoders[key] = make_decoder(
-                self.model, rows, capacity, self.device, self.fp8_cache, traced=traced)
-        return self.decoders[key]
+        decoder = self.decoders.pop(key, None)
+        if decoder is None:
+            while len(self.decoders) >= MOST_DECODERS:
+                del self.decoders[next(iter(self.decoders))]  # the one that was not used for longest
+            decoder = make_decoder(self.model, rows, capacity, self.device, self.fp8_cache, traced=traced)
+        self.decoders[key] = decoder  # the last of all
+        return decoder
 
 
 def part(rollout, rows):
