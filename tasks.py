@@ -20,6 +20,7 @@ strict grammar first: a token out of place, a reply that the tool did not give, 
 episode worth nothing. The programs of `code` and `agent` are run by an interpreter of our own; nothing is
 executed in the host's. Nothing here needs torch.
 """
+from random import Random
 from typing import NamedTuple
 
 USER = 0xF5
@@ -326,7 +327,9 @@ class Code(Task):
                 break
         examples = " ".join(f"{x}:{run_program(self.program, x)}" for x in self.shown)
         self.question = f"{('code', 'kode')[self.language]} {examples}"
-        self.limit = 20 * level + 40 if self.mode == "think" else level + 4
+        self.limit = level + 4
+        if self.mode == "think":  # more for a chain that doubles its text again and again
+            self.limit = max(20 * level + 40, len(self.demo(Random(0))))
 
     def check(self, answer):
         wanted = [run_program(self.program, x) for x in self.shown + self.hidden]
