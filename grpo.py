@@ -112,8 +112,8 @@ def step(model, reference, optimizer, groups, rollout, advantage, options, autoc
 
     reference: the model of pi_ref, None with a kl_weight of 0. groups: the parameters, main and indexers,
     that are clipped apart. advantage (B,). options: clip, kl_weight, drift_bound, updates, micro_rows,
-    keep_selection, train_indexer, grad_clip, temperature. autocast: makes the context of a forward. generator:
-    of the order of rows, on the CPU.
+    keep_selection, train_indexer, grad_clip, temperature. autocast: makes the context of a forward.
+    generator: of the order of rows, on the CPU.
 
     mismatch, mismatch_max: of |log pi - log pi_old| before the first update, where the two are the same
     weights; mismatch_reselected: its mean over a few rows if the trainer selects anew."""

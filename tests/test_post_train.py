@@ -239,8 +239,8 @@ def test_later_stages_of_a_run_from_a_checkpoint(home):
     """They know its sizes and its page from the run: neither has to be given again."""
     torch.manual_seed(0)
     sizes = dict(size.removeprefix("--").split("=") for size in SIZES)
-    config = Config(vocab_size=300, **{name: int(value) for name, value in sizes.items()} | dict(index_topk=5))
-    Transformer(config).save_pretrained(home / "k5", "bytes")
+    sizes = {name: int(value) for name, value in sizes.items()} | dict(index_topk=5)
+    Transformer(Config(vocab_size=300, **sizes)).save_pretrained(home / "k5", "bytes")
     args = [arg for arg in TINY if arg not in SIZES and "--page" not in arg]
     code, _, err = call(home, "post_train.py", "--out_dir=from-k5", "--init_from=k5", *args, "--stage=base",
                         "--domains=math")
