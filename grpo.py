@@ -24,7 +24,7 @@ from rollout import part, trim
 
 
 def advantages(rewards, group, normalise=False):
-    """A_i = R_i - mean of its group; rewards (N,) float32, groups of `group` rows in a row -> (N,).
+    """A_i = R_i - mean of its group; rewards (N,) float32, each `group` of them after another -> (N,).
 
     normalise: divided by the group's standard deviation, as GRPO was published (arXiv 2402.03300, section
     4.1.2); without it questions that are nearly always or nearly never answered do not count more (Dr. GRPO,

@@ -370,6 +370,7 @@ def random_of(options, job, step):
 # ---- states ----
 
 def state_folder(run, job):
+    """Where a job's state for --resume lies."""
     return run.out / f"state-{job.name}"
 
 
@@ -530,7 +531,8 @@ def draw_groups(run, job, roller, judge, step):
     groups = 0
     for batch in draws:
         top_p = options.top_p if options.top_p < 1 else None
-        rollout = roller(batch, options.temperature, top_p, generator, True, columns)
+        rollout = roller(
+            batch, options.temperature, top_p, generator=generator, traced=True, columns=columns)
         results = rewards_of(options, batch, rollout.outs, judge)
         scored += results
         asked += list(zip(batch, rollout.outs))
@@ -691,7 +693,7 @@ def run_job(run, job):
 
 
 def report_agreement(run):
-    """How often the new judge is right, before anything is trained by its word."""
+    """Log and print how often the new judge is right, before anything is trained by its word."""
     shares = judge_agreement(run.judge(), domains_of(run.options), run.options, exam.SEED)
     runs.append_record(run.out, dict(stage="judge", step=run.options.judge_steps, agreement=shares))
     line = "judge: right on " + ", ".join(f"{share:.3f}" for share in shares) + " of the points of rubrics"

@@ -47,7 +47,7 @@ def encode(text):
 
 
 def decode(ids):
-    """-> the text of ids, or None if they are none."""
+    """-> the text of ids, or None if they are not UTF-8."""
     try:
         return bytes(ids).decode()
     except ValueError:  # an id beyond 255, or bytes that are no UTF-8
@@ -283,7 +283,7 @@ LONGEST_PROGRAM = 4
 
 def run_program(program, text):
     """Our language: each letter of a program changes the text, from left to right -> the result, or None for
-    a program that is none, is too long, or lets the text grow beyond LONGEST_TEXT."""
+    a program that is empty, holds another letter, is too long, or lets the text grow beyond LONGEST_TEXT."""
     if not 1 <= len(program) <= LONGEST_PROGRAM or any(letter not in OPERATIONS for letter in program):
         return None
     for letter in program:
