@@ -11,7 +11,7 @@ import grpo
 import tasks
 from rewards import judge_agreement, rewards_of, subjective
 from rollout import Roller
-from support import files, post_report, runs
+from support import cli, files, post_report, runs
 
 SEED = 10**6  # of the tasks; training draws its own by other seeds
 
@@ -91,8 +91,7 @@ def evaluate(run, domains):
         runs.write_text(path, json.dumps(found, indent=2) + "\n")
     if judge:
         found["judge"] = dict(agreement=judge_agreement(judge, domains, options, SEED))
-    if (run.out / "base").exists():
-        found["replay"] = compare_replay(run, domains, run.load(run.out / "base"))
+    found["replay"] = compare_replay(run, domains, run.load(run.out / "base"))
     runs.write_text(path, json.dumps(found, indent=2) + "\n")
     print(post_report.table(found))
     return 0
@@ -105,8 +104,11 @@ def compare_replay(run, domains, model):
     options = run.options
     random = Random(SEED)
     batch = tasks.batch(random, domains, max(1, options.rows // 16), options.level, options.page)
+    caches = ["own cache"]
+    if cli.has_e4m3(run.device):
+        caches.append("FP8 cache")
     found = {}
-    for cache in ("own cache", "FP8 cache"):
+    for cache in caches:
         roller = Roller(model, run.device, run.autocast, cache == "FP8 cache")
         generator = torch.Generator(run.device).manual_seed(SEED)
         rollout = roller(batch, generator=generator, traced=True)

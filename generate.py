@@ -34,7 +34,9 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if temperature < 1e-6:
         return logits.argmax(-1)
     p = restrict(logits, temperature, top_k, top_p).softmax(-1)  # (B, vocab)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    # the draw of torch.multinomial, which would make the host wait for the device twice to check p
+    waiting = torch.empty_like(p).exponential_(1, generator=generator)  # (B, vocab)
+    return (p / waiting).argmax(-1)
 
 
 class Trace:
@@ -252,10 +254,6 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         if decoder.traced:
             trace.selections.append(chosen)
 
-    if logits[:, -1].isnan().any():
-        raise ValueError("the model's next token is not a number: its weights are damaged, or overflow in "
-                         "this dtype")
-
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
     start = first[:, -1]  # (B,) where the document of the last token begins
     ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -270,10 +268,17 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         if trace is not None:
             trace.add_token(logits[:, -1], token, temperature, top_k, top_p)
         is_end = torch.isin(token, ends)
+
+        # the one time in a step that this host waits for the device
+        finite = logits[:, -1].isfinite().all()
+        finite, all_ended = torch.stack((finite, (ended | is_end).all())).tolist()
+        if not finite:
+            raise ValueError("the model's next token is not a number: its weights are damaged, or overflow "
+                             "in this dtype")
         yield token.masked_fill(ended, -1)
         if end_ids and not go_on:
             ended = ended | is_end
-            if ended.all():
+            if all_ended:
                 return
         if t + 1 < T + n:
             logits = decoder.step(token, t, start)

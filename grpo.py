@@ -24,7 +24,7 @@ from rollout import part, trim
 
 
 def advantages(rewards, group, normalise=False):
-    """A_i = R_i - mean of its group; rewards (N,) float32, groups of `group` rows in a row -> (N,).
+    """A_i = R_i - mean of its group; rewards (N,) float32, each `group` of them after another -> (N,).
 
     normalise: divided by the group's standard deviation, as GRPO was published (arXiv 2402.03300, section
     4.1.2); without it questions that are nearly always or nearly never answered do not count more (Dr. GRPO,
@@ -107,23 +107,27 @@ def difference(logp, rollout):
 
 
 def step(model, reference, optimizer, groups, rollout, advantage, options, autocast, generator):
-    """One step of training on a Rollout: so many updates of the weights, each by an equal part of the rows
-    -> dict of floats.
+    """One step of training on a Rollout: options.updates updates of the weights, each by another part of the
+    rows -> dict of floats, means over the rows.
 
-    groups: the parameters, main and indexers, that are clipped apart. advantage (B,). options: clip,
-    kl_weight, drift_bound, updates, micro_rows, keep_selection, train_indexer, grad_clip, temperature.
-    mismatch: mean of |log pi - log pi_old| before the first update, where the two are the same weights;
-    mismatch_reselected: the same of a few rows if the trainer selects anew."""
+    reference: the model of pi_ref, None with a kl_weight of 0. groups: the parameters, main and indexers,
+    that are clipped apart. advantage (B,). options: clip, kl_weight, drift_bound, updates, micro_rows,
+    keep_selection, train_indexer, grad_clip, temperature. autocast: makes the context of a forward.
+    generator: of the order of rows, on the CPU.
+
+    mismatch, mismatch_max: of |log pi - log pi_old| before the first update, where the two are the same
+    weights; mismatch_reselected: its mean over a few rows if the trainer selects anew."""
     order = torch.randperm(len(advantage), generator=generator).to(advantage.device)
     metrics = {}
 
     def note(name, value, share):
         metrics[name] = metrics.get(name, 0) + value.detach() * share
 
-    for update, rows in enumerate(order.chunk(options.updates)):
-        # rows of about one length together: less padding
-        length = rollout.end[rows] * 10000 - rollout.start[rows]
-        rows = rows[length.argsort(stable=True)]
+    parts = order.chunk(options.updates)  # of few rows fewer
+    for update, rows in enumerate(parts):
+        # rows that end, and then that begin, in about the same column together: less padding
+        rows = rows[rollout.start[rows].argsort(descending=True, stable=True)]
+        rows = rows[rollout.end[rows].argsort(stable=True)]
         for micro_rows in rows.split(options.micro_rows):
             micro = trim(part(rollout, micro_rows))
             share = len(micro_rows) / len(rows)
@@ -143,10 +147,10 @@ def step(model, reference, optimizer, groups, rollout, advantage, options, autoc
             (total * share).backward()
 
             for name, value in noted.items():
-                note(name, value, share / options.updates)
-            note("entropy", (entropy * own).sum() / own.sum(), share / options.updates)
+                note(name, value, share / len(parts))
+            note("entropy", (entropy * own).sum() / own.sum(), share / len(parts))
             if options.train_indexer:
-                note("index_kl", losses["kl"], share / options.updates)
+                note("index_kl", losses["kl"], share / len(parts))
             if update == 0:
                 mean, largest = difference(logp.detach(), micro)
                 note("mismatch", mean, share)
@@ -159,7 +163,7 @@ def step(model, reference, optimizer, groups, rollout, advantage, options, autoc
         for group in groups:
             learning = [p for p in group if p.grad is not None]
             norms.append(clip_grad_norm_(learning, options.grad_clip))
-        note("grad_norm", norms[0].to(advantage.device), 1 / options.updates)
+        note("grad_norm", norms[0].to(advantage.device), 1 / len(parts))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     names = list(metrics)

@@ -45,7 +45,7 @@ import tasks
 from config import Config, option
 from model import Transformer
 from rewards import Judge, judge_agreement, rewards_of, subjective, summary
-from rollout import Roller, join, part, prompt_columns
+from rollout import Roller, join, part, prompt_columns, rounded
 from support import checkpoint, chat, cli, files, post_report, report, runs, tokenizer
 from train import MODEL_FIELDS, adamw, learning_rate, trainable
 
@@ -67,7 +67,8 @@ class Options:
     overwrite: bool = option(False, "replace the checkpoints in out_dir that this run makes anew")
     quick: bool = option(False, "few steps of everything: to see that it runs")
     domains: str = option("", "domains, with commas between (empty: all of tasks.py)")
-    level: int = option(1, "difficulty of the tasks")
+    level: int = option(1, "difficulty of the tasks; the generalist's RL and some demonstrations are one "
+                        "above")
     page: int = option(24, "length of the pages of search, in characters; above k, or nothing is selected")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     backend: str = option("auto", "attention path: PyTorch reference or Triton kernels (auto: triton on a "
@@ -145,7 +146,7 @@ SMALL = dict(index_topk=8, initializer_range=0.1)
 FIXED = {"init_from", "seed", "page", *(field.name for field in MODEL_FIELDS)}
 OPTIONS = tuple(field.name for field in fields(Options))
 RANGES = (
-    ("level", 1, 6), ("page", 4, 100000), ("seed", 0, 2**63 - 1), ("block_size", 64, math.inf),
+    ("level", 1, 5), ("page", 4, 100000), ("seed", 0, 2**63 - 1), ("block_size", 64, math.inf),
     ("batch_size", 1, math.inf), ("dense_steps", 0, math.inf), ("warmup_steps", 0, math.inf),
     ("sparse_steps", 0, math.inf), ("judge_steps", 0, math.inf), ("distillation_steps", 0, math.inf),
     ("dense_lr", 0, math.inf), ("warmup_lr", 0, math.inf), ("sparse_lr", 0, math.inf),
@@ -187,8 +188,9 @@ def resolve(argv):
     defaults = GPU if device.type == "cuda" else SMALL
     if given.get("quick"):
         defaults = defaults | QUICK
-    if given.get("init_from"):
-        topk = given.get("index_topk") or checkpoint.read_config(given["init_from"]).index_topk
+    init_from = given.get("init_from", earlier.get("init_from"))
+    if init_from:  # sizes are the checkpoint's
+        topk = given.get("index_topk") or checkpoint.read_config(init_from).index_topk
         defaults = {name: value for name, value in defaults.items() if name in OPTIONS}
         defaults["page"] = max(defaults.get("page", Options.page), 5 * topk // 2)
     values = defaults | earlier | given
@@ -243,16 +245,22 @@ def check_options(options, sizes, device):
     if options.block_size <= topk:
         raise ValueError(f"--block_size={options.block_size}: not longer than index_topk={topk}, so nothing "
                          "would be selected; lower --index_topk")
-    longest = longest_task(options)
+    longest, widest = longest_task(options)
     if longest > options.block_size:
         raise ValueError(f"--block_size={options.block_size}: a task takes up to {longest} tokens; raise it, "
                          "or lower --page or --level")
+    if max(options.block_size, widest) > config.max_position_embeddings:
+        raise ValueError(f"--block_size={options.block_size}, and rollouts of up to {widest} tokens: longer "
+                         f"than max_position_embeddings={config.max_position_embeddings}; lower --block_size "
+                         "or --page")
 
 
 def longest_task(options):
-    """Tokens of the longest prompt and answer, at the next level, too."""
+    """At the next level, which is the harder one -> tokens of the longest task, prompt and answer; of a
+    rollout, whose rows are as long as its longest prompt and its longest answer."""
     batch = tasks.batch(Random(0), domains_of(options), 50, options.level + 1, options.page)
-    return max(len(task.prompt()) + task.limit for task in batch)
+    longest = max(len(task.prompt()) + task.limit for task in batch)
+    return longest, prompt_columns(batch) + rounded(max(task.limit for task in batch))
 
 
 def domains_of(options):
@@ -362,6 +370,7 @@ def random_of(options, job, step):
 # ---- states ----
 
 def state_folder(run, job):
+    """Where a job's state for --resume lies."""
     return run.out / f"state-{job.name}"
 
 
@@ -522,7 +531,8 @@ def draw_groups(run, job, roller, judge, step):
     groups = 0
     for batch in draws:
         top_p = options.top_p if options.top_p < 1 else None
-        rollout = roller(batch, options.temperature, top_p, generator, True, columns)
+        rollout = roller(
+            batch, options.temperature, top_p, generator=generator, traced=True, columns=columns)
         results = rewards_of(options, batch, rollout.outs, judge)
         scored += results
         asked += list(zip(batch, rollout.outs))
@@ -683,7 +693,7 @@ def run_job(run, job):
 
 
 def report_agreement(run):
-    """How often the new judge is right, before anything is trained by its word."""
+    """Log and print how often the new judge is right, before anything is trained by its word."""
     shares = judge_agreement(run.judge(), domains_of(run.options), run.options, exam.SEED)
     runs.append_record(run.out, dict(stage="judge", step=run.options.judge_steps, agreement=shares))
     line = "judge: right on " + ", ".join(f"{share:.3f}" for share in shares) + " of the points of rubrics"
@@ -697,16 +707,34 @@ def report_agreement(run):
 def check_start(options, stages):
     """FileNotFoundError, ValueError: a checkpoint to start from is missing, or one is in the way."""
     made = []
-    jobs = [job for stage in stages for job in plan(options, stage)]
-    for job in jobs:
-        folder = Path(options.out_dir) / job.name
-        if files.locate(folder).exists() and not (options.resume or options.overwrite):
-            raise ValueError(f"{folder} exists: continue with --resume, replace it with --overwrite, or "
-                             "choose another --out_dir")
-        if job.start and job.start not in made and not files.locate(job.start).is_dir():
-            raise FileNotFoundError(f"{job.name} starts from {job.start}, which does not exist; run the "
-                                    "stage before")
-        made.append(str(Path(options.out_dir) / job.name))
+    for stage in stages:
+        for job in plan(options, stage):
+            folder = Path(options.out_dir) / job.name
+            if files.locate(folder).exists() and not (options.resume or options.overwrite):
+                raise ValueError(f"{folder} exists: continue with --resume, replace it with --overwrite, or "
+                                 "choose another --out_dir")
+            if job.start and job.start not in made and not files.locate(job.start).is_dir():
+                raise FileNotFoundError(f"{job.name} starts from {job.start}, which does not exist; run the "
+                                        "stage before")
+            made.append(str(folder))
+        for name in also_read(options, stage):
+            folder = Path(options.out_dir) / name
+            if str(folder) not in made and not files.locate(folder).is_dir():
+                raise FileNotFoundError(f"--stage={stage} reads {folder}, which does not exist; run the "
+                                        "stage before, with these --domains")
+
+
+def also_read(options, stage):
+    """-> names of the checkpoints that a stage reads besides those that its jobs start from."""
+    domains = domains_of(options)
+    names = []
+    if stage == "distillation":
+        names += [f"specialist-{domain}" for domain in domains]
+    if stage == "evaluate":
+        names.append("base")
+    if stage != "base" and subjective(domains):
+        names.append("judge")
+    return names
 
 
 def begin(run, stages):
@@ -716,6 +744,7 @@ def begin(run, stages):
     if options.overwrite:
         for stage in stages:
             for job in plan(options, stage):
+                (run.out / "evaluation.json").unlink(missing_ok=True)  # of the checkpoints that go
                 for folder in (run.out / job.name, state_folder(run, job)):
                     if folder.exists():
                         runs.clear(folder)

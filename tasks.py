@@ -20,6 +20,7 @@ strict grammar first: a token out of place, a reply that the tool did not give, 
 episode worth nothing. The programs of `code` and `agent` are run by an interpreter of our own; nothing is
 executed in the host's. Nothing here needs torch.
 """
+from random import Random
 from typing import NamedTuple
 
 USER = 0xF5
@@ -46,7 +47,7 @@ def encode(text):
 
 
 def decode(ids):
-    """-> the text of ids, or None if they are none."""
+    """-> the text of ids, or None if they are not UTF-8."""
     try:
         return bytes(ids).decode()
     except ValueError:  # an id beyond 255, or bytes that are no UTF-8
@@ -282,7 +283,7 @@ LONGEST_PROGRAM = 4
 
 def run_program(program, text):
     """Our language: each letter of a program changes the text, from left to right -> the result, or None for
-    a program that is none, is too long, or lets the text grow beyond LONGEST_TEXT."""
+    a program that is empty, holds another letter, is too long, or lets the text grow beyond LONGEST_TEXT."""
     if not 1 <= len(program) <= LONGEST_PROGRAM or any(letter not in OPERATIONS for letter in program):
         return None
     for letter in program:
@@ -326,7 +327,9 @@ class Code(Task):
                 break
         examples = " ".join(f"{x}:{run_program(self.program, x)}" for x in self.shown)
         self.question = f"{('code', 'kode')[self.language]} {examples}"
-        self.limit = 20 * level + 40 if self.mode == "think" else level + 4
+        self.limit = level + 4
+        if self.mode == "think":  # more for a chain that doubles its text again and again
+            self.limit = max(20 * level + 40, len(self.demo(Random(0))))
 
     def check(self, answer):
         wanted = [run_program(self.program, x) for x in self.shown + self.hidden]

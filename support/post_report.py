@@ -6,6 +6,7 @@ from support import files
 
 CURVES = (("reward", "reward"), ("length", "tokens of an answer"), ("kl", "KL to the start (nats)"),
           ("mismatch", "rollout against trainer (nats)"), ("live", "groups with signal"))
+DRIFT = ("drift", "log-probability lost since the rollout (nats)")  # instead of a KL that has no weight
 
 
 def is_record(value):
@@ -90,8 +91,11 @@ def plot(out, path):
             stages.setdefault(record["stage"], []).append(record)
     found = files.read_json(out / "evaluation.json") if (out / "evaluation.json").exists() else {}
     rows = rows_of(found)
+    curves = CURVES
+    if not any(record.get("kl") for of_stage in stages.values() for record in of_stage):
+        curves = [DRIFT if key == "kl" else (key, label) for key, label in CURVES]
     figure, axes = plt.subplots(2, 3, figsize=(16, 9))
-    for axis, (key, label) in zip(axes.flat, CURVES):
+    for axis, (key, label) in zip(axes.flat, curves):
         for stage, of_stage in stages.items():
             points = [(record["step"], record[key]) for record in of_stage if key in record]
             if points:

@@ -106,7 +106,7 @@ def saving(out):
     try:
         yield
     except OSError as error:
-        found = states(out)
+        found = sorted(path for path in out.glob("state-*") if not path.suffix)  # post_train.py's, too
         advice = f"{found[-1]} is complete, go on with --resume" if found else "no state was saved before"
         raise OSError(f"{error}; make room: {advice}") from None
 

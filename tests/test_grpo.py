@@ -261,6 +261,19 @@ def test_several_updates():
     assert metrics["mismatch"] < 2e-5 and metrics["drift"] != 0
 
 
+def test_more_updates_than_rows():
+    """There are as many as there are rows, or parts of whole rows: metrics are means over these, not over
+    those that were asked for. Of answers alike, by weights that do not change, that is the one of each."""
+    model = tiny()
+    rollout = rolled(model, *["math"] * 4)
+    rollout = part(rollout, torch.tensor([0, 0, 0, 0]))
+    entropies = []
+    for updates in (1, 2, 3, 9):  # in 1, 2, 2 and 4 parts
+        metrics = take_step(model, rollout, torch.ones(4), updates=updates, lr=0.0)
+        entropies.append(metrics["entropy"])
+    assert entropies == pytest.approx([entropies[0]] * 4, rel=1e-5)
+
+
 def test_the_reference_pulls_back():
     """Without an advantage, with a KL to another model: pi comes nearer to it."""
     model = tiny()

@@ -12,7 +12,7 @@ import rewards
 import tasks
 from config import Config
 from model import Transformer
-from support import chat, post_report
+from support import chat, post_report, runs
 from tests.scripts import SIZES, call, edit_json, finish, metrics, refused, start
 
 TINY = (
@@ -235,6 +235,47 @@ def test_from_a_checkpoint_of_train(home, run):
     assert 0 < max(step.values()) < 0.01
 
 
+def test_later_stages_of_a_run_from_a_checkpoint(home):
+    """They know its sizes and its page from the run: neither has to be given again."""
+    torch.manual_seed(0)
+    sizes = dict(size.removeprefix("--").split("=") for size in SIZES)
+    sizes = {name: int(value) for name, value in sizes.items()} | dict(index_topk=5)
+    Transformer(Config(vocab_size=300, **sizes)).save_pretrained(home / "k5", "bytes")
+    args = [arg for arg in TINY if arg not in SIZES and "--page" not in arg]
+    code, _, err = call(home, "post_train.py", "--out_dir=from-k5", "--init_from=k5", *args, "--stage=base",
+                        "--domains=math")
+    assert code == 0, err
+    code, out, err = call(home, "post_train.py", "--out_dir=from-k5", "--stage=specialists")
+    assert code == 0 and "--page=24" in out, err
+    assert Transformer.from_pretrained(home / "from-k5" / "specialist-math").config.index_topk == 5
+
+
+def test_evaluation_of_what_was_replaced_goes(home):
+    """With --resume only what was measured of the same checkpoint stays."""
+    args = ("--domains=math", "--stage=base")
+    assert post(home, "replaced", *args)[0] == 0
+    path = home / "replaced" / "evaluation.json"
+    path.write_text("{}")
+    assert call(home, "post_train.py", "--out_dir=replaced", "--stage=evaluate", "--resume")[0] == 0
+    assert json.loads(path.read_text())
+    assert post(home, "replaced", *args, "--overwrite")[0] == 0 and not path.exists()
+
+
+def test_a_device_without_fp8_is_compared_without(home, chain, monkeypatch):
+    options = ("--out_dir=chain", "--stage=evaluate", "--resume", "--index_fp8=false")
+    monkeypatch.setattr(post_train.cli, "has_e4m3", lambda device: False)
+    code, out, err = call(home, "post_train.py", *options)
+    assert code == 0 and "own cache" in out and "FP8 cache" not in out, err
+
+
+def test_full_disk_names_the_state(tmp_path):
+    """What can be gone on from has another name than train.py's."""
+    (tmp_path / "state-specialist-math").mkdir()
+    (tmp_path / "state-mixed.part").mkdir()
+    with pytest.raises(OSError, match="state-specialist-math is complete"), runs.saving(tmp_path):
+        raise OSError("full")
+
+
 # ---- chat ----
 
 def test_transformers_renders_the_same_ids(chain):
@@ -285,7 +326,11 @@ def test_chat_needs_turn_tokens(home, run, chain):
 @pytest.mark.parametrize("args,words", [
     (["--domains=math,poetry"], ["--domains=math,poetry", "choose from"]),
     (["--rows=9", "--group=4"], ["--rows=9", "multiple"]), (["--group=1"], ["--group=1"]),
-    (["--level=0"], ["--level=0"]), (["--clip=0"], ["--clip=0"]), (["--top_p=1.5"], ["--top_p=1.5"]),
+    (["--level=0"], ["--level=0"]), (["--level=6", "--block_size=900"], ["--level=6"]),
+    (["--max_position_embeddings=100"], ["--block_size=192", "max_position_embeddings=100"]),
+    (["--max_position_embeddings=192", "--page=40"], ["rollouts", "max_position_embeddings=192"]),
+    (["--stage=evaluate"], ["base", "does not exist"]),
+    (["--clip=0"], ["--clip=0"]), (["--top_p=1.5"], ["--top_p=1.5"]),
     (["--temperature=0"], ["--temperature=0"]), (["--rl_lr=nan"], ["--rl_lr=nan"]),
     (["--live_groups=99"], ["--live_groups=99", "--draws"]),
     (["--block_size=64"], ["--block_size=64", "--page"]),
@@ -298,6 +343,17 @@ def test_chat_needs_turn_tokens(home, run, chain):
 def test_bad_options(home, args, words):
     refused(post(home, "bad", *args), *words)
     assert not (home / "bad").exists()
+
+
+def test_what_a_stage_needs_is_found_missing_before_it_starts(home):
+    """Not after other jobs of the stage, or in the middle of it."""
+    assert post(home, "needs", "--domains=math", "--stage=base")[0] == 0
+    for args, missing in (
+            (["--stage=distillation"], "specialist-math"),
+            (["--stage=specialists", "--domains=math,writing"], "judge"),
+            (["--stage=mixed", "--domains=writing"], "generalist")):
+        refused(call(home, "post_train.py", "--out_dir=needs", *args), missing, "does not exist")
+    assert not (home / "needs" / "specialist-math").exists()
 
 
 def test_torchrun_is_refused(home, monkeypatch):

@@ -236,6 +236,29 @@ def test_a_decoder_serves_again_after_the_weights_changed():
     assert second.outs == fresh.outs != first.outs and torch.equal(second.logp, fresh.logp)
 
 
+def test_decoders_of_the_last_shapes_are_kept(monkeypatch):
+    """Not all that ever were: each holds caches, on a GPU a graph."""
+    monkeypatch.setattr("rollout.MOST_DECODERS", 2)
+    roller = Roller(tiny(), CPU)
+    a = roller.decoder(1, 8, False)
+    roller.decoder(2, 8, False)
+    assert roller.decoder(1, 8, False) is a
+    roller.decoder(3, 8, False)
+    assert list(roller.decoders) == [(1, 8, False), (3, 8, False)]
+    assert roller.decoder(1, 8, False) is a
+
+
+def test_padding_sees_itself_alone():
+    """Before a row and behind it: without a selection to replay, nothing else says so."""
+    rollout = Roller(tiny(), CPU)(tasks_of("math", "agent", "code"), generator=seeded(), traced=True)
+    first = rollout.first()
+    for row in range(3):
+        start = int(rollout.start[row])
+        end = int(rollout.end[row])
+        for at in range(first.shape[1]):
+            assert first[row, at] == (start if start <= at < end else at)
+
+
 def test_the_reference_replays_what_the_kernels_selected():
     """On a GPU that is what a CUDA graph left behind, which serves again after the weights changed. The bound
     is that of float32 above."""

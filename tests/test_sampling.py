@@ -62,20 +62,23 @@ def test_top_p_is_the_smallest_set():
     assert drawn(logits, top_k=2, top_p=0.6) == {1} and drawn(logits, top_k=2, top_p=0.7) == {0, 1}
 
 
-def test_top_p_one_drops_nothing(monkeypatch):
+def test_top_p_one_drops_nothing():
     """Not one of a large vocabulary, whose rarest tokens a running sum in float32 would not see."""
     logits = torch.randn(2, 129280, generator=seeded()) * 4
-    kept = []
-    multinomial = torch.multinomial
+    for top_k, kept in ((None, 129280), (1000, 1000)):
+        p = generate.restrict(logits, top_k=top_k, top_p=1.0).softmax(-1)
+        assert (p > 0).sum(-1).tolist() == [kept] * 2
 
-    def watched(p, *args, **kwargs):
-        kept.append((p > 0).sum(-1).tolist())
-        return multinomial(p, *args, **kwargs)
 
-    monkeypatch.setattr(torch, "multinomial", watched)
-    sample(logits, top_p=1.0)
-    sample(logits, top_p=1.0, top_k=1000)
-    assert kept == [[129280] * 2, [1000] * 2]
+def test_a_draw_is_that_of_multinomial():
+    """The same token from the same state of the generator, which goes on from the same state."""
+    logits = torch.randn(64, 257, generator=seeded()) * 3
+    for seed in range(20):
+        mine = seeded(seed)
+        theirs = seeded(seed)
+        want = torch.multinomial(logits.softmax(-1), 1, generator=theirs)[:, 0]
+        assert torch.equal(sample(logits, generator=mine), want)
+        assert torch.equal(mine.get_state(), theirs.get_state())
 
 
 def test_frequencies_are_the_probabilities():
@@ -163,6 +166,19 @@ def test_a_damaged_model_is_refused(temperature):
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not a number"):
         model.generate(torch.ones(1, 4, dtype=torch.long), 3, temperature=temperature)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_damage_that_shows_later_is_refused(value, monkeypatch):
+    """Of a word that the prompt does not hold, and that comes second."""
+    model = tiny()
+    model.model.embed_tokens.weight.data[7] = float(value)
+    words = iter((3, 7, 5, 5))
+    monkeypatch.setattr(generate, "sample", lambda *args: torch.tensor([next(words)]))
+    rows = generate.stream(model, torch.ones(1, 4, dtype=torch.long), 4)
+    assert [next(rows).item(), next(rows).item()] == [3, 7]
+    with pytest.raises(ValueError, match="not a number"):
+        next(rows)
 
 
 # ---- what a token sees ----

@@ -194,6 +194,13 @@ def test_code_cannot_be_guessed_from_the_prompt():
     assert hidden > 0
 
 
+def test_the_longest_chain_fits():
+    """Also where every step doubles the text."""
+    for level in (1, 2, 3, 5):
+        for task in drawn("code", "think", 3000, level, seed=1):
+            assert len(task.demo(Random(0))) <= task.limit
+
+
 def test_agent_has_one_right_candidate():
     for task in drawn("agent"):
         assert [task.check(program) for program in task.candidates].count(True) == 1
