@@ -258,8 +258,8 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     is_end = torch.isin(idx[:, -1], ends)  # (B,)
     for t in range(T, T + n):
         if not logits[:, -1].isfinite().all():
-            raise ValueError("the model's next token is not a number: its weights are damaged, or overflow in "
-                             "this dtype")
+            raise ValueError("the model's next token is not a number: its weights are damaged, or overflow "
+                             "in this dtype")
         start = start.masked_fill(is_end, t)
         token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
         if ranks is not None:
