@@ -34,9 +34,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if temperature < 1e-6:
         return logits.argmax(-1)
     p = restrict(logits, temperature, top_k, top_p).softmax(-1)  # (B, vocab)
-    # the draw of torch.multinomial, which would make the host wait for the device twice to check p
-    waiting = torch.empty_like(p).exponential_(1, generator=generator)  # (B, vocab)
-    return (p / waiting).argmax(-1)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
 class Trace:
@@ -259,6 +257,9 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     is_end = torch.isin(idx[:, -1], ends)  # (B,)
     for t in range(T, T + n):
+        if not logits[:, -1].isfinite().all():
+            raise ValueError("the model's next token is not a number: its weights are damaged, or overflow "
+                             "in this dtype")
         start = start.masked_fill(is_end, t)
         token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
         if ranks is not None:
@@ -268,17 +269,10 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         if trace is not None:
             trace.add_token(logits[:, -1], token, temperature, top_k, top_p)
         is_end = torch.isin(token, ends)
-
-        # the one time in a step that this host waits for the device
-        finite = logits[:, -1].isfinite().all()
-        finite, all_ended = torch.stack((finite, (ended | is_end).all())).tolist()
-        if not finite:
-            raise ValueError("the model's next token is not a number: its weights are damaged, or overflow "
-                             "in this dtype")
         yield token.masked_fill(ended, -1)
         if end_ids and not go_on:
             ended = ended | is_end
-            if all_ended:
+            if ended.all():
                 return
         if t + 1 < T + n:
             logits = decoder.step(token, t, start)

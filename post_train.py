@@ -401,7 +401,7 @@ def keep_records(run, names):
     """Cut the log where the run goes on: names {job: its first step that is logged anew}."""
     path = run.out / "metrics.jsonl"
     kept = []
-    for record in post_report.read_log(path) if path.exists() else []:
+    for record in post_report.read_log(run.out):
         if record["step"] < names.get(record["stage"], math.inf):
             kept.append(json.dumps(record) + "\n")
     runs.write_text(path, "".join(kept))

@@ -1,8 +1,7 @@
 """Logs, tables and plots of post-training."""
-import json
 import os
 
-from support import files
+from support import files, runs
 
 CURVES = (("reward", "reward"), ("length", "tokens of an answer"), ("kl", "KL to the start (nats)"),
           ("mismatch", "rollout against trainer (nats)"), ("live", "groups with signal"))
@@ -16,21 +15,9 @@ def is_record(value):
     return isinstance(value.get("stage"), str) and type(value.get("step")) is int
 
 
-def read_log(path):
-    """The records of a metrics.jsonl; an unfinished last line is dropped. ValueError names file and line."""
-    lines = files.read_text(path).splitlines()
-    records = []
-    for number, text in enumerate(lines, 1):
-        try:
-            record = json.loads(text)
-        except ValueError:
-            record = None
-        if is_record(record):
-            records.append(record)
-        elif number < len(lines):
-            raise ValueError(f"{path}, line {number}: {text[:40]!r} is no record of post_train.py; move the "
-                             "file away")
-    return records
+def read_log(out):
+    """The records of a run's metrics.jsonl, as `runs.read_records`."""
+    return runs.read_records(out, is_record, "post_train.py")
 
 
 def rows_of(found):
@@ -83,10 +70,8 @@ def plot(out, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    log = out / "metrics.jsonl"
-    records = read_log(log) if log.exists() else []
     stages = {}
-    for record in records:
+    for record in read_log(out):
         if "reward" in record:
             stages.setdefault(record["stage"], []).append(record)
     found = files.read_json(out / "evaluation.json") if (out / "evaluation.json").exists() else {}

@@ -67,9 +67,9 @@ def restore(optimizer, trainer, shard):
     return trainer["step"]
 
 
-def read_records(out):
+def read_records(out, is_record=report.is_record, script="train.py"):
     """The records of a run's metrics.jsonl, [] where there is none. A last line that a killed process left
-    unfinished is dropped. ValueError: one that is no record."""
+    unfinished is dropped. ValueError: one that is no record of this script."""
     path = out / "metrics.jsonl"
     if not path.exists():
         return []
@@ -80,10 +80,10 @@ def read_records(out):
             record = json.loads(text)
         except ValueError:
             record = None
-        if report.is_record(record):
+        if is_record(record):
             records.append(record)
         elif number < len(lines):
-            raise ValueError(f"{path}, line {number}: {text[:40]!r} is no record of train.py; move the file "
+            raise ValueError(f"{path}, line {number}: {text[:40]!r} is no record of {script}; move the file "
                              "away")
     return records
 

@@ -70,17 +70,6 @@ def test_top_p_one_drops_nothing():
         assert (p > 0).sum(-1).tolist() == [kept] * 2
 
 
-def test_a_draw_is_that_of_multinomial():
-    """The same token from the same state of the generator, which goes on from the same state."""
-    logits = torch.randn(64, 257, generator=seeded()) * 3
-    for seed in range(20):
-        mine = seeded(seed)
-        theirs = seeded(seed)
-        want = torch.multinomial(logits.softmax(-1), 1, generator=theirs)[:, 0]
-        assert torch.equal(sample(logits, generator=mine), want)
-        assert torch.equal(mine.get_state(), theirs.get_state())
-
-
 def test_frequencies_are_the_probabilities():
     """40,000 draws: within five standard deviations of softmax(logits / temperature)."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
