@@ -166,7 +166,7 @@ def block_keys(k, k_scale=None, block=16):
         if k_scale is not None:
             key = key * k_scale[:, i:end:block, None]
         total = total + key
-    mean = total / block  # (B, T // block, DI)
+    mean = total / total.new_full((), block)  # (B, T // block, DI); CUDA multiplies by 1 / a number
     if k_scale is None:
         return mean.to(k.dtype), None
     values, scale = quantise(mean, block=DI)
