@@ -646,7 +646,10 @@ class Transformer(nn.Module):
             losses["lm"] = next_token_loss(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), backend)
         if return_logits == "last":
             h = h[:, -1:]
-        logits = self.lm_head(h) if return_logits else None  # (B, S or 1, vocab)
+        logits = None
+        if return_logits:
+            with exact(h):  # as exact as the weights: two logits in bf16 between 4 and 8 are 0.03 apart
+                logits = self.lm_head(h.to(self.lm_head.weight.dtype))  # (B, S or 1, vocab)
         return logits, losses
 
     def forward_state(self, backend, idx, first, index_loss, caches, position, last, split=None,

@@ -493,8 +493,9 @@ class Question(Writing):
 
 
 class Verdict(Task):
-    """The reward model's task: a rubric and an answer -> y or n for each point. Its chain of thought numbers
-    the answer's words and marks the one that the rubric asks for with =, then names the mark at the end."""
+    """The reward model's task: a rubric and an answer -> y or n for each point. Its chain of thought names the
+    mark at the answer's end (_: none) and numbers the words; = stands behind what the rubric asks for, - behind
+    what it does not."""
     domain = "judge"
     modes = ("think",)
     longest = 40  # characters of an answer that are read
@@ -505,7 +506,7 @@ class Verdict(Task):
         self.task = task
         self.answer = "".join(c if 32 <= ord(c) < 127 else "#" for c in answer)[:self.longest]
         self.question = f"judge {task.rubric()} in {self.answer}"
-        self.limit = 2 * self.longest + 10
+        self.limit = 2 * self.longest + 20  # of 20 words of one letter
 
     def check(self, answer):
         return answer == self.verdict()
@@ -515,11 +516,11 @@ class Verdict(Task):
         return "".join("ny"[point] for point in self.task.points(self.answer))
 
     def demo(self, random=None, noise=CLEAN):
-        chain = ""
-        for n, word in enumerate(self.answer.rstrip(MARKS).split(), 1):
-            chain += f"{word}{'=' if word == self.task.key else '-'}{n} "
         last = self.answer[-1:]
-        return thinking(chain + (last if last and last in MARKS else "_"), self.verdict())
+        chain = f"{last if last and last in MARKS else '_'}{'=' if last == self.task.mark else '-'}"
+        for n, word in enumerate(self.answer.rstrip(MARKS).split(), 1):
+            chain += f" {word}{'=' if word == self.task.key else '-'}{n}"
+        return thinking(chain, self.verdict())
 
     def share(self, out):
         """A verdict that the reward model wrote -> what it grants, the share of y, and the share of points
