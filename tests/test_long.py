@@ -15,6 +15,7 @@ from support import checkpoint
 from tests.common import FLOAT32, assert_close, device_of, packed_batch, tiny_model
 from tests.scripts import metrics, refused, train
 from tests.test_generate import cached, new_caches, random_tokens
+from tools import recall
 
 TWO_LEVELS = dict(index_block=4, index_candidates=16)
 LENGTH = indexer.RECENT + 80  # of a sequence: some 20 blocks are ranked, of which 4 are read
@@ -351,6 +352,26 @@ def test_evaluation_sees_what_is_selected():
         assert torch.equal(attending.indices, indices)
         exact = indexer.select(*selecting)
         assert exact.shape == indices.shape and not torch.equal(exact, indices)
+
+
+def test_recall_of_exact_selection():
+    """tools/recall.py: all with enough candidates, what the definition finds with few."""
+    model = tiny_model(num_hidden_layers=2)
+    ids = random_tokens("torch", 1, LENGTH)
+    rows = torch.tensor([LENGTH - 40, LENGTH - 1], device=ids.device)
+    records = []
+    with torch.no_grad(), evaluate.watching(model, lambda *record: records.append(record)):
+        model(ids)
+    enough, few = recall.measure(model, ids, (LENGTH, 8), 4, rows)
+    for share, mass, _ in enough:
+        assert (share == 1).all() and torch.allclose(mass, torch.ones(2))
+    for (_, selecting, attending), (share, mass, by_distance) in zip(records, few, strict=True):
+        two = indexer.select_by_blocks(*selecting, block=4, candidates=8)[0, rows].tolist()
+        one = attending.indices[0, rows].tolist()
+        expected = [len(set(a) & set(b)) / len(b) for a, b in zip(two, one)]
+        assert share.tolist() == pytest.approx(expected)
+        assert (share < 1).any() and mass.shape == share.shape
+        assert by_distance.nan_to_num().amax() <= 1
 
 
 # ---- train.py ----
