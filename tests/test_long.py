@@ -357,12 +357,13 @@ def test_evaluation_sees_what_is_selected():
 def test_recall_of_exact_selection():
     """tools/recall.py: all with enough candidates, what the definition finds with few."""
     model = tiny_model(num_hidden_layers=2)
-    ids = random_tokens("torch", 1, LENGTH)
-    rows = torch.tensor([LENGTH - 40, LENGTH - 1], device=ids.device)
+    length = 3 * LENGTH  # most of it is not recent
+    ids = random_tokens("torch", 1, length)
+    rows = torch.tensor([length - 40, length - 1], device=ids.device)
     records = []
     with torch.no_grad(), evaluate.watching(model, lambda *record: records.append(record)):
         model(ids)
-    enough, few = recall.measure(model, ids, (LENGTH, 8), 4, rows)
+    enough, few = recall.measure(model, ids, (length, 8), 4, rows)
     for share, mass, _ in enough:
         assert (share == 1).all() and torch.allclose(mass, torch.ones(2))
     for (_, selecting, attending), (share, mass, by_distance) in zip(records, few, strict=True):
