@@ -1,7 +1,7 @@
 """Side-by-side timing: every kernel, training, prefill and decoding, each beside the baseline that a user
 would compare it with, measured in the same run on the same GPU.
 
-    python bench.py                            # everything: a table, bench.json, two plots
+    python bench.py                            # everything: a table, bench.json, plots
     python bench.py --only=select,train-4k     # parts of it, each a few minutes on one H100
     python bench.py --only=train               # all parts of that name: train-4k, train-6k, ...
 
@@ -80,6 +80,7 @@ CONTEXTS = (32768, 131072)  # behind which they come
 LONGEST = 2**20  # behind which selection filters
 FAR = (2**17, 2**19, 2**20)  # behind which selection in two levels runs beside exact selection
 WHOLE = (2**17, 2**19)  # contexts of which every query selects
+TO_A_MILLION = (2**14, 2**16, 2**17, 2**18, 2**19, 2**20)
 SEQUENCE = 8192  # tokens of a sequence that is trained on, in the rows of one layer
 BATCH = 128  # sequences that decode at a time
 MATMUL = 8192  # rows and columns of the matrices that the baselines multiply
@@ -558,6 +559,43 @@ def bench_context(table):
                   "x cheaper than dense")
 
 
+def bench_far(table):
+    """Attention of one layer of the small model, 8 indexer heads, for a chunk of queries behind up to a
+    million tokens: dense, and sparse with either selection."""
+    import kernels
+    few = SMALL._replace(index_heads=2 * SMALL.index_heads)
+    for T in TO_A_MILLION:
+        q_index, k_index, w, k_scale = index_inputs(few, 1, CHUNK, T)
+        blocks = kernels.block_keys(k_index, k_scale)  # a prompt's chunks find theirs in the cache
+        q = randn(1, CHUNK, few.heads, few.width)
+        latents = randn(1, T, few.width)
+        arguments = (q_index, k_index, w, few.topk, k_scale, None, None)
+
+        def exact():
+            indices = kernels.select(*arguments)
+            kernels.sparse_attention(q, latents, indices, few.scale, few.rank)
+
+        def two_levels():
+            indices = kernels.select_by_blocks(*arguments, *blocks)
+            kernels.sparse_attention(q, latents, indices, few.scale, few.rank)
+
+        q_heads = randn(1, few.heads, CHUNK, few.qk)
+        k = randn(1, few.heads, T, few.qk)
+        v = randn(1, few.heads, T, few.value)
+
+        def dense():
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                F.scaled_dot_product_attention(q_heads, k, v)
+
+        times = []
+        for name, function in (("dense MHA (cuDNN)", dense), ("sparse, exact selection", exact),
+                               ("sparse, selection in two levels", two_levels)):
+            times.append(milliseconds(function))
+            table.point("far", name, T, 1000 * times[-1] / CHUNK)
+        for name, ms in (("exact selection", times[1]), ("two levels", times[2])):
+            table.add(f"attention, {name}, S {CHUNK}, T {T}", ms, times[0] / ms, "x faster than dense")
+
+
 # ---- training ----
 
 class Speed(NamedTuple):
@@ -930,7 +968,7 @@ def parts(checkpoint):
     """-> {name: function of a Table}; checkpoint: for the part `long`."""
     found = dict(
         select=bench_select, blocks=bench_blocks, dense=bench_dense, sparse=bench_sparse, loss=bench_loss,
-        context=bench_context, default=bench_default)
+        context=bench_context, far=bench_far, default=bench_default)
     for T in TRAINED:
         found[f"train-{T // 1024}k"] = functools.partial(bench_train, T=T)
     for T in BESIDE_GPT:
@@ -962,7 +1000,7 @@ def plot(curves, label, path):
     for name, points in curves.items():
         style = "--o" if "dense" in name else "-o"
         color = "C1" if name.startswith("decode") else "C0"
-        axis.plot(*zip(*points), style, label=name, color=color)
+        axis.plot(*zip(*points), style, label=name, color="C2" if "two levels" in name else color)
     axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel=label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -1006,6 +1044,7 @@ def main():
         clean_up()
         write(table, machine, out)
     for name, label, file in (("context", "microseconds per token, one layer's attention", "time.png"),
+                              ("far", "microseconds per token, one layer's attention", "far.png"),
                               ("train", "peak memory of a training step (GB)", "memory.png")):
         if name in table.curves:
             plot(table.curves[name], label, out / file)

@@ -344,14 +344,13 @@ def small(monkeypatch):
         heads = (128, 64, 16)
         sizes = dict(
             CHUNK=256, CONTEXTS=(768, 1024), LONGEST=2048, SEQUENCE=512, MATMUL=512, BATCH=16,
-            STEP_TOKENS=512, FAR=(2048,), WHOLE=(2048,))
+            STEP_TOKENS=512, FAR=(2048,), WHOLE=(2048,), TO_A_MILLION=(512, 2048))
     else:
         shape = Shape(heads=4, rank=16, rope=16, nope=16, value=16, index_heads=4, index_dim=16, topk=8)
         few = shape._replace(heads=2, index_heads=2)
         heads = (4, 2)
         sizes = dict(
-            CHUNK=16, CONTEXTS=(32, 48), LONGEST=64, SEQUENCE=24, MATMUL=32, BATCH=8, STEP_TOKENS=32,
-            FAR=(384,), WHOLE=(24,))
+            CHUNK=16, CONTEXTS=(32, 48), LONGEST=64, SEQUENCE=24, MATMUL=32, BATCH=8, STEP_TOKENS=32)
     sizes |= dict(
         V32=shape, SMALL=few, HEADS=heads, VOCABULARY=300,
         SMALL_CONFIG=Config(vocab_size=300, **(TINY | dict(max_position_embeddings=2048))),
@@ -386,6 +385,7 @@ def test_select_part(small):
     check_rows(small, "quantise", "index scores", "top-k", "select whole", "select whole, S")
 
 
+@pytest.mark.skipif(not CUDA, reason="interpreted, it takes two minutes")
 def test_blocks_part(small):
     bench.bench_blocks(small)
     check_rows(small, "block keys", "select by blocks, S 1, ", "select by blocks, S 2", "select by blocks, S")
@@ -411,6 +411,13 @@ def test_context_part(small):
     bench.bench_context(small)
     check_rows(small, "prefill at", "decode at")
     assert len(small.curves["context"]) == 4
+
+
+@pytest.mark.skipif(not CUDA, reason="beside cuDNN")
+def test_far_part(small):
+    bench.bench_far(small)
+    check_rows(small, "attention, exact selection, S", "attention, two levels, S")
+    assert [len(points) for points in small.curves["far"].values()] == [2, 2, 2]
 
 
 def test_train_part(small):

@@ -28,7 +28,8 @@ def parse(argv):
     """-> the command line."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", default="out/sparse", help="folder with config.json and weights (default %(default)s)")
+    add("--checkpoint", default="out/sparse",
+        help="folder with config.json and weights (default %(default)s)")
     add("--data", help="where the text comes from (default: that of the run, else python)")
     add("--lengths", default="16384,65536,131072", help="contexts in tokens (default %(default)s)")
     add("--candidates", default="0", help="tokens in the best blocks; 0: max(8 k, T / 32), the default")
@@ -93,7 +94,8 @@ def table(T, candidates, found):
     records = []
     edges = bucket_bounds(T)
     for C, of_layers in zip(candidates, found):
-        share, mass, by_distance = [torch.stack(x) for x in zip(*of_layers)]  # (L, R), (L, R), (L, R, buckets)
+        # (L, R), (L, R), (L, R, buckets)
+        share, mass, by_distance = [torch.stack(x) for x in zip(*of_layers)]
         distances = by_distance.flatten(0, 1).nanmean(0)  # (buckets,)
         record = dict(
             T=T, candidates=C, share=share.mean().item(), mass=mass.mean().item(),
