@@ -623,8 +623,8 @@ class Transformer(nn.Module):
         -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target
         counts) if targets are given, and with index_loss "kl", "kl_uniform" (nats, mean over tokens and over
         all layers, each by the indexer whose selection it uses) and "recall" (share of dense attention mass
-        selected, 0..1, mean over all layers); with config.index_block also "kl_blocks" (nats, see indexer.block_loss) and "index_recall" (share of exact
-        selection that is selected).
+        selected, 0..1, mean over all layers); with config.index_block also "kl_blocks" (nats, see
+        indexer.block_loss) and "index_recall" (share of exact selection that is selected).
         return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
         With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
@@ -713,20 +713,24 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu", dtype=None,
-                        index=None, prepare=None):
+                        index=None, indexer_types=None, prepare=None):
         """The model of a checkpoint folder, ours or a published one (see support/checkpoint.py), in eval
         mode.
 
         dtype: None keeps the stored ones. index: a dict of index_n_heads, index_head_dim and index_topk
         grafts new float32 indexers onto the checkpoint, in place of any it has; attention is then "dense"
-        unless given. prepare: a function of the model that is called before its parameters have numbers, to
-        change their dtypes or to shard them (parallel.shard); then a process reads its part alone.
+        unless given. indexer_types: in place of config.json's; the indexers of layers that now share a
+        selection are left out. prepare: a function of the model that is called before its parameters have
+        numbers, to change their dtypes or to shard them (parallel.shard); then a process reads its part
+        alone.
         FileNotFoundError or ValueError name what is wrong with which file."""
         from support import checkpoint
         config = checkpoint.read_config(folder)
         if index:
             config = replace(config, **index)
             attention = attention or "dense"
+        if indexer_types:
+            config = checkpoint.sharing(config, indexer_types)
         with torch.device("meta"):
             model = cls(config, backend, attention, index_fp8)
         checkpoint.read_weights(folder, model, device, dtype, new_indexers=bool(index), prepare=prepare)
