@@ -516,7 +516,7 @@ def check_leftovers(folder, tensors, used, config, values, new_indexers):
         print(f"{folder}: layers {sorted(beyond - predicting)} are left out: config.json counts them in "
               f"num_nextn_predict_layers={extra}, but they predict nothing", file=sys.stderr)
     if idle:
-        print(f"{folder}: the indexers of layers {sorted(idle)} are left out: these layers are to have none",
+        print(f"{folder}: the indexers of layers {sorted(idle)} are left out: the model has none there",
               file=sys.stderr)
 
 
