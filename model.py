@@ -227,8 +227,18 @@ class Scorer(NamedTuple):
         return self._replace(q=self.q[:, rows], w=self.w[:, rows], tile=1)
 
 
+class Selection(NamedTuple):
+    """What a layer with an indexer hands on to the layers that share its selection."""
+    indices: Tensor | None = None  # (B, S, k) int32; None: all that is visible
+    # with state.index_loss also what their attention teaches the indexer through: gradients go back this way
+    q_index: Tensor | None = None  # (B, S, HI, DI)
+    k_index: Tensor | None = None  # (B, T, DI)
+    w: Tensor | None = None  # (B, S, HI)
+    scorer: Scorer | None = None  # without gradient
+
+
 class IndexLoss(NamedTuple):
-    """Of one layer's indexer, means over the tokens of a batch."""
+    """Of one layer's attention and the indexer whose selection it uses, means over the tokens of a batch."""
     kl: Tensor  # nats, what the indexer learns from
     kl_uniform: Tensor  # nats, of an indexer that cannot tell tokens apart
     recall: Tensor  # share of the dense attention's mass that is selected, of sampled queries
@@ -291,11 +301,11 @@ class Attention(nn.Module):
         k_rope = latents[:, :, None, self.rank:].expand(-1, -1, self.heads, -1)  # (B, T, H, rope)
         return torch.cat((k_nope, k_rope.to(k_nope.dtype)), -1), v
 
-    def forward(self, h, state, indices=None, cache=None):
-        """h (B,S,hidden), state: the ForwardState; indices (B,S,k): the selection of the layer before,
-        used if there is no indexer here, or with state.replay the one to use
-        -> out (B,S,hidden), the selection used (the one passed in if dense), IndexLoss if state.index_loss
-        and there is an indexer, else None."""
+    def forward(self, h, state, selection=Selection(), cache=None):
+        """h (B,S,hidden), state: the ForwardState; selection: that of the layer before, used if there is no
+        indexer here; with state.replay its indices are the ones to use
+        -> out (B,S,hidden), the Selection used (its indices those passed in if dense), IndexLoss if
+        state.index_loss, else None (also of a model without indexers)."""
         S = h.shape[1]
 
         # Queries, and what this token leaves in the cache: [c^KV ; k^R]
@@ -320,6 +330,8 @@ class Attention(nn.Module):
             q_index = q_index.to(latents.dtype)
             k_index = state.gather(k_index.to(latents.dtype))
             scorer = self.scorer(q_index, k_index, w, state, cache)
+            if state.index_loss:
+                selection = Selection(selection.indices, q_index, k_index, w, scorer)
         latents = state.gather(latents)
         if cache is not None:
             latents = cache.append(state.position, state.length, latents)  # (B, T, rank + rope), or bytes
@@ -339,17 +351,18 @@ class Attention(nn.Module):
             q = torch.cat((q_nope, q_rope), -1)  # (B, S, H, nope + rope)
             k, v = self.expand(latents)  # (B, T, H, nope + rope), (B, T, H, value)
 
-        # Select, attend, and the indexer's loss
+        # Select, attend, and the loss of the indexer that this layer's selection comes from
         index_loss = None
         with exact(h):
             if sparse:
                 if self.indexer and not state.replay:
-                    topk = self.config.index_topk
-                    indices = scorer.select(state.ops, topk, state.first, state.last)  # (B, S, k)
-                out, lse = state.ops.sparse_attention(q, latents, indices, self.scale, self.rank)
+                    indices = scorer.select(state.ops, self.config.index_topk, state.first, state.last)
+                    selection = selection._replace(indices=indices)  # (B, S, k)
+                out, lse = state.ops.sparse_attention(q, latents, selection.indices, self.scale, self.rank)
             else:
                 out, lse = state.dense_attention(q, k, v, self.scale)
-            if state.index_loss and self.indexer:
+            if selection.scorer is not None:
+                indices, q_index, k_index, w, scorer = selection
                 if sparse:
                     kl, kl_uniform = state.ops.indexer_loss_sparse(
                         q.detach(), latents.detach(), lse, indices, self.scale, q_index, k_index, w)
@@ -369,7 +382,7 @@ class Attention(nn.Module):
         if absorbed:
             _, w_uv = self.kv_b(out.dtype)
             out = torch.einsum("bshr,hvr->bshv", out, w_uv)
-        return self.o_proj(out.flatten(2)), indices, index_loss  # out (B, S, H, value)
+        return self.o_proj(out.flatten(2)), selection, index_loss  # out (B, S, H, value)
 
     def scorer(self, q, k, w, state, cache):
         """What tokens are selected by: the indexer's q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) without gradient,
@@ -446,8 +459,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block. Losses are returned, not stored: recomputation in the backward must see them
-    as outputs."""
+    """Pre-norm residual block. Losses and the selection are returned, not stored: recomputation in the
+    backward must see them as outputs."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -459,11 +472,11 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, h, state, indices=None, cache=None):
-        out, indices, index_loss = self.self_attn(self.input_layernorm(h), state, indices, cache)
+    def forward(self, h, state, selection=Selection(), cache=None):
+        out, selection, index_loss = self.self_attn(self.input_layernorm(h), state, selection, cache)
         h = h + out
         h = h + self.mlp(self.post_attention_layernorm(h))
-        return h, indices, index_loss
+        return h, selection, index_loss
 
 
 # ---- the language-model loss ----
@@ -609,9 +622,9 @@ class Transformer(nn.Module):
 
         -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target
         counts) if targets are given, and with index_loss "kl", "kl_uniform" (nats, mean over tokens and over
-        layers with an indexer) and "recall" (share of dense attention mass selected, 0..1); with
-        config.index_block also "kl_blocks" (nats, see indexer.block_loss) and "index_recall" (share of exact
-        selection that is selected).
+        all layers, each by the indexer whose selection it uses) and "recall" (share of dense attention mass
+        selected, 0..1, mean over all layers); with config.index_block also "kl_blocks" (nats, see
+        indexer.block_loss) and "index_recall" (share of exact selection that is selected).
         return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
         With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
@@ -622,19 +635,19 @@ class Transformer(nn.Module):
         backend = self.backend_on(idx.device)
         state = self.forward_state(backend, idx, first, index_loss, caches, position, last, split, selections)
         h = self.model.embed_tokens(idx)  # (B, S, hidden)
-        indices = None
+        selection = Selection()
         index_losses = []
         for i, block in enumerate(self.model.layers):
             if state.replay:
-                indices = selections[i]
+                selection = selection._replace(indices=selections[i])
             if self.recompute and torch.is_grad_enabled() and caches is None:
-                h, indices, layer_loss = recompute(block, h, state, indices, use_reentrant=False)
+                h, selection, layer_loss = recompute(block, h, state, selection, use_reentrant=False)
             else:
-                h, indices, layer_loss = block(h, state, indices, caches[i] if caches else None)
+                h, selection, layer_loss = block(h, state, selection, caches[i] if caches else None)
             if layer_loss is not None:
                 index_losses.append(layer_loss)
             if state.always_select and not state.replay:
-                selections.append(indices)
+                selections.append(selection.indices)
         h = self.model.norm(h)  # (B, S, hidden)
 
         losses = {}
@@ -703,20 +716,24 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu", dtype=None,
-                        index=None, prepare=None):
+                        index=None, indexer_types=None, prepare=None):
         """The model of a checkpoint folder, ours or a published one (see support/checkpoint.py), in eval
         mode.
 
         dtype: None keeps the stored ones. index: a dict of index_n_heads, index_head_dim and index_topk
         grafts new float32 indexers onto the checkpoint, in place of any it has; attention is then "dense"
-        unless given. prepare: a function of the model that is called before its parameters have numbers, to
-        change their dtypes or to shard them (parallel.shard); then a process reads its part alone.
+        unless given. indexer_types: in place of config.json's; the indexers of layers that now share a
+        selection are left out. prepare: a function of the model that is called before its parameters have
+        numbers, to change their dtypes or to shard them (parallel.shard); then a process reads its part
+        alone.
         FileNotFoundError or ValueError name what is wrong with which file."""
         from support import checkpoint
         config = checkpoint.read_config(folder)
         if index:
             config = replace(config, **index)
             attention = attention or "dense"
+        if indexer_types:
+            config = checkpoint.sharing(config, indexer_types)
         with torch.device("meta"):
             model = cls(config, backend, attention, index_fp8)
         checkpoint.read_weights(folder, model, device, dtype, new_indexers=bool(index), prepare=prepare)

@@ -205,11 +205,11 @@ def test_layer_is_the_papers(backend, B, T, size, changes):
     recall = np.mean([paper.recall[sampled] for paper in papers["sparse"]])
     for model.attention, sequences in papers.items():
         with torch.no_grad():
-            out, indices, loss = layer(h, state_of(model, h, first, index_loss=True))
+            out, selection, loss = layer(h, state_of(model, h, first, index_loss=True))
         expected = torch.from_numpy(np.stack([paper.out for paper in sequences]))
         assert_close(out, expected, *FLOAT32, model.attention)
         if model.attention == "sparse":
-            for row, paper in zip(indices.tolist(), sequences):
+            for row, paper in zip(selection.indices.tolist(), sequences):
                 assert [[s for s in slots if s >= 0] for slots in row] == paper.selections
         kl = np.mean([paper.kl for paper in sequences])
         kl_uniform = np.mean([paper.kl_uniform for paper in sequences])
@@ -251,9 +251,9 @@ def test_only_distances_matter(changes):
     selections = []
     for offset in (0, 512):
         with torch.no_grad():
-            out, indices, _ = layer(h, state_of(model, h, position=torch.arange(40) + offset))
+            out, selection, _ = layer(h, state_of(model, h, position=torch.arange(40) + offset))
         outs.append(out)
-        selections.append(indices)
+        selections.append(selection.indices)
     assert torch.equal(*selections)
     assert_close(outs[1], outs[0], 552 * 2**-24, 10 * 552 * 2**-24)  # an angle near 552 is off by 552 x 2^-24
 

@@ -66,6 +66,9 @@ class Options:
     index_fp8: bool = option(True, "select by FP8 index scores, as the published inference does")
     block_weight: float = option(1.0, "with --index_block: weight of the block scores' KL in the loss of the "
                                  "indexers")
+    share_selection: int = option(
+        1, "layers in a row that use one selection, which the first of them makes; the indexers of the "
+        "others are dropped (1: every layer makes its own, or as the checkpoint has it)")
     block_size: int = option(256, "context length in tokens")
     batch_size: int = option(8, "sequences per micro-batch")
     gradient_accumulation_steps: int = option(
@@ -109,8 +112,9 @@ BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkp
 TRAINING = tuple(field.name for field in fields(Options))
 MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) and f.name != "vocab_size"]
 # What a run being resumed cannot change: its batches, its weights, or what they learn would be others
-FIXED = {"stage", "init_from", "train", "detach", "block_weight", "data", "tokenizer", "seed", "block_size",
-         "batch_size", "gradient_accumulation_steps", *(field.name for field in MODEL_FIELDS)}
+FIXED = {"stage", "init_from", "train", "detach", "block_weight", "share_selection", "data", "tokenizer",
+         "seed", "block_size", "batch_size", "gradient_accumulation_steps",
+         *(field.name for field in MODEL_FIELDS)}
 RANGES = (
     ("block_size", 2, math.inf), ("batch_size", 1, math.inf), ("gradient_accumulation_steps", 1, math.inf),
     ("dense_steps", 0, math.inf), ("warmup_steps", 0, math.inf), ("sparse_steps", 0, math.inf),
@@ -118,7 +122,8 @@ RANGES = (
     ("ramp_steps", 0, math.inf), ("min_lr", 0, 1), ("weight_decay", 0, math.inf),
     ("beta1", 0, 0.9999999), ("beta2", 0, 0.9999999), ("grad_clip", 1e-12, math.inf),
     ("eval_interval", 1, math.inf), ("eval_steps", 1, math.inf), ("save_interval", 1, math.inf),
-    ("context_parallel", 1, math.inf), ("block_weight", 0, math.inf), ("seed", 0, 2**63 - 1))
+    ("context_parallel", 1, math.inf), ("block_weight", 0, math.inf), ("share_selection", 1, math.inf),
+    ("seed", 0, 2**63 - 1))
 
 
 def resolve(argv):
@@ -266,8 +271,9 @@ def build(options, sizes, device, stages, vocab_size, prepare):
     switches = dict(backend=cli.backend(options.backend, device), index_fp8=options.index_fp8)
     folder = start_folder(options)
     if not folder:
-        model = Transformer(Config(vocab_size=vocab_size, **sizes), **switches)
-        return prepare(model.to(device))
+        config = Config(vocab_size=vocab_size, **sizes)
+        config.indexer_types = indexer_types(config, options.share_selection)
+        return prepare(Transformer(config, **switches).to(device))
     old = checkpoint.read_config(folder)
     index = new_indexers(old, sizes, stages)
     if index:
@@ -276,9 +282,13 @@ def build(options, sizes, device, stages, vocab_size, prepare):
             there = f"instead of {old.index_n_heads} of {old.index_head_dim}"
         print(f"indexers start anew: {index['index_n_heads']} heads of {index['index_head_dim']} {there} in "
               f"{folder}")
+    if not (old.index_topk or index) and options.share_selection > 1:
+        raise ValueError(f"--share_selection={options.share_selection}: {folder} has no indexers; give the "
+                         "option to the stage that makes them, warmup")
+    types = indexer_types(old, options.share_selection, folder)
     dtype = torch.float32 if options.dtype == "float32" else None
     model = Transformer.from_pretrained(
-        folder, device=device, index=index, dtype=dtype, prepare=prepare, **switches)
+        folder, device=device, index=index, indexer_types=types, dtype=dtype, prepare=prepare, **switches)
     fit(model.config, sizes, folder)
     if model.config.vocab_size < vocab_size:
         raise ValueError(f"--tokenizer={options.tokenizer} has {vocab_size} tokens, the checkpoint {folder} "
@@ -296,6 +306,19 @@ def new_indexers(old, sizes, stages):
         resized = any(index[name] != getattr(old, name) for name in ("index_n_heads", "index_head_dim"))
         return index if resized and "warmup" in stages else None
     return index if "warmup" in stages or "sparse" in stages else None
+
+
+def indexer_types(config, group, folder=""):
+    """-> indexer_types that a model of this Config is to have instead, the first of each group of layers full
+    and the others shared; None: those that it has. ValueError: a checkpoint in which other layers share."""
+    types = ["shared" if layer % group else "full" for layer in range(config.num_hidden_layers)]
+    old = config.indexer_types or []
+    if group == 1 or old == types:
+        return None
+    if "shared" in old:
+        raise ValueError(f"--share_selection={group}: the checkpoint {folder} has indexer_types={old}, and "
+                         "its shared layers no indexers; leave the option out")
+    return types
 
 
 def fit(config, sizes, folder):
@@ -507,13 +530,17 @@ def describe(run, facts):
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     in_indexers = sum(p.numel() for p in model.indexer_parameters()) / 1e6
     ranks = run.ranks
+    layers = model.config.num_hidden_layers
     if ranks.world > 1:
         print(f"{ranks.world} processes: {ranks.data} x micro-batches, {ranks.context} x context")
     print(f"{facts['device']} | torch {facts['torch']} | commit {facts['commit']} | "
           f"backend {options.backend}, {options.dtype} | GB: {report.memory_meaning(run.device)}")
     print(f"model: {parameters:.1f}M parameters ({in_indexers:.2f}M in indexers), "
-          f"{model.config.num_hidden_layers} layers, context {options.block_size}, "
+          f"{layers} layers, context {options.block_size}, "
           f"top-k {model.config.index_topk}")
+    full = [layer for layer in range(layers) if model.config.has_indexer(layer)]
+    if 0 < len(full) < layers:
+        print(f"indexers in layers {full}; a layer without one uses the selection of the layer before")
     print(f"data: {options.data}, {len(run.training_file.tokens):,} training and "
           f"{len(run.validation_file.tokens):,} validation tokens")
     given = [f"--{name}={value}" for name, value in facts["options"].items() if value != ""]

@@ -10,7 +10,7 @@ otherwise than its publishers is refused by name, and so is a tensor that the mo
 import errno
 import functools
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ REQUIRED_WITH_EXPERTS = (
     "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "routed_scaling_factor",
     "first_k_dense_replace")
 REQUIRED_WITH_INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
+PATTERN = ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")  # what indexer_types says, too
 
 FIELDS = {f.name: f.type for f in fields(Config) if f.name != "other"}
 # What else is read, and what it must be
@@ -264,6 +265,12 @@ def read_indexer(values, family):
                          f"index_topk_freq={frequency}; leave all but one of them out")
     read["indexer_types"] = values["indexer_types"] if said else types
     return read
+
+
+def sharing(config, indexer_types):
+    """-> the Config with these indexer_types, without the other keys that say which layers share."""
+    other = {key: value for key, value in (config.other or {}).items() if key not in PATTERN}
+    return replace(config, indexer_types=indexer_types, other=other)
 
 
 def published_config(config, dtype):
@@ -509,8 +516,8 @@ def check_leftovers(folder, tensors, used, config, values, new_indexers):
         print(f"{folder}: layers {sorted(beyond - predicting)} are left out: config.json counts them in "
               f"num_nextn_predict_layers={extra}, but they predict nothing", file=sys.stderr)
     if idle:
-        print(f"{folder}: the indexers of layers {sorted(idle)} are left out: by config.json these layers "
-              "have none", file=sys.stderr)
+        print(f"{folder}: the indexers of layers {sorted(idle)} are left out: the model has none there",
+              file=sys.stderr)
 
 
 def own_rows(p):

@@ -41,9 +41,11 @@ def stage_flops(model, stage, pairs, keys):
         below = learns
         learns = below or attention.o_proj.weight.requires_grad
         total += attention_flops(attention, stage, pairs, keys, below, learns)
-        if attention.indexer and stage in ("warmup", "sparse"):
+        if model.config.index_topk and stage in ("warmup", "sparse"):
             passes_on = not model.detach
-            total += indexer_flops(attention, stage, pairs, keys, below and passes_on, learns and passes_on)
+            if attention.indexer:
+                total += indexer_flops(attention, stage, pairs, below and passes_on, learns and passes_on)
+            total += index_loss_flops(attention, stage, pairs, keys)
         total += mlp_flops(block.mlp, learns)
     if stage != "warmup":  # which has no use for logits
         total += linear_flops(model.lm_head.weight, learns)
@@ -71,23 +73,34 @@ def attention_flops(a, stage, pairs, keys, below, learns):
     return total + passes * pairs * 2 * a.heads * (a.nope + a.rope + a.value)
 
 
-def indexer_flops(a, stage, pairs, keys, h_learns, latent_learns):
-    """Of a layer's indexer: projections, selection, and the loss with its backward. The loss's target takes
-    the products of queries and keys once more: only now are the attention's sums known."""
+def score_flops(config):
+    """Of the index score of a pair: q.k for each head, then the sum over heads."""
+    return 2 * config.index_n_heads * (config.index_head_dim + 1)
+
+
+def indexer_flops(a, stage, pairs, h_learns, latent_learns):
+    """Of a layer's indexer: projections and selection."""
     index = a.indexer
     total = linear_flops(index.wq_b.weight, latent_learns if a.q_a_proj else h_learns)
     total += linear_flops(index.wk.weight, h_learns)
     total += linear_flops(index.weights_proj.weight, h_learns)
-    score = 2 * index.heads * (index.dim + 1)  # of a pair: q.k for each head, then the sum over heads
     if stage == "warmup":
-        target = 2 * a.heads * (a.nope + a.rope)
-        return total + pairs * (3 * score + target)
-    target = 2 * a.heads * (a.rank + a.rope)
+        return total
     scored = pairs
     if a.config.index_block:  # a key for each block, then the tokens of the best blocks
         candidates = a.config.index_candidates or default_candidates(a.config.index_topk, int(2 * pairs))
         scored = min(pairs, pairs / a.config.index_block + candidates + RECENT)
-    return total + scored * score + keys * (3 * score + target)
+    return total + scored * score_flops(a.config)
+
+
+def index_loss_flops(a, stage, pairs, keys):
+    """Of what a layer's attention teaches the indexer whose selection it uses, its own or an earlier layer's,
+    with its backward. The target takes the products of queries and keys once more: only now are the
+    attention's sums known."""
+    scores = 3 * score_flops(a.config)
+    if stage == "warmup":
+        return pairs * (scores + 2 * a.heads * (a.nope + a.rope))
+    return keys * (scores + 2 * a.heads * (a.rank + a.rope))
 
 
 def mlp_flops(mlp, learns):

@@ -30,7 +30,8 @@ CASES = (
     ("sparse", "all", dict(detach=False), EXPERTS),
     ("sparse", "attention", dict(recompute=True), dict(q_lora_rank=0)),
     ("sparse", "none", {}, dict(indexer_types=["full", "shared", "full"])),
-    ("control", "all", {}, {}))
+    ("control", "all", {}, {}),
+    ("warmup", "all", dict(recompute=True), dict(indexer_types=["full", "shared", "full"])))
 
 
 def backend_of(ranks):

@@ -827,7 +827,7 @@ def test_graft_in_bfloat16(tmp_path):
 
 
 def test_shared_layers_train_and_cache(tmp_path):
-    """KL exists in layers with an indexer only; recomputation hands the selection on; shared layers keep no
+    """Recomputation hands on the selection and what it was made of; shared layers have no indexer and keep no
     index keys."""
     theirs("glm_moe_dsa", **CASES["glm_moe_dsa"]["shared"]).save_pretrained(tmp_path)
     model = load(tmp_path)

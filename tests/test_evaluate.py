@@ -148,7 +148,7 @@ def test_layer_statistics_are_what_a_loop_over_queries_finds(monkeypatch, slices
 
     def keep(module, args, out):
         h, state, *_ = args
-        inputs.append((Unabsorbed(module, h, state, first), out[1]))
+        inputs.append((Unabsorbed(module, h, state, first), out[1].indices))
 
     for block in model.model.layers:
         block.self_attn.register_forward_hook(keep)
