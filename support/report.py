@@ -84,6 +84,8 @@ def indexer_flops(a, stage, pairs, keys, h_learns, latent_learns):
         return total + pairs * (3 * score + target)
     target = 2 * a.heads * (a.rank + a.rope)
     scored = pairs
+    if a.config.selector != "indexer":
+        scored = 0
     if a.config.index_block:  # a key for each block, then the tokens of the best blocks
         candidates = a.config.index_candidates or default_candidates(a.config.index_topk, int(2 * pairs))
         scored = min(pairs, pairs / a.config.index_block + candidates + RECENT)
