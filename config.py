@@ -3,6 +3,10 @@ import math
 from dataclasses import dataclass, field
 
 
+# Who chooses the k tokens that a query reads: the indexer, or one of baselines.py
+SELECTORS = ("indexer", "recent", "sinks", "random", "strided", "oracle")
+
+
 def option(default, help, *choices):
     """A dataclass field that scripts offer as --name: its default, its help text and, if any, its values."""
     return field(default=default, metadata=dict(help=help, choices=choices or None))
@@ -56,6 +60,10 @@ class Config:
                                    "T / 32))")
     index_tile: int = option(1, "neighbouring queries that share their blocks; from 2 on faster, but the "
                              "blocks of a query then depend on queries behind it")
+    selector: str = option(
+        "indexer", "who chooses the k tokens that a query reads (baselines.py): the indexer; recent: the "
+        "last k; sinks: the first 4 and the last k - 4; random; strided: evenly spaced; oracle: those that "
+        "dense attention looks at most, slow. The indexer learns on whoever chooses", *SELECTORS)
     indexer_rope_interleave: bool = option(False, "the indexer's RoPE pairs: (2i, 2i+1), else (i, i + dim/2)")
     indexer_types: list | None = option(None, "per layer: full, or shared (selects as the one before)")
     n_routed_experts: int = option(0, "experts of a mixture layer; 0: every layer is dense")
@@ -117,6 +125,12 @@ class Config:
                              "number from 2 on")
 
     def _check_indexer(self):
+        if self.selector not in SELECTORS:
+            raise ValueError(f"selector={self.selector!r}: choose one of {', '.join(SELECTORS)}")
+        if self.selector != "indexer" and (self.index_block or not self.index_topk):
+            raise ValueError(f"selector={self.selector} with index_block={self.index_block}, "
+                             f"index_topk={self.index_topk}: needs an index_topk from 1 on, and selection in "
+                             "two levels is the indexer's alone (index_block 0)")
         if self.index_topk < 0:
             raise ValueError(f"index_topk={self.index_topk}: a query selects at least 1 token "
                              "(0 builds a dense model without indexer)")

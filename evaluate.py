@@ -4,7 +4,7 @@
     python evaluate.py --checkpoint=DIR --block_size=16384
     torchrun --standalone --nproc-per-node=4 evaluate.py      # batches spread over four GPUs
 
-Measures (results as tables, evaluation.json and four plots in --out_dir):
+Measures (results as tables, evaluation.json and a plot of each but entropy and overlap in --out_dir):
   loss      validation loss by tokens in sight (of the same document, itself included); up to k, sparse
             attention is dense attention
   recall    share of the dense attention's mass, mean over heads, that the selection holds; beside it, for the
@@ -18,6 +18,8 @@ Measures (results as tables, evaluation.json and four plots in --out_dir):
   copy      text that ends in the first half of a random string that it holds once before: is the second half
             predicted? (share of tokens whose argmax is right given the true ones before, by distance from
             string to string)
+  sweep     with --sweep: validation loss against k, powers of two from 64 (or 1/16 of a short context) up to
+            the context, of these weights, with the selection by the checkpoint's selector and by others
 Recall, entropy, distance and overlap are taken in the sparse forward, whose hidden states are those in use,
 at a random sample of the queries that see more than k tokens: below, nothing is chosen (overlap: all 8
 queries do). Buckets are named by their upper bounds: 64 means 33..64.
@@ -28,6 +30,7 @@ import math
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +43,7 @@ from tqdm import tqdm
 import data
 import indexer
 import parallel
+from config import SELECTORS
 from model import Transformer, watched
 from precision import exact
 from sparse_attn import attention_mass
@@ -80,6 +84,10 @@ def parse(argv):
     parser.add_argument(
         "--copies", type=int, default=32,
         help="random strings to copy, at each distance (default %(default)s)")
+    parser.add_argument(
+        "--sweep", default="", metavar="SELECTORS",
+        help=f"loss against k: all, or some of {', '.join(SELECTORS)} with commas between, beside the "
+        "checkpoint's own (default: no sweep)")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument(
         "--index_fp8", type=cli.boolean,
@@ -132,6 +140,7 @@ def check(options, config):
         raise ValueError(f"--block_size={options.block_size}: not longer than "
                          f"index_topk={config.index_topk}, so everything would be selected; raise "
                          "--block_size")
+    swept_selectors(options.sweep, config.selector)
     out = Path(options.out_dir).absolute()
     there = next(path for path in (out, *out.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -217,13 +226,19 @@ def watching(model, record):
             selecting = SelectArguments(*arguments[:len(SelectArguments._fields)])
             return ops.select_by_blocks(*arguments)
 
+        def select_as(*arguments):
+            nonlocal selecting
+            selecting = SelectArguments(*arguments[:len(SelectArguments._fields)])
+            return ops.select_as(*arguments)
+
         def sparse_attention(*arguments):
             with exact(h):
                 record(layer, selecting, AttentionArguments(*arguments))
             return ops.sparse_attention(*arguments)
 
         return ops._replace(
-            select=select, select_by_blocks=select_by_blocks, sparse_attention=sparse_attention)
+            select=select, select_by_blocks=select_by_blocks, select_as=select_as,
+            sparse_attention=sparse_attention)
 
     return watched(model, wrap)
 
@@ -508,7 +523,66 @@ def measure_copies(model, samples, length, options, ranks):
     return {attention: [accuracy[attention] for accuracy in accuracies] for attention in ATTENTIONS}
 
 
+# ---- loss against k ----
+
+def swept_selectors(names, own):
+    """Of --sweep: "all", or names with commas between -> list of config.SELECTORS, the checkpoint's `own`
+    first. ValueError: another name."""
+    names = list(SELECTORS) if names == "all" else list(filter(None, names.split(",")))
+    for name in names:
+        if name not in SELECTORS:
+            raise ValueError(f"--sweep={name}: write all, or some of {', '.join(SELECTORS)} with commas "
+                             "between")
+    return list(dict.fromkeys([own, *names]))
+
+
+@contextmanager
+def selecting_by(model, selector, topk):
+    """A context in which the model selects topk tokens by one of config.SELECTORS."""
+    config = model.config
+    before = dict(selector=config.selector, index_topk=config.index_topk, index_block=config.index_block)
+    if selector != config.selector:
+        config.index_block = 0  # in two levels only the checkpoint's own indexer selects
+    config.selector = selector
+    config.index_topk = topk
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def measure_sweep(model, batches, options, ranks):
+    """-> columns over k, powers of two below the context: validation loss, nats per token, by each selector
+    and with dense attention, of the batches that the ranks share."""
+    names = swept_selectors(options.sweep, model.config.selector)
+    T = options.block_size
+    sizes = [k for k in bucket_bounds(T).tolist() if min(64, T / 16) <= k < T]
+    measured = {}
+    for number, counts in tqdm(ranks.turns(options.batches), desc="loss against k", disable=None,
+                               dynamic_ncols=True):
+        x, y, first = [tensor.to(ranks.device) for tensor in batches.batch(number)]  # (B, S) each
+        dense = predict(model, x, y, first, "dense", options.dtype)[0].mean().item()
+        losses = dict.fromkeys(names, ())
+        for name in names:
+            for k in sizes:
+                with selecting_by(model, name, k):
+                    nats, _ = predict(model, x, y, first, "sparse", options.dtype)
+                losses[name] += (nats.mean().item(),)
+        if counts:
+            measured[number] = losses | dict(dense=[dense] * len(sizes))
+
+    measured = [losses for _, losses in sorted(all_of(measured, ranks).items())]
+    columns = {"k": sizes}
+    for name in (*names, "dense"):
+        columns[name] = np.mean([losses[name] for losses in measured], 0).tolist()
+    return columns
+
+
 # ---- tables and plots ----
+
+STYLES = ("o-", "s--", "^:", "v-.", "D-", "x--", "k:")  # of as many curves as a sweep can have
+
 
 def cell(value):
     """A value of a table as text."""
@@ -535,7 +609,7 @@ def plot(columns, names, path, ylabel, xlabel, k=None):
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 4))
     x = [value for value in next(iter(columns.values())) if value != "all"]
-    for name, style in zip(names, ("o-", "s--", "^:")):
+    for name, style in zip(names, STYLES):
         axis.plot(x, columns[name][:len(x)], style, label=name, markersize=4)
     if k:
         axis.set_xscale("log", base=2)
@@ -567,6 +641,9 @@ def write(results, k, out):
          "tokens copied right", "distance (tokens)", k)
     plot(results["distances"], DISTANCES, part / "distances.png",
          "share", "tokens back, 1 is the query itself", k)
+    if "sweep" in results:
+        plot(results["sweep"], list(results["sweep"])[1:], part / "sweep.png",
+             "validation loss (nats per token)", "tokens that a query reads", k)
     out.mkdir(exist_ok=True)
     for file in part.iterdir():
         os.replace(file, out / file.name)
@@ -585,12 +662,16 @@ def print_tables(results, k, out_dir):
         "distances": "how many tokens back: shares of the selection and of the attention mass",
         "copy": f"copying the second half of a random string of {task['length']} tokens "
                 f"(chance {task['chance']:.3f}) by distance"}
+    pictures = "loss.png, recall.png, copy.png, distances.png"
+    if "sweep" in results:
+        titles["sweep"] = "validation loss (nats per token) of these weights, reading k tokens selected by"
+        pictures += ", sweep.png"
     for name, title in titles.items():
         columns = results[name]
         if name == "distances":
             columns = {column: columns[column] for column in ("back", *DISTANCES)}  # not layer by layer
         print(table(title, columns))
-    print(f"evaluation.json, loss.png, recall.png, copy.png, distances.png: {out_dir}")
+    print(f"evaluation.json, {pictures}: {out_dir}")
 
 
 # ---- the run ----
@@ -628,10 +709,12 @@ def main():
     prepare = functools.partial(parallel.shard, ranks=ranks) if options.shard else None
     model = Transformer.from_pretrained(
         options.checkpoint, backend, "sparse", options.index_fp8, device=device, prepare=prepare)
-    results = dict(options=vars(options), index_topk=k, commit=cli.commit(), **report.machine(device))
-    print(f"{options.checkpoint}: {config.num_hidden_layers} layers, top-k {k}, context {options.block_size}"
-          f" | {options.data}, {options.batches} x {options.batch_size} sequences, {options.rows} queries of "
-          f"each | {results['device']}, {options.dtype}, commit {results['commit']}\n")
+    results = dict(options=vars(options), index_topk=k, selector=config.selector, commit=cli.commit(),
+                   **report.machine(device))
+    print(f"{options.checkpoint}: {config.num_hidden_layers} layers, top-k {k}, selector {config.selector}, "
+          f"context {options.block_size} | {options.data}, {options.batches} x {options.batch_size} "
+          f"sequences, {options.rows} queries of each | {results['device']}, {options.dtype}, commit "
+          f"{results['commit']}\n")
 
     results |= summarise(measure_text(model, batches, options, ranks))
     length, alphabet, samples = copy_task(
@@ -643,6 +726,8 @@ def main():
         strings=options.copies,
         alphabet=alphabet,
         chance=1 / alphabet)
+    if options.sweep:
+        results["sweep"] = measure_sweep(model, batches, options, ranks)
 
     ranks.first(write, results, k, Path(options.out_dir))
     print_tables(results, k, options.out_dir)

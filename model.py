@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+import baselines
 import generate
 import indexer
 import sparse_attn
@@ -108,6 +109,7 @@ class Operations(NamedTuple):
     select: Callable
     block_keys: Callable
     select_by_blocks: Callable
+    select_as: Callable
     dense_attention: Callable
     split_attention: Callable
     sparse_attention: Callable
@@ -131,6 +133,7 @@ def operations(backend):
             select=kernels.select,
             block_keys=kernels.block_keys,
             select_by_blocks=kernels.select_by_blocks,
+            select_as=functools.partial(baselines.select_as, best=kernels.topk),
             dense_attention=kernels.dense_attention,
             split_attention=kernels.split_attention,
             sparse_attention=kernels.sparse_attention,
@@ -141,6 +144,7 @@ def operations(backend):
         select=indexer.select,
         block_keys=indexer.block_keys,
         select_by_blocks=indexer.select_by_blocks,
+        select_as=baselines.select_as,
         dense_attention=sparse_attn.dense_attention,
         split_attention=sparse_attn.split_attention,
         sparse_attention=sparse_attn.sparse_attention,
@@ -203,7 +207,8 @@ class ForwardState:
 
 class Scorer(NamedTuple):
     """What one layer selects by: index scores of q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) and, of e4m3 keys,
-    k_scale (B,T); with candidates in two levels, by block keys (B,T // block,DI), too."""
+    k_scale (B,T); with candidates in two levels, by block keys (B,T // block,DI), too. Or not by them, but as
+    another selector does, of which the oracle needs what is attended."""
     q: Tensor
     k: Tensor
     w: Tensor
@@ -213,14 +218,22 @@ class Scorer(NamedTuple):
     block: int = 0
     candidates: int = 0
     tile: int = 1
+    selector: str = "indexer"
+    attended: baselines.Attended | None = None
 
     def select(self, ops, topk, first, last):
-        """-> (B,S,topk) int32, see indexer.select and indexer.select_by_blocks."""
+        """-> (B,S,topk) int32, see indexer.select, indexer.select_by_blocks and baselines.select_as."""
         args = (self.q, self.k, self.w, topk, self.k_scale, first, last)
+        if self.selector != "indexer":
+            return ops.select_as(*args, self.selector, self.attended)
         if not self.candidates:
             return ops.select(*args)
         return ops.select_by_blocks(
             *args, self.k_blocks, self.block_scale, self.block, self.candidates, indexer.RECENT, self.tile)
+
+    def attending(self, *args):
+        """Of the main attention's q, latents, scale and value_dim, see baselines.Attended."""
+        return self._replace(attended=baselines.Attended(*args))
 
     def at(self, rows):
         """Of the queries `rows` alone, which do not share their blocks."""
@@ -356,6 +369,7 @@ class Attention(nn.Module):
         with exact(h):
             if sparse:
                 if self.indexer and not state.replay:
+                    scorer = scorer.attending(q, latents, self.scale, self.rank)
                     indices = scorer.select(state.ops, self.config.index_topk, state.first, state.last)
                     selection = selection._replace(indices=indices)  # (B, S, k)
                 out, lse = state.ops.sparse_attention(q, latents, selection.indices, self.scale, self.rank)
@@ -399,7 +413,7 @@ class Attention(nn.Module):
             k_scale = k_scale.squeeze(-1)  # (B, T)
         if cache is not None:
             k, k_scale = cache.append_index(state.position, state.length, k, k_scale)
-        scorer = Scorer(q, k, w, k_scale)
+        scorer = Scorer(q, k, w, k_scale, selector=self.config.selector)
         block = self.config.index_block
         if not block:
             return scorer
@@ -427,9 +441,9 @@ class Attention(nn.Module):
         B, S = q_nope.shape[:2]
         topk = self.config.index_topk
         rows, first, last = self.sampled(B, S, RECALL_QUERIES, state)  # (16,), (B, 16), (B, 16)
-        of_rows = scorer.at(rows)
-        chosen = of_rows.select(state.ops, topk, first, last) if indices is None else indices[:, rows]
         q = self.absorb(q_nope[:, rows], q_rope[:, rows])  # (B, 16, H, rank + rope)
+        of_rows = scorer.at(rows).attending(q, latents, self.scale, self.rank)
+        chosen = of_rows.select(state.ops, topk, first, last) if indices is None else indices[:, rows]
         mass = sparse_attn.selected_mass(q, latents, chosen, self.scale, first, last)  # (B, 16)
         if not state.candidates:
             return mass, None

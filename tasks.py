@@ -493,9 +493,9 @@ class Question(Writing):
 
 
 class Verdict(Task):
-    """The reward model's task: a rubric and an answer -> y or n for each point. Its chain of thought names the
-    mark at the answer's end (_: none) and numbers the words; = stands behind what the rubric asks for, - behind
-    what it does not."""
+    """The reward model's task: a rubric and an answer -> y or n for each point. Its chain of thought names
+    the mark at the answer's end (_: none) and numbers the words; = stands behind what the rubric asks for, -
+    behind what it does not."""
     domain = "judge"
     modes = ("think",)
     longest = 40  # characters of an answer that are read

@@ -105,12 +105,14 @@ GPU = dict(
     hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
     q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
     index_n_heads=8, index_head_dim=64, index_topk=512)
-SELECTION = ("index_topk", "index_block", "index_candidates", "index_tile")  # no property of the weights
+# No property of the weights
+SELECTION = ("index_topk", "index_block", "index_candidates", "index_tile", "selector")
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
 TRAINING = tuple(field.name for field in fields(Options))
 MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) and f.name != "vocab_size"]
+MODEL_FIELDS += [f for f in fields(Config) if f.name == "selector"]
 # What a run being resumed cannot change: its batches, its weights, or what they learn would be others
 FIXED = {"stage", "init_from", "train", "detach", "block_weight", "share_selection", "data", "tokenizer",
          "seed", "block_size", "batch_size", "gradient_accumulation_steps",
@@ -536,8 +538,8 @@ def describe(run, facts):
     print(f"{facts['device']} | torch {facts['torch']} | commit {facts['commit']} | "
           f"backend {options.backend}, {options.dtype} | GB: {report.memory_meaning(run.device)}")
     print(f"model: {parameters:.1f}M parameters ({in_indexers:.2f}M in indexers), "
-          f"{layers} layers, context {options.block_size}, "
-          f"top-k {model.config.index_topk}")
+          f"{layers} layers, context {options.block_size}, top-k {model.config.index_topk}, "
+          f"selector {model.config.selector}")
     full = [layer for layer in range(layers) if model.config.has_indexer(layer)]
     if 0 < len(full) < layers:
         print(f"indexers in layers {full}; a layer without one uses the selection of the layer before")

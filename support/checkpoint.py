@@ -307,6 +307,8 @@ def published_config(config, dtype):
     if not config.index_block:  # then no published family needs to know of it
         for key in ("index_block", "index_candidates", "index_tile"):
             values.pop(key, None)
+    if config.selector == "indexer":
+        values.pop("selector")
     return values
 
 

@@ -87,6 +87,8 @@ def indexer_flops(a, stage, pairs, h_learns, latent_learns):
     if stage == "warmup":
         return total
     scored = pairs
+    if a.config.selector != "indexer":
+        scored = 0
     if a.config.index_block:  # a key for each block, then the tokens of the best blocks
         candidates = a.config.index_candidates or default_candidates(a.config.index_topk, int(2 * pairs))
         scored = min(pairs, pairs / a.config.index_block + candidates + RECENT)

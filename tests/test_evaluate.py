@@ -433,8 +433,8 @@ def test_script(inside, monkeypatch, capsys):
     small = ("--batches=2", "--copies=4", "--device=cpu")
     run = subprocess.run([sys.executable, str(SCRIPT), *small], text=True, capture_output=True, timeout=300)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
-    for text in ("2 layers, top-k 8, context 48", "in sight", "last k", "oracle", "H(indexer)", "union/k",
-                 "tokens back", "chance"):
+    for text in ("2 layers, top-k 8, selector indexer, context 48", "in sight", "last k", "oracle",
+                 "H(indexer)", "union/k", "tokens back", "chance"):
         assert text in run.stdout
 
     folder = inside / "out" / "evaluation-sparse"
