@@ -132,7 +132,7 @@ QUICK = dict(
 # Defaults that differ on a CUDA GPU: the model of 27M parameters of train.py
 GPU = dict(
     dtype="bfloat16", block_size=1024, batch_size=32, page=160,
-    dense_steps=900, warmup_steps=100, sparse_steps=200, judge_steps=200, distillation_steps=300,
+    dense_steps=2000, warmup_steps=100, sparse_steps=200, judge_steps=300, distillation_steps=300,
     dense_lr=1e-3, warmup_lr=2e-3, sparse_lr=3e-4, answers=4000,
     specialist_steps=40, mixed_steps=60, rows=512, live_groups=48, draws=3, rl_lr=3e-5, micro_rows=256,
     eval_tasks=256, ramp_steps=20, save_interval=500,
