@@ -713,7 +713,8 @@ def main():
                    **report.machine(device))
     print(f"{options.checkpoint}: {config.num_hidden_layers} layers, top-k {k}, selector {config.selector}, "
           f"context {options.block_size} | {options.data}, {options.batches} x {options.batch_size} "
-          f"sequences, {options.rows} queries of each | {results['device']}, {options.dtype}, commit {results['commit']}\n")
+          f"sequences, {options.rows} queries of each | {results['device']}, {options.dtype}, commit "
+          f"{results['commit']}\n")
 
     results |= summarise(measure_text(model, batches, options, ranks))
     length, alphabet, samples = copy_task(
