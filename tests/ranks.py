@@ -30,7 +30,11 @@ CASES = (
     ("sparse", "all", dict(detach=False), EXPERTS),
     ("sparse", "attention", dict(recompute=True), dict(q_lora_rank=0)),
     ("sparse", "none", {}, dict(indexer_types=["full", "shared", "full"])),
-    ("control", "all", {}, {}))
+    ("control", "all", {}, {}),
+    ("sparse", "all", {}, dict(selector="random")),
+    ("sparse", "all", {}, dict(selector="sinks")),
+    ("sparse", "all", {}, dict(selector="oracle")),
+    ("sparse", "all", {}, dict(selector="strided")))
 
 
 def backend_of(ranks):
