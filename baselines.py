@@ -75,7 +75,6 @@ def best(scores, topk, first, last):
 
 # ---- all of them ----
 
-@torch.compiler.disable  # slices of queries would be unrolled
 @torch.no_grad()
 def select_as(q, k, w, topk, k_scale, first, last, selector, attended, best=best):
     """`indexer.select` by another of config.SELECTORS -> (B,S,topk) int32: ascending positions of visible

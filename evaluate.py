@@ -540,9 +540,7 @@ def swept_selectors(names, own):
 def selecting_by(model, selector, topk):
     """A context in which the model selects topk tokens by one of config.SELECTORS."""
     config = model.config
-    before = dict(selector=config.selector, index_topk=config.index_topk, index_block=config.index_block)
-    if selector != config.selector:
-        config.index_block = 0  # in two levels only the checkpoint's own indexer selects
+    before = dict(selector=config.selector, index_topk=config.index_topk)
     config.selector = selector
     config.index_topk = topk
     try:

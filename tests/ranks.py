@@ -31,7 +31,11 @@ CASES = (
     ("sparse", "attention", dict(recompute=True), dict(q_lora_rank=0)),
     ("sparse", "none", {}, dict(indexer_types=["full", "shared", "full"])),
     ("control", "all", {}, {}),
-    ("warmup", "all", dict(recompute=True), dict(indexer_types=["full", "shared", "full"])))
+    ("warmup", "all", dict(recompute=True), dict(indexer_types=["full", "shared", "full"])),
+    ("sparse", "all", {}, dict(selector="random")),
+    ("sparse", "all", {}, dict(selector="sinks")),
+    ("sparse", "all", {}, dict(selector="oracle")),
+    ("sparse", "all", {}, dict(selector="strided")))
 
 
 def backend_of(ranks):

@@ -3,6 +3,7 @@
 # 8 minutes on an H200, the seeds first; on two GPUs:
 #   CUDA_VISIBLE_DEVICES=0 bash tools/evidence.sh seed-1337 control-1337 no-warmup &
 #   CUDA_VISIBLE_DEVICES=1 bash tools/evidence.sh seed-1338 control-1338
+# `selectors` is 22 runs, each of which can be named: bash tools/evidence.sh recent-1024 copy-recent-1024.
 # EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON,
 # RUNS, RESULTS: interpreter, checkpoints, what is kept.
 set -euo pipefail
@@ -55,6 +56,31 @@ copy() {
   done
 }
 
+# the sparse stage with k tokens chosen by another selector: NAME-K on code, copy-NAME-K on text to be copied,
+# each from the warm-up of $start or of `copy`. The oracle takes minutes, the others a minute or two
+selector() {
+  local RESULTS=$above/selectors
+  local k=${run##*-} name=${run%-*}
+  local options="--stage=sparse --selector=${name#copy-} --index_topk=$k"
+  if [[ $run == copy-* ]]; then
+    local config=copy
+    train $options --data="$RUNS/copies" --init_from="$RUNS/copy/warmup"
+    measure --batches=4 --copies=64
+  else
+    train $options --init_from="$start/warmup"
+    measure --batches=4 --copies=8
+  fi
+  keep
+}
+
+# one model read with fewer and more tokens than it was trained with, chosen by each selector
+sweep() {
+  local RESULTS=$above/selectors
+  $python evaluate.py --checkpoint="$start/sparse" --sweep=all --batches=2 --copies=8 --out_dir="$RUNS/sweep"
+  mkdir -p "$RESULTS/sweep"
+  cp "$RUNS/sweep/evaluation.json" "$RUNS/sweep/sweep.png" "$RESULTS/sweep"
+}
+
 # the same run by the reference and by the kernels, and the same text
 backends() {
   local config=small RESULTS=$above/backends backend
@@ -73,8 +99,13 @@ backends() {
   $python -m tools.report "$RESULTS/triton" --compare="$RESULTS/torch"
 }
 
+# at 1/16 and 1/64 of the context; the indexer's runs are for k = 1024 seed-1337 and copy
+selectors="indexer-256 recent-1024 recent-256 sinks-1024 sinks-256 random-1024 random-256
+  strided-1024 strided-256 oracle-1024 oracle-256
+  copy-indexer-256 copy-recent-1024 copy-recent-256 copy-sinks-1024 copy-sinks-256 copy-random-1024
+  copy-random-256 copy-strided-1024 copy-strided-256 copy-oracle-1024 copy-oracle-256"
 everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338
-  no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 copy long backends table"
+  no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 copy long backends selectors sweep table"
 for name in ${@:-$everything}; do
   echo "=== $name"
   run=$name
@@ -102,6 +133,14 @@ for name in ${@:-$everything}; do
       ablation --index_n_heads=$number ;;
     copy)
       copy ;;
+    selectors)
+      for run in $selectors; do
+        selector
+      done ;;
+    indexer-*|recent-*|sinks-*|random-*|strided-*|oracle-*|copy-*-*)
+      selector ;;
+    sweep)
+      sweep ;;
     long)
       $python bench.py --only=long --checkpoint=$start/sparse --out_dir="$RESULTS/long" ;;
     backends)
@@ -109,7 +148,7 @@ for name in ${@:-$everything}; do
     table)
       $python -m tools.report "$RESULTS" ;;
     *)
-      echo "evidence.sh: $name: no such run; choose from" $everything >&2
+      echo "evidence.sh: $name: no such run; choose from" $everything $selectors >&2
       exit 2 ;;
   esac
 done
