@@ -58,6 +58,8 @@ class Config:
                               "says whether they are scored; 0: all are")
     index_candidates: int = option(0, "tokens in the best blocks, which are scored (0: max(8 index_topk, "
                                    "T / 32))")
+    index_exact_layers: int = option(2, "with index_block: so many first layers score all tokens; what they "
+                                     "look at is the hardest to find by blocks")
     index_tile: int = option(1, "neighbouring queries that share their blocks; from 2 on faster, but the "
                              "blocks of a query then depend on queries behind it")
     selector: str = option(
@@ -98,6 +100,10 @@ class Config:
         """Does this layer select tokens itself?"""
         shared = self.indexer_types is not None and self.indexer_types[layer] == "shared"
         return self.index_topk > 0 and not shared
+
+    def block_of(self, layer):
+        """Tokens of a block if this layer selects in two levels; 0: among all tokens."""
+        return self.index_block if layer >= self.index_exact_layers else 0
 
     def check(self):
         """-> self. ValueError, one line naming key, value and fix, if no model of this shape can be built."""
@@ -142,9 +148,10 @@ class Config:
                 f"index_n_heads={self.index_n_heads}, index_head_dim={self.index_head_dim}: the indexer "
                 "needs at least one head, of a power of two (Hadamard) not below "
                 f"qk_rope_head_dim={self.qk_rope_head_dim}")
-        if min(self.index_block, self.index_candidates) < 0:
-            raise ValueError(f"index_block={self.index_block}, index_candidates={self.index_candidates}: "
-                             "tokens of a block and of candidates, from 0 on")
+        if min(self.index_block, self.index_candidates, self.index_exact_layers) < 0:
+            raise ValueError(f"index_block={self.index_block}, index_candidates={self.index_candidates}, "
+                             f"index_exact_layers={self.index_exact_layers}: tokens of a block, of "
+                             "candidates, and layers, from 0 on")
         if self.index_tile < 1 or self.index_tile & (self.index_tile - 1):
             raise ValueError(f"index_tile={self.index_tile}: queries that share their blocks, a power of two")
 

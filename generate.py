@@ -74,8 +74,9 @@ def new_caches(model, B, capacity, device, dtype, fp8=False):
     """-> an empty Cache for each layer: latents in dtype, or in the published FP8 layout."""
     caches = []
     for layer in range(model.config.num_hidden_layers):
-        indexed = model.config.has_indexer(layer)
-        caches.append(Cache(model.config, B, capacity, device, dtype, fp8, model.index_fp8, indexed))
+        caches.append(Cache(
+            model.config, B, capacity, device, dtype, fp8, model.index_fp8,
+            indexed=model.config.has_indexer(layer), block=model.config.block_of(layer)))
     return caches
 
 

@@ -273,6 +273,7 @@ class Attention(nn.Module):
         self.value = config.v_head_dim
         self.rank = config.kv_lora_rank
         self.config = config
+        self.layer = layer
         hidden = config.hidden_size
         bias = config.attention_bias
         if config.q_lora_rank:
@@ -387,7 +388,7 @@ class Attention(nn.Module):
                 recall, index_recall = self.recall(q_nope, q_rope, latents, scorer, used, state)
                 # means of (B, S), (B, S), (B, 16)
                 index_loss = IndexLoss(kl.mean(), kl_uniform.mean(), recall.mean())
-                if state.candidates:
+                if scorer.candidates:
                     kl_blocks = self.block_loss(q_nope, q_rope, latents, q_index, k_index, w, used, state)
                     # means of (B, 64), (B, 16)
                     index_loss = index_loss._replace(
@@ -414,7 +415,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, k_scale = cache.append_index(state.position, state.length, k, k_scale)
         scorer = Scorer(q, k, w, k_scale, selector=self.config.selector)
-        block = self.config.index_block
+        block = self.config.block_of(self.layer)
         if not block:
             return scorer
         if cache is not None:
@@ -445,7 +446,7 @@ class Attention(nn.Module):
         of_rows = scorer.at(rows).attending(q, latents, self.scale, self.rank)
         chosen = of_rows.select(state.ops, topk, first, last) if indices is None else indices[:, rows]
         mass = sparse_attn.selected_mass(q, latents, chosen, self.scale, first, last)  # (B, 16)
-        if not state.candidates:
+        if not scorer.candidates:
             return mass, None
         from_all = of_rows._replace(candidates=0).select(state.ops, topk, first, last)  # (B, 16, k)
         return mass, indexer.selection_recall(chosen, from_all, latents.shape[1])
@@ -637,8 +638,8 @@ class Transformer(nn.Module):
         -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target
         counts) if targets are given, and with index_loss "kl", "kl_uniform" (nats, mean over tokens and over
         all layers, each by the indexer whose selection it uses) and "recall" (share of dense attention mass
-        selected, 0..1, mean over all layers); with config.index_block also "kl_blocks" (nats, see
-        indexer.block_loss) and "index_recall" (share of exact selection that is selected).
+        selected, 0..1, mean over all layers); of the layers that select in two levels also "kl_blocks" (nats,
+        see indexer.block_loss) and "index_recall" (share of exact selection that is selected).
         return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
         With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
@@ -667,7 +668,8 @@ class Transformer(nn.Module):
         losses = {}
         if index_losses:
             for name, layers in zip(IndexLoss._fields, zip(*index_losses)):
-                if layers[0] is not None:
+                layers = [loss for loss in layers if loss is not None]
+                if layers:
                     losses[name] = torch.stack(layers).mean()
         if targets is not None:
             losses["lm"] = next_token_loss(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), backend)

@@ -125,10 +125,11 @@ class Cache:
 
     Preallocated for `capacity` tokens so that decoding never reallocates. fp8: latents packed by
     `pack_latents`. index_fp8: indexer keys as e4m3 values and one scale (132 bytes per token at 128) instead
-    of dtype. indexed: False for a layer without an indexer of its own. With config.index_block a key more for
-    each block of tokens, see `append_blocks`."""
+    of dtype. indexed: False for a layer without an indexer of its own. block: a key more for each block of so
+    many tokens, see `append_blocks`."""
 
-    def __init__(self, config, batch, capacity, device, dtype, fp8=False, index_fp8=False, indexed=True):
+    def __init__(self, config, batch, capacity, device, dtype, fp8=False, index_fp8=False, indexed=True,
+                 block=0):
         self.capacity = capacity
         self.value_dim = config.kv_lora_rank
         self.fp8 = fp8
@@ -144,7 +145,7 @@ class Cache:
             self.index_keys = torch.zeros(batch, capacity, config.index_head_dim, device=device, dtype=stored)
             if index_fp8:
                 self.index_scales = torch.zeros(batch, capacity, device=device)
-        self.block = config.index_block
+        self.block = block
         self.block_keys = None
         self.block_scales = None
         if self.index_keys is not None and self.block:

@@ -106,7 +106,7 @@ GPU = dict(
     q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
     index_n_heads=8, index_head_dim=64, index_topk=512)
 # No property of the weights
-SELECTION = ("index_topk", "index_block", "index_candidates", "index_tile", "selector")
+SELECTION = ("index_topk", "index_block", "index_candidates", "index_exact_layers", "index_tile", "selector")
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 

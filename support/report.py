@@ -89,9 +89,10 @@ def indexer_flops(a, stage, pairs, h_learns, latent_learns):
     scored = pairs
     if a.config.selector != "indexer":
         scored = 0
-    if a.config.index_block:  # a key for each block, then the tokens of the best blocks
+    block = a.config.block_of(a.layer)
+    if block:  # a key for each block, then the tokens of the best blocks
         candidates = a.config.index_candidates or default_candidates(a.config.index_topk, int(2 * pairs))
-        scored = min(pairs, pairs / a.config.index_block + candidates + RECENT)
+        scored = min(pairs, pairs / block + candidates + RECENT)
     return total + scored * score_flops(a.config)
 
 

@@ -17,7 +17,7 @@ from tests.scripts import metrics, refused, train
 from tests.test_generate import cached, new_caches, random_tokens
 from tools import recall
 
-TWO_LEVELS = dict(index_block=4, index_candidates=16)
+TWO_LEVELS = dict(index_block=4, index_candidates=16, index_exact_layers=0)
 LENGTH = indexer.RECENT + 80  # of a sequence: some 20 blocks are ranked, of which 4 are read
 
 
@@ -35,6 +35,7 @@ def test_enough_candidates_change_nothing(attention):
     results = []
     for block, candidates in ((0, 0), (4, LENGTH)):
         model.config.index_block = block
+        model.config.index_exact_layers = 0
         model.config.index_candidates = candidates
         logits, found = model(*batch, index_loss=True)
         model.zero_grad(set_to_none=True)
@@ -62,9 +63,36 @@ def test_few_candidates_change_the_model():
     assert two[1]["index_recall"] < 1
 
 
+def test_first_layers_score_all_tokens():
+    """With index_exact_layers=1: the first layer is that of one level, without a block key in its cache, and
+    neither learns to rank blocks nor counts in the log."""
+    model = tiny_model(num_hidden_layers=2, **TWO_LEVELS)
+    x = random_tokens("torch", 1, LENGTH)
+    batch = packed_batch(S=LENGTH)
+    selections = {}
+    found = {}
+    with torch.no_grad():
+        for exact_layers in (0, 1, 2):
+            model.config.index_exact_layers = exact_layers
+            selections[exact_layers] = []
+            model(x, selections=selections[exact_layers])
+            found[exact_layers] = losses(model, batch)
+        model.config.index_block = 0
+        one_level = []
+        model(x, selections=one_level)
+    assert torch.equal(selections[1][0], one_level[0]) and not torch.equal(selections[0][0], one_level[0])
+    assert not torch.equal(selections[1][1], one_level[1]) and torch.equal(selections[2][1], one_level[1])
+    assert found[0]["kl_blocks"] != found[1]["kl_blocks"] and "kl_blocks" not in found[2]
+    assert found[1]["index_recall"] < 1 and "index_recall" not in found[2]
+    model.config.index_block = 4
+    model.config.index_exact_layers = 1
+    assert [cache.block for cache in new_caches(model, 1, 40)] == [0, 4]
+
+
 def test_impossible_sizes_are_refused():
     for changes, message in ((dict(index_block=-1), "index_block=-1"),
                              (dict(index_candidates=-4), "index_candidates=-4"),
+                             (dict(index_exact_layers=-1), "index_exact_layers=-1"),
                              (dict(index_tile=3), "index_tile=3")):
         with pytest.raises(ValueError, match=message):
             Config(**changes).check()
@@ -75,7 +103,7 @@ def test_checkpoint_says_so_only_where_it_is_so(tmp_path):
     tiny_model().save_pretrained(tmp_path / "one")
     tiny_model(**TWO_LEVELS).save_pretrained(tmp_path / "two")
     one = json.loads((tmp_path / "one" / "config.json").read_text())
-    assert not {"index_block", "index_candidates", "index_tile"} & one.keys()
+    assert not {"index_block", "index_candidates", "index_exact_layers", "index_tile"} & one.keys()
     assert checkpoint.read_config(tmp_path / "one").index_block == 0
     loaded = Transformer.from_pretrained(tmp_path / "two")
     assert (loaded.config.index_block, loaded.config.index_candidates) == (4, 16)
@@ -106,7 +134,7 @@ def test_block_keys_of_a_cache(steps, index_fp8):
     """Those of the keys in it, bit for bit, however these came: token by token, in chunks that end anywhere;
     in a capacity that is no multiple of the block."""
     config = tiny_model(**TWO_LEVELS).config
-    cache = sparse_attn.Cache(config, 2, 102, "cpu", torch.float32, index_fp8=index_fp8)
+    cache = sparse_attn.Cache(config, 2, 102, "cpu", torch.float32, index_fp8=index_fp8, block=4)
     done = 0
     for n in steps:
         n = min(n, 102 - done)
@@ -126,7 +154,6 @@ def test_block_keys_of_a_cache(steps, index_fp8):
         assert torch.equal(got[0].float(), want[0].float())
         assert got[1] is want[1] is None or torch.equal(got[1], want[1])
     per_token = cache.bytes_per_token
-    config.index_block = 0
     without = sparse_attn.Cache(config, 2, 102, "cpu", torch.float32, index_fp8=index_fp8).bytes_per_token
     key = 16 + 4 if index_fp8 else 64
     assert per_token == without + key // 4 - 1  # 25 blocks of 102 tokens, rounded down
@@ -134,7 +161,7 @@ def test_block_keys_of_a_cache(steps, index_fp8):
 
 def test_a_cache_shorter_than_a_block():
     config = tiny_model(**TWO_LEVELS).config
-    cache = sparse_attn.Cache(config, 1, 3, "cpu", torch.float32)
+    cache = sparse_attn.Cache(config, 1, 3, "cpu", torch.float32, block=4)
     cache.append_index(torch.arange(3), 3, torch.randn(1, 3, 16))
     assert cache.append_blocks(torch.arange(3), 3)[0].shape == (1, 0, 16)
 
@@ -299,7 +326,7 @@ def test_compiled_training_is_eager_training(attention):
 def test_block_scores_learn():
     """By the block term alone, its own loss falls and more of exact selection is found."""
     torch.manual_seed(1)
-    model = tiny_model(attention="dense", num_hidden_layers=1, index_block=4, index_candidates=16)
+    model = tiny_model(attention="dense", num_hidden_layers=1, **TWO_LEVELS)
     batch = packed_batch(S=LENGTH)
     optimizer = torch.optim.Adam(model.indexer_parameters(), lr=1e-2)
     history = []
@@ -380,7 +407,8 @@ def test_recall_of_exact_selection():
 def test_train_and_continue(place):
     """Options reach model, losses and log; a checkpoint of one level can go on with two."""
     options = (f"--block_size={LENGTH}", "--batch_size=1")
-    code, _, err = train(place, "two-levels", *options, "--index_block=4", "--index_candidates=16")
+    code, _, err = train(place, "two-levels", *options, "--index_block=4", "--index_candidates=16",
+                         "--index_exact_layers=0")
     assert code == 0, err
     for record in metrics(place / "two-levels"):
         learns = record["stage"] != "dense"

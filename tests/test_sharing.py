@@ -27,7 +27,7 @@ STAGES = dict(dense="warm-up", sparse="sparse")  # attention: stage
 EXPERTS = dict(
     n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=20,
     first_k_dense_replace=1)
-TWO_LEVELS = dict(index_block=4, index_candidates=16)
+TWO_LEVELS = dict(index_block=4, index_candidates=16, index_exact_layers=0)
 LENGTH = indexer.RECENT + 40  # of a sequence some of whose blocks are ranked
 
 

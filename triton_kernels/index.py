@@ -1397,18 +1397,47 @@ def positions_kernel(
     tl.store(slots_ptr + at * K + j, tl.where(slot < 0, -1, position), mask=j < K)
 
 
-def ranked_blocks(S, T, first, last, block, recent, device):
-    """indexer.ranked_blocks, and what is seen: first, last, beginning, recently, (1 or B,S) int32 each"""
-    if last is None:
-        last = torch.arange(T - S, T, dtype=torch.int32, device=device)[None]  # (1, S)
-    last = last.clamp(max=T - 1)
-    first = torch.zeros_like(last) if first is None else first.clamp(min=0)
-    beginning = first // block
-    return first, last, beginning, torch.maximum((last + 1 - recent).clamp(min=0) // block, beginning)
+BOUNDS = 512  # queries of a program of bounds_kernel
+
+
+@triton.jit
+def bounds_kernel(
+        first_ptr, last_ptr, bounds_ptr,
+        total, S, T, M, recent,
+        BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where what a query sees begins and ends -> bounds (6,B,S): its first block, and the one in which its
+    recent tokens begin; the first and the last block that it ranks; its first and its last slot"""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first, last = load_bounds(first_ptr, last_ptr, n // S, n % S, S, T)
+    beginning = first // BLOCK
+    recently = tl.maximum(tl.maximum(last + 1 - recent, 0) // BLOCK, beginning)
+    behind = (1 + M - recently) * BLOCK  # from a recent token to its slot
+    first_slot = tl.where(beginning < recently, first - beginning * BLOCK, first + behind)
+
+    ok = n < total
+    tl.store(bounds_ptr + n, beginning, mask=ok)
+    tl.store(bounds_ptr + total + n, recently, mask=ok)
+    tl.store(bounds_ptr + 2 * total + n, beginning + 1, mask=ok)
+    tl.store(bounds_ptr + 3 * total + n, recently - 1, mask=ok)
+    tl.store(bounds_ptr + 4 * total + n, first_slot, mask=ok)
+    tl.store(bounds_ptr + 5 * total + n, last + behind, mask=ok)
+
+
+def launch_bounds(B, S, T, first, last, M, block, recent, device):
+    """-> (6,B,S) int32, see bounds_kernel"""
+    bounds = torch.empty(6, B, S, dtype=torch.int32, device=device)
+    bounds_kernel[(triton.cdiv(B * S, BOUNDS),)](
+        first_ptr=first, last_ptr=last, bounds_ptr=bounds,
+        total=B * S, S=S, T=T, M=M, recent=recent,
+        BLOCK=block, BLOCK_N=BOUNDS,
+        num_warps=4)
+    return bounds
 
 
 def of_tiles(low, high, tile):
     """The smallest range that holds those of a tile's queries, low..high (B,S) -> (B,tiles) int32 each"""
+    if tile == 1:
+        return low.contiguous(), high.contiguous()
     empty = low > high
     padding = (0, -low.shape[1] % tile)
     low = F.pad(low.masked_fill(empty, 2**30), padding, value=2**30).unflatten(1, (-1, tile)).amin(2)
@@ -1449,15 +1478,9 @@ def select_by_blocks_operation(
     if B * S * T == 0:
         return out.fill_(-1)
 
-    # where what a query sees begins and ends, in tokens, blocks and slots
-    seen = ranked_blocks(S, T, first, last, block, recent, q.device)
-    seen_first, seen_last, beginning, recently = [bound.expand(B, S).contiguous() for bound in seen]
-    low = beginning + 1
-    high = recently - 1
     M = min(triton.cdiv(candidates, block), k_blocks.shape[1])
-    behind = (1 + M - recently) * block
-    first_slot = torch.where(low > recently, seen_first + behind, seen_first - beginning * block)
-    last_slot = seen_last + behind
+    bounds = launch_bounds(B, S, T, first, last, M, block, recent, q.device)
+    beginning, recently, low, high, first_slot, last_slot = bounds  # (B, S) each
 
     score = index_tiles(HI, DI, tile, q.dtype, q.device)
     parts = triton.cdiv(tile, score.block_s)
@@ -1471,7 +1494,6 @@ def select_by_blocks_operation(
         here = (batch, slice(first_row, first_row + rows))
         q_part = q[batch]
         w_part = w[batch]
-        bounds = take(first, batch), take(last, batch)
 
         # the blocks of each tile
         tile_low, tile_high = of_tiles(low[here], high[here], tile)
@@ -1488,7 +1510,7 @@ def select_by_blocks_operation(
         candidate_scores_kernel[(tiles * parts, triton.cdiv(M * block, span) + 1, n)](
             q_ptr=q_part, k_ptr=k[batch], w_ptr=w_part, k_scale_ptr=take(k_scale, batch),
             list_ptr=lists, tile_first_ptr=tile_low, tile_last_ptr=tile_high,
-            first_ptr=bounds[0], last_ptr=bounds[1],
+            first_ptr=take(first, batch), last_ptr=take(last, batch),
             beginning_ptr=beginning[batch], recently_ptr=recently[batch], out_ptr=scores,
             S=S, T=T, first_row=first_row, rows=rows, width=width, span=span, M=M, tile=tile,
             stride_kb=k.stride(0), stride_kt=k.stride(1), stride_sb=stride_sb, stride_st=stride_st,
