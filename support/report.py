@@ -99,8 +99,9 @@ def indexer_flops(a, stage, pairs, h_learns, latent_learns):
 def index_loss_flops(a, stage, pairs, keys):
     """Of what a layer's attention teaches the indexer whose selection it uses, its own or an earlier layer's,
     with its backward. The target takes the products of queries and keys once more: only now are the
-    attention's sums known."""
-    scores = 3 * score_flops(a.config)
+    attention's sums known. Index scores count where they are first needed; for a layer that shares them they
+    are computed again, which is no work."""
+    scores = 3 * score_flops(a.config) if a.indexer else 0
     if stage == "warmup":
         return pairs * (scores + 2 * a.heads * (a.nope + a.rope))
     return keys * (scores + 2 * a.heads * (a.rank + a.rope))
