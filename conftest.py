@@ -18,12 +18,6 @@ def pytest_xdist_auto_num_workers(config):
     return min(os.cpu_count(), 8) if torch.cuda.is_available() else os.cpu_count()
 
 
-def pytest_configure(config):
-    """pytest -n: tests of one xdist_group, which share what takes long to make, run in one process."""
-    if config.getoption("dist", None) == "load":
-        config.option.dist = "loadgroup"
-
-
 @pytest.fixture(autouse=True)
 def fresh():
     """The same random numbers whatever ran before, and memory that holds NaN; given back afterwards, so that

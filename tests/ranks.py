@@ -33,9 +33,7 @@ CASES = (
     ("control", "all", {}, {}),
     ("warmup", "all", dict(recompute=True), dict(indexer_types=["full", "shared", "full"])),
     ("sparse", "all", {}, dict(selector="random")),
-    ("sparse", "all", {}, dict(selector="sinks")),
-    ("sparse", "all", {}, dict(selector="oracle")),
-    ("sparse", "all", {}, dict(selector="strided")))
+    ("sparse", "all", {}, dict(selector="oracle")))
 
 
 def backend_of(ranks):

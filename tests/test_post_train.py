@@ -15,7 +15,6 @@ from model import Transformer
 from support import chat, post_report, runs
 from tests.scripts import SIZES, call, edit_json, finish, metrics, refused, start
 
-pytestmark = pytest.mark.xdist_group("post_train")  # one chain for all
 TINY = (
     *SIZES, "--page=12", "--block_size=192", "--batch_size=1", "--dense_steps=3", "--warmup_steps=2",
     "--sparse_steps=2", "--judge_steps=2", "--distillation_steps=2", "--answers=2", "--specialist_steps=2",

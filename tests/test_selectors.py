@@ -338,15 +338,15 @@ def test_resumed(place, strided, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("support.cli.interruptible", interrupted)
-        code, _, err = train(place, "stopped", "--stage=sparse", "--init_from=out/warmup",
+        code, _, err = train(place, "selected and stopped", "--stage=sparse", "--init_from=out/warmup",
                              "--selector=strided")
-    assert code == 130 and len(metrics(place / "stopped")) == 1, err
-    refused(call(place, "train.py", "--out_dir=stopped", "--resume", "--selector=recent"),
+    assert code == 130 and len(metrics(place / "selected and stopped")) == 1, err
+    refused(call(place, "train.py", "--out_dir=selected and stopped", "--resume", "--selector=recent"),
             "--selector=recent: the run being resumed has strided")
-    code, _, err = call(place, "train.py", "--out_dir=stopped", "--resume")
+    code, _, err = call(place, "train.py", "--out_dir=selected and stopped", "--resume")
     assert code == 0, err
-    assert losses(place / "stopped") == losses(strided)
-    assert checkpoint.read_config(place / "stopped" / "sparse").selector == "strided"
+    assert losses(place / "selected and stopped") == losses(strided)
+    assert checkpoint.read_config(place / "selected and stopped" / "sparse").selector == "strided"
 
 
 @pytest.mark.parametrize("options,words", [
