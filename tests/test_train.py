@@ -246,8 +246,8 @@ def test_compiled_decoding_in_one_graph():
 
 
 def test_compiled_run_is_the_run(place, monkeypatch):
-    """train.py --compile through all stages, each in one graph: attention, losses and what learns change under
-    the compiled model. Traced, not fused: inductor takes minutes for this on a CPU. Backward graphs:
+    """train.py --compile through all stages, each in one graph: attention, losses and what learns change
+    under the compiled model. Traced, not fused: inductor takes minutes for this on a CPU. Backward graphs:
     tests/test_model.py."""
     compile_model = torch.compile
     graphs = []
