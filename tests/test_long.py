@@ -221,8 +221,8 @@ def test_backends_train_alike(monkeypatch):
     monkeypatch.setattr(indexer, "RECENT", 10)
     pytest.importorskip("triton")
     device = device_of("triton")
-    batch = [x.to(device) for x in packed_batch(B=1, S=60)[:2]]  # one document
-    two_levels = dict(index_block=4, index_candidates=12, index_exact_layers=0)
+    batch = [x.to(device) for x in packed_batch(B=1, S=36)[:2]]  # one document
+    two_levels = dict(index_block=4, index_candidates=8, index_exact_layers=0)
     model = tiny_model("torch", num_hidden_layers=1, **two_levels).to(device)
     want = losses(model, batch)
     model.backend = "triton"
