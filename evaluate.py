@@ -216,20 +216,12 @@ def watching(model, record):
     selecting = None
 
     def wrap(layer, h, ops):
-        def select(*arguments):
-            nonlocal selecting
-            selecting = SelectArguments(*arguments)
-            return ops.select(*arguments)
-
-        def select_by_blocks(*arguments):
-            nonlocal selecting
-            selecting = SelectArguments(*arguments[:len(SelectArguments._fields)])
-            return ops.select_by_blocks(*arguments)
-
-        def select_as(*arguments):
-            nonlocal selecting
-            selecting = SelectArguments(*arguments[:len(SelectArguments._fields)])
-            return ops.select_as(*arguments)
+        def noting(operation):
+            def select(*arguments):
+                nonlocal selecting
+                selecting = SelectArguments(*arguments[:len(SelectArguments._fields)])
+                return operation(*arguments)
+            return select
 
         def sparse_attention(*arguments):
             with exact(h):
@@ -237,8 +229,8 @@ def watching(model, record):
             return ops.sparse_attention(*arguments)
 
         return ops._replace(
-            select=select, select_by_blocks=select_by_blocks, select_as=select_as,
-            sparse_attention=sparse_attention)
+            select=noting(ops.select), select_by_blocks=noting(ops.select_by_blocks),
+            select_as=noting(ops.select_as), sparse_attention=sparse_attention)
 
     return watched(model, wrap)
 

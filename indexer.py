@@ -218,7 +218,7 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_block
         scores = index_scores(q, k_blocks, w, block_scale, beginning + 1, recently - 1, rows)  # (B, rows, N)
         scores = F.pad(scores, (0, 0, 0, (rows.start - rows.stop) % tile), value=float("-inf"))
         scores = scores.unflatten(1, (tiles.stop - tiles.start, tile)).amax(2)  # (B, tiles, N)
-        chosen = selected(highest(scores, blocks), count)  # (B, tiles, count) bool
+        chosen = membership(highest(scores, blocks), count)  # (B, tiles, count) bool
 
         # the candidates of each query: of the blocks that it ranks, the best
         chosen = chosen.repeat_interleave(tile, 1)[:, :rows.stop - rows.start]  # (B, rows, count)
@@ -233,7 +233,7 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_block
     return over_rows(choose, -(-S // tile), B * T * HI * tile)[0]
 
 
-def selected(indices, T):
+def membership(indices, T):
     """Positions (B,S,K), -1 in empty slots, of T places -> (B,S,T) bool: which are among them?"""
     among = torch.zeros(*indices.shape[:2], T + 1, dtype=torch.bool, device=indices.device)
     return among.scatter(-1, indices.long() % (T + 1), True)[..., :-1]  # -1 is the place behind all
@@ -242,7 +242,7 @@ def selected(indices, T):
 def selection_recall(indices, exact, T):
     """Share of an exact selection (B,S,K) of T tokens that another, indices (B,S,K), holds, too -> (B,S)
     float32; 1 where nothing is visible. Holds (B,S,T) bool: a metric, for a few sampled queries."""
-    found = selected(indices, T).gather(-1, exact.clamp(min=0).long()) & (exact >= 0)  # (B, S, K)
+    found = membership(indices, T).gather(-1, exact.clamp(min=0).long()) & (exact >= 0)  # (B, S, K)
     count = (exact >= 0).sum(-1)
     return torch.where(count > 0, found.sum(-1) / count.clamp(min=1), 1.0)
 

@@ -462,7 +462,7 @@ class Attention(nn.Module):
             q = self.absorb(q_nope[:, rows], q_rope[:, rows])  # (B, 64, H, rank + rope)
             seen = indexer.visible(len(rows), T, first, last, slice(None), q.device)  # (B, 64, T)
             if indices is not None:
-                seen = indexer.selected(indices[:, rows], T)
+                seen = indexer.membership(indices[:, rows], T)
 
             def target(part):
                 return (sparse_attn.attention_mass(q[:, part], latents, self.scale, seen[:, part]),)

@@ -111,8 +111,8 @@ NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
 TRAINING = tuple(field.name for field in fields(Options))
-MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) and f.name != "vocab_size"]
-MODEL_FIELDS += [f for f in fields(Config) if f.name == "selector"]
+MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) or f.metadata.get("choices")]
+MODEL_FIELDS = [f for f in MODEL_FIELDS if f.name != "vocab_size"]
 # What a run being resumed cannot change: its batches, its weights, or what they learn would be others
 FIXED = {"stage", "init_from", "train", "detach", "block_weight", "share_selection", "data", "tokenizer",
          "seed", "block_size", "batch_size", "gradient_accumulation_steps",

@@ -133,7 +133,7 @@ def test_random_is_uniform():
     and two queries have no more in common than chance gives them."""
     T = 1100
     found = select("random", 10, attended(1, T, T))[0, 99:1099]
-    counts = indexer.selected(found[None], T)[0, :, :100].sum(0).double()  # of the tokens that all see
+    counts = indexer.membership(found[None], T)[0, :, :100].sum(0).double()  # of the tokens that all see
     expected = sum(10 / n for n in range(100, 1100))
     assert (counts - expected).abs().max() < 5 * expected**0.5
     assert abs(counts.mean() - expected) < expected**0.5

@@ -123,7 +123,7 @@ def defined(layers, first, sparse, groups, served):
         t = torch.arange(T, device=first.device)
         seen = (t[None, None] <= t[-S:, None]) & (t >= first[..., None])  # (B, S, T)
         if sparse:
-            seen = indexer.selected(args[3], T)
+            seen = indexer.membership(args[3], T)
         targets = torch.stack([target(layers[layer].loss, seen) for layer in members])  # (layers, B, S, T)
         mean = targets.mean(0)  # (B, S, T)
         dots = torch.einsum("bshd,btd->bsht", q_index, k_index).relu()  # (B, S, HI, T)
@@ -186,7 +186,7 @@ def test_recall_is_that_of_all_layers(attention):
                 chosen = layers[group[0]].loss[3][:, rows]
             else:
                 chosen = layers[group[0]].chosen
-            masses.append((p * indexer.selected(chosen, 40)).sum(-1).mean().item())
+            masses.append((p * indexer.membership(chosen, 40)).sum(-1).mean().item())
     assert max(masses) - min(masses) > 0.01
     assert found["recall"].item() == pytest.approx(sum(masses) / len(masses), rel=FLOAT32[1])
 

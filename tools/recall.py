@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 import data
 import indexer
-import sparse_attn
-from evaluate import bucket_bounds, watching
+from evaluate import bucket_bounds, selected, watching
 from model import Transformer, operations
+from sparse_attn import attention_mass
 from support import cli, files, tokenizer
 
 
@@ -65,22 +65,24 @@ def measure(model, ids, candidates, block, rows):
         last = rows[None].int()  # (1, R)
         first = torch.zeros_like(last)
         q = attending.q[:, rows]  # (1, R, H, D)
-        mass = sparse_attn.selected_mass(q, attending.latents, exact, attending.scale, first, last)
+        seen = indexer.visible(len(rows), T, first, last, slice(None), rows.device)  # (1, R, T)
+        p = attention_mass(q, attending.latents, attending.scale, seen)  # (1, R, T)
+        mass = selected(p, exact, 0).sum(-1)  # (1, R)
         back = (last[..., None] - exact + 1).clamp(min=1)  # (1, R, k)
         bucket = torch.bucketize(back, edges)[0]  # (R, k)
         for C, of_layers in zip(candidates, found):
             chosen = ops.select_by_blocks(
                 selecting.q[:, rows], selecting.k, selecting.w[:, rows], selecting.topk, selecting.k_scale,
                 first, last, block=block, candidates=C)
-            taken = indexer.selected(chosen, T).gather(-1, exact.clamp(min=0).long())[0]  # (R, k) bool
+            taken = selected(indexer.membership(chosen, T), exact, False)[0]  # (R, k) bool
             there = exact[0] >= 0  # (R, k)
             by_distance = []
             for b in range(len(edges)):
                 here = there & (bucket == b)
                 by_distance.append((taken & here).sum(-1) / here.sum(-1))  # 0 / 0: NaN
-            of_mass = sparse_attn.selected_mass(q, attending.latents, chosen, attending.scale, first, last)
-            share = (taken & there).sum(-1) / there.sum(-1)  # (R,)
-            of_layers.append((share.cpu(), (of_mass / mass)[0].cpu(), torch.stack(by_distance, -1).cpu()))
+            share = taken.sum(-1) / there.sum(-1)  # (R,)
+            of_mass = (selected(p, chosen, 0).sum(-1) / mass)[0]  # (R,)
+            of_layers.append((share.cpu(), of_mass.cpu(), torch.stack(by_distance, -1).cpu()))
 
     ops = operations(model.backend_on(ids.device))
     model.attention = "sparse"

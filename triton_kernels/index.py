@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from indexer import RECENT, check_two_levels, default_candidates
 from triton_kernels.common import (
     e4m3_to_fp16, fit, full_bounds, has_fp8, load_bounds, multiprocessors, operation, power_of_two,
     shared_memory, unit_stride, visible_range)
@@ -1536,10 +1537,10 @@ def _(q, k, w, topk, k_scale, first, last, k_blocks, block_scale, block, candida
 
 @torch.no_grad()
 def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_blocks=None, block_scale=None,
-                     block=16, candidates=0, recent=256, tile=1):
+                     block=16, candidates=0, recent=RECENT, tile=1):
     T = k.shape[1]
     check_two_levels(topk, block, candidates, recent, tile)
-    candidates = candidates or max(8 * topk, T // 32)
+    candidates = candidates or default_candidates(topk, T)
     if T <= candidates + recent:  # all blocks are candidates
         return select(q, k, w, topk, k_scale, first, last)
     check_inputs(q, k, w, k_scale)
@@ -1551,14 +1552,3 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_block
     return select_by_blocks_operation(
         q, k, w, topk, k_scale, full_bounds(first, B, S), full_bounds(last, B, S), k_blocks, block_scale,
         block, candidates, recent, tile)
-
-
-def check_two_levels(topk, block, candidates, recent, tile):
-    """ValueError, naming value and fix, unless selection in two levels can run so."""
-    if topk < 1:
-        raise ValueError(f"index_topk={topk}: select at least one token")
-    if min(block, recent) < 1 or candidates < 0:
-        raise ValueError(f"block={block}, recent={recent}, candidates={candidates}: tokens of a block and "
-                         "recent ones, at least 1, and of candidates, from 0 on")
-    if tile < 1 or tile & (tile - 1):
-        raise ValueError(f"tile={tile}: queries that share their blocks, a power of two")
