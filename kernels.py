@@ -37,7 +37,7 @@ Letters
     and keys by t < T.
 """
 from triton_kernels import cross_entropy as _cross_entropy
-from triton_kernels import dense, index, loss, sparse
+from triton_kernels import blocks, dense, index, loss, sparse
 
 
 # ---- the lightning indexer: triton_kernels/index.py ----
@@ -75,11 +75,19 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
     return index.select(q, k, w, topk, k_scale, first, last)
 
 
+def topk(scores, topk, first=None, last=None):
+    """`select` from scores (B,S,T) float32 that exist -> (B,S,K) int32. Not differentiable. ValueError:
+    topk < 1."""
+    return index.topk(scores, topk, first, last)
+
+
+# ---- the same in two levels, beyond 128K: triton_kernels/blocks.py ----
+
 def block_keys(k, k_scale=None, block=16):
     """k (B,T,DI), of e4m3 keys k_scale (B,T) -> (B,T // block,DI), (B,T // block) or None: of each complete
     block of tokens the mean key, quantised like k. Bit-equal to indexer.block_keys, given scales that are
     powers of two. Not differentiable. ValueError: block < 1."""
-    return index.block_keys(k, k_scale, block)
+    return blocks.block_keys(k, k_scale, block)
 
 
 def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_blocks=None, block_scale=None,
@@ -94,14 +102,8 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_block
     where all blocks are candidates. Memory: the result and some 1 GB of scores. The same bits in every run;
     the host reads nothing. Not differentiable. ValueError: topk, block or recent < 1, a tile that is not a
     power of two, types or shapes that do not fit."""
-    return index.select_by_blocks(
+    return blocks.select_by_blocks(
         q, k, w, topk, k_scale, first, last, k_blocks, block_scale, block, candidates, recent, tile)
-
-
-def topk(scores, topk, first=None, last=None):
-    """`select` from scores (B,S,T) float32 that exist -> (B,S,K) int32. Not differentiable. ValueError:
-    topk < 1."""
-    return index.topk(scores, topk, first, last)
 
 
 # ---- attention: triton_kernels/dense.py, triton_kernels/sparse.py, triton_kernels/hopper.py ----
