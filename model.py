@@ -11,13 +11,14 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint as recompute
 
 import baselines
@@ -592,6 +593,7 @@ class Transformer(nn.Module):
         self.attention = attention or ("sparse" if config.index_topk else "dense")
         self.index_fp8 = index_fp8
         self.recompute = False  # activation checkpointing: keep only the blocks' inputs
+        self.offload = False  # and these in host memory
         self.detach = True  # the indexer's inputs, so that the KL teaches indexers alone
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -653,10 +655,15 @@ class Transformer(nn.Module):
         selection = Selection()
         index_losses = []
         for i, block in enumerate(self.model.layers):
+            if block.self_attn.indexer:
+                selection = Selection()  # its own: an input would be kept for the backward
             if state.replay:
                 selection = selection._replace(indices=selections[i])
             if self.recompute and torch.is_grad_enabled() and caches is None:
-                h, selection, layer_loss = recompute(block, h, state, selection, use_reentrant=False)
+                # checkpoint saves h where these hooks see it, and what the block computes where they do not
+                keep = save_on_cpu(pin_memory=h.is_cuda) if self.offload else nullcontext()
+                with keep:
+                    h, selection, layer_loss = recompute(block, h, state, selection, use_reentrant=False)
             else:
                 h, selection, layer_loss = block(h, state, selection, caches[i] if caches else None)
             if layer_loss is not None:

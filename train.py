@@ -58,7 +58,10 @@ class Options:
     dtype: str = option("float32", "precision of the linear layers (autocast)", "float32", "bfloat16")
     seed: int = option(1337, "of initialisation and batch order")
     compile: bool = option(False, "torch.compile the model")
-    recompute: bool = option(False, "activation checkpointing: less memory for a third more compute")
+    recompute: str = option(
+        "false", "activation checkpointing: less memory for a third more compute; offload: the blocks' "
+        "inputs, which it keeps, wait for the backward in host memory", "false", "true", "offload",
+        alone="true")
     train: str = option("all", "what the sparse stage trains besides the indexers",
                         "all", "attention", "none")
     detach: bool = option(True, "keep the KL from teaching the main model, as the paper does (false: an "
@@ -192,6 +195,8 @@ def control_options(given):
 def stored_options(path):
     """The options in a run.json. ValueError names file, key and value."""
     options = files.run_options(path.parent)
+    if isinstance(options.get("recompute"), bool):  # of a run before it had a third value
+        options["recompute"] = str(options["recompute"]).lower()
     cli.check_stored(path, options, (*fields(Options), *MODEL_FIELDS))
     return options
 
@@ -235,6 +240,9 @@ def check_options(options, device):
     cli.backend(options.backend, device)
     if options.index_fp8:
         cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
+    if options.compile and options.recompute == "offload":
+        raise ValueError("--recompute=offload with --compile: torch.compile does not trace what moves the "
+                         "blocks' inputs; leave one out, or use --recompute")
     if options.stage == "control" and options.train == "none":
         raise ValueError("--stage=control --train=none: nothing would be trained; use --train=all or "
                          "attention")
@@ -466,7 +474,8 @@ def set_up(options, sizes, device):
         model = build(options, sizes, device, stages, training_file.header["vocab_size"], prepare)
     check_context(model.config, options)
     model.train()
-    model.recompute = options.recompute
+    model.recompute = options.recompute != "false"
+    model.offload = options.recompute == "offload"
     model.detach = options.detach
     forward = torch.compile(model) if options.compile else model
     [rate] = ranks.total([report.matmul_rate(device, getattr(torch, options.dtype))])

@@ -5,15 +5,18 @@ import json
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import evaluate
 import indexer
+import model as model_file
 import sparse_attn
+import train as train_file
 from config import Config
 from model import Transformer
 from support import checkpoint
 from tests.common import FLOAT32, assert_close, device_of, packed_batch, tiny_model
-from tests.scripts import metrics, refused, train
+from tests.scripts import edit_json, metrics, refused, train
 from tests.test_generate import cached, new_caches, random_tokens
 from tools import recall
 
@@ -306,6 +309,77 @@ def test_recomputation_gives_the_same(attention):
         assert torch.equal(one, other)
 
 
+class Host:
+    """What was moved away of a tensor: neither it nor its memory."""
+
+    def __init__(self, x):
+        self.values = x.detach().cpu().numpy().copy()
+        self.device = x.device
+
+
+@pytest.mark.parametrize("changes", [{}, dict(indexer_types=["full", "shared", "full"])], ids=["", "shared"])
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_offloaded_are_the_inputs_of_blocks_alone(attention, changes, monkeypatch):
+    """(T21) Each once; nothing else keeps their memory after the forward; gradients are the same bits."""
+    packed = []
+
+    def moving(pin_memory):
+        def pack(x):
+            packed.append(Host(x))
+            return packed[-1]
+
+        return torch.autograd.graph.saved_tensors_hooks(
+            pack, lambda host: torch.from_numpy(host.values).to(host.device))
+
+    torch.manual_seed(0)
+    model = tiny_model(attention=attention, **changes)
+    x, y, first = packed_batch()
+    inputs = []
+    memory = []
+
+    def note(module, args):
+        inputs.append(args[0].detach().clone())
+        memory.append(StorageWeakRef(args[0].untyped_storage()))
+
+    hooks = [block.register_forward_pre_hook(note) for block in model.model.layers]
+    monkeypatch.setattr(model_file, "save_on_cpu", moving)
+    gradients = []
+    for model.recompute, model.offload in ((False, False), (True, True)):
+        inputs.clear()
+        memory.clear()
+        found = model(x, y, first, index_loss=True, return_logits=False)[1]
+        model.zero_grad(set_to_none=True)
+        if model.offload:
+            assert len(packed) == len(inputs) == 3 and all(storage.expired() for storage in memory)
+            for host, h in zip(packed, inputs):
+                assert torch.equal(torch.from_numpy(host.values), h)
+            for hook in hooks:
+                hook.remove()
+        (found["lm"] + found["kl"]).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
+def test_offloading_frees_the_gpu():
+    """Of every block's input, and gradients stay what they were; products on a GPU may round otherwise."""
+    model = tiny_model("triton")
+    x, y, first = packed_batch("triton", S=512)
+    kept = []
+    gradients = []
+    for model.recompute, model.offload in ((True, False), (True, False), (True, True)):  # the first compiles
+        model.zero_grad(set_to_none=True)
+        found = model(x, y, first, index_loss=True, return_logits=False)[1]
+        kept.append(torch.cuda.memory_allocated())
+        (found["lm"] + found["kl"]).backward()
+        gradients.append([p.grad.cpu() for p in model.parameters()])
+        del found
+    assert kept[1] - kept[2] >= 3 * x.numel() * model.config.hidden_size * 4
+    for one, other in zip(*gradients[1:], strict=True):
+        assert_close(other, one, *FLOAT32)
+
+
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_compiled_training_is_eager_training(attention):
     """In one graph, the same losses and gradients."""
@@ -425,5 +499,25 @@ def test_train_and_continue(place):
     assert "index_recall" not in norms[2]
 
 
+def test_train_offloads(place):
+    """--recompute alone and with a value; the same losses whatever is kept; a run of before goes on."""
+    logs = []
+    options = {
+        "--recompute=false": "false", "--recompute": "true", "--recompute=true": "true",
+        "--recompute=offload": "offload"}
+    for n, (option, value) in enumerate(options.items()):
+        code, _, err = train(place, f"offload-{n}", "--stage=dense", option)
+        assert code == 0, err
+        run = json.loads((place / f"offload-{n}" / "run.json").read_text())
+        assert run["options"]["recompute"] == value
+        logs.append([record["loss"] for record in metrics(place / f"offload-{n}")])
+    assert logs[0] == logs[1] == logs[2] == logs[3]
+    for stored, value in ((True, "true"), (False, "false"), ("offload", "offload")):
+        edit_json(place / "offload-0" / "run.json", lambda run: run["options"].update(recompute=stored))
+        assert train_file.stored_options(place / "offload-0" / "run.json")["recompute"] == value
+
+
 def test_train_refuses(place):
+    refused(train(place, "never", "--compile", "--recompute=offload"), "--recompute=offload", "--compile")
+    refused(train(place, "never", "--recompute=blocks"), "--recompute")
     refused(train(place, "never", "--index_tile=3"), "index_tile=3", "power of two")
