@@ -8,6 +8,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import evaluate
+import generate
 import indexer
 import model as model_file
 import sparse_attn
@@ -233,6 +234,38 @@ def test_backends_train_alike(monkeypatch):
     assert want["index_recall"] < 1 and want["kl_blocks"] > 0
     for name in want:
         assert_close(got[name][None], want[name][None], *FLOAT32, name)
+
+
+class StepOfAGraph(generate.Decoder):
+    """Steps that read lengths on the device, as a captured one does, whether or not one can be captured
+    here."""
+
+    def step(self, token, position, first):
+        if not self.captures:
+            self.compiled = True
+        return super().step(token, position, first)
+
+
+@pytest.mark.parametrize("backend", [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="long"))])
+def test_a_prompt_of_many_times_the_candidates(backend, monkeypatch):
+    """(T25) 32 of 1500 tokens: the same continuation from FP8 caches whatever the chunks, and by steps that a
+    CUDA graph can hold; with all tokens as candidates that of one level."""
+    sizes = dict(index_block=16, index_candidates=32, index_exact_layers=1, num_hidden_layers=2)
+    model = tiny_model(backend, index_fp8=True, **sizes).eval()
+    prompt = random_tokens(backend, 1, 1500)
+
+    def continuation(chunk, **sizes):
+        for name, value in sizes.items():
+            setattr(model.config, name, value)
+        return model.generate(prompt, 12, temperature=0, chunk=chunk, fp8_cache=True)[0, -12:].tolist()
+
+    want = continuation(1500)
+    assert continuation(400) == want
+    monkeypatch.setattr(generate, "Decoder", StepOfAGraph)
+    assert continuation(1024) == want
+    assert continuation(1024, index_candidates=1512) == continuation(1024, index_block=0) != want
 
 
 # ---- learning ----
