@@ -739,17 +739,17 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu", dtype=None,
-                        index=None, indexer_types=None, prepare=None):
+                        index=None, indexer_types=None, yarn=None, prepare=None):
         """The model of a checkpoint folder, ours or a published one (see support/checkpoint.py), in eval
         mode.
 
         dtype: None keeps the stored ones. index: a dict of index_n_heads, index_head_dim and index_topk
         grafts new float32 indexers onto the checkpoint, in place of any it has; attention is then "dense"
         unless given. indexer_types: in place of config.json's; the indexers of layers that now share a
-        selection are left out. prepare: a function of the model that is called before its parameters have
-        numbers, to change their dtypes or to shard them (parallel.shard); then a process reads its part
-        alone.
-        FileNotFoundError or ValueError name what is wrong with which file."""
+        selection are left out. yarn: the rope_scaling of a model that had none; its longest context becomes
+        at least that many times the original one. prepare: a function of the model that is called before its
+        parameters have numbers, to change their dtypes or to shard them (parallel.shard); then a process
+        reads its part alone. FileNotFoundError or ValueError name what is wrong with which file."""
         from support import checkpoint
         config = checkpoint.read_config(folder)
         if index:
@@ -757,6 +757,10 @@ class Transformer(nn.Module):
             attention = attention or "dense"
         if indexer_types:
             config = checkpoint.sharing(config, indexer_types)
+        if yarn:
+            longest = int(yarn["factor"] * yarn["original_max_position_embeddings"])
+            longest = max(longest, config.max_position_embeddings)
+            config = replace(config, rope_scaling=yarn, max_position_embeddings=longest)
         with torch.device("meta"):
             model = cls(config, backend, attention, index_fp8)
         checkpoint.read_weights(folder, model, device, dtype, new_indexers=bool(index), prepare=prepare)

@@ -2,6 +2,8 @@
 decoding; what its block scores learn; what training reports. (T10): docs/TRAPS.md. Selection itself:
 tests/test_blocks.py."""
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from config import Config
 from model import Transformer
 from support import checkpoint
 from tests.common import FLOAT32, assert_close, device_of, packed_batch, tiny_model
-from tests.scripts import edit_json, metrics, refused, train
+from tests.scripts import call, edit_json, metrics, refused, train
+from tests.scripts import losses as losses_of
 from tests.test_generate import cached, new_caches, random_tokens
 from tools import recall
 
@@ -548,6 +551,50 @@ def test_train_offloads(place):
     for stored, value in ((True, "true"), (False, "false"), ("offload", "offload")):
         edit_json(place / "offload-0" / "run.json", lambda run: run["options"].update(recompute=stored))
         assert train_file.stored_options(place / "offload-0" / "run.json")["recompute"] == value
+
+
+def test_train_extends_by_yarn(place, run):
+    """To four times the context of the run, and longer than its model had a place for: as if config.json had
+    said so."""
+    short = ("--stage=sparse", "--block_size=128", "--batch_size=1")
+    shutil.copytree(run[0], place / "to-extend")
+    edit_json(place / "to-extend" / "warmup" / "config.json",
+              lambda config: config.update(max_position_embeddings=40))
+    code, out, err = train(place, "extended", *short, "--init_from=to-extend/warmup", "--yarn_factor=4")
+    assert code == 0, err
+    assert "from 32 to 128 tokens" in out
+    config = checkpoint.read_config(place / "extended" / "sparse")
+    yarn = {name: value for name, value in config.rope_scaling.items() if name not in ("type", "rope_type")}
+    assert yarn == dict(
+        factor=4, original_max_position_embeddings=32, beta_fast=32, beta_slow=1, mscale=1, mscale_all_dim=1)
+    assert config.max_position_embeddings == 128
+    model = Transformer.from_pretrained(place / "extended" / "sparse")
+    assert model.model.layers[0].self_attn.scale == pytest.approx(16**-0.5 * (0.1 * math.log(4) + 1) ** 2)
+
+    edit_json(place / "to-extend" / "warmup" / "config.json", lambda values: values.update(
+        max_position_embeddings=128, rope_scaling=yarn | dict(type="yarn")))
+    code, _, err = train(place, "by-hand", *short, "--init_from=to-extend/warmup")
+    assert code == 0, err
+    assert losses_of(place / "by-hand") == losses_of(place / "extended")
+
+    # its control starts from the same, and what it left goes on without the option
+    code, _, err = call(place, "train.py", "--stage=control", "--out_dir=extended")
+    assert code == 2 and "has rope_scaling" in err  # the checkpoint was changed by hand
+    edit_json(place / "to-extend" / "warmup" / "config.json", lambda values: values.pop("rope_scaling"))
+    code, _, err = call(place, "train.py", "--stage=control", "--out_dir=extended")
+    assert code == 0, err
+    assert checkpoint.read_config(place / "extended" / "control").rope_scaling == config.rope_scaling
+    code, _, err = train(place, "further", *short, "--init_from=extended/sparse")
+    assert code == 0, err
+    refused(train(place, "never", *short, "--init_from=extended/sparse", "--yarn_factor=2"),
+            "--yarn_factor=2", "rope_scaling", "leave the option out")
+
+
+@pytest.mark.parametrize("factor", ["1", "0.5", "-2", "nan", "inf"])
+def test_train_refuses_to_extend(place, run, factor):
+    start = ("--stage=sparse", f"--init_from={run[0]}/warmup")
+    refused(train(place, "never", *start, f"--yarn_factor={factor}"), "--yarn_factor=", "above 1")
+    refused(train(place, "never", "--yarn_factor=2"), "--yarn_factor=2", "--init_from")
 
 
 def test_train_refuses(place):
