@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +98,9 @@ TRAINED = (4096, 6144, 8192, 16384, 32768, 65536, 131072)  # contexts of trainin
 BESIDE_GPT = (4096, 16384)
 LONG = (16384, 32768, 65536, 131072)  # contexts of a trained checkpoint
 DECODED = ((1, 4096), (1, 131072), (16, 65536), (64, 16384))  # batch and context of decoding steps
+SAMPLED = (2**17, 2**19, 2**20)  # prompts of sample.py
+SAMPLED_STEPS = 64  # decoding steps behind them
+LONG_PREFILL = 15  # seconds; of a prompt that takes longer, once is enough, compilation included
 
 
 # ---- FLOPs ----
@@ -941,6 +944,47 @@ def bench_prefill(table):
               "x faster than dense")
 
 
+def sampling(model, prompt):
+    """A prompt (1,T) and steps behind it, as by sample.py --cache=fp8 -> seconds to the first token, seconds
+    of a step, with its sampling."""
+    rows = stream(model, prompt, 2 + SAMPLED_STEPS, temperature=0.8, fp8_cache=True)
+    prefill = seconds_of(lambda: next(rows))
+    next(rows)  # compiles, captures
+
+    def steps():
+        for _ in range(SAMPLED_STEPS):
+            next(rows)
+
+    return prefill, seconds_of(steps) / SAMPLED_STEPS
+
+
+def bench_sample(table, T):
+    """What sample.py --cache=fp8 does with a prompt of T tokens: the first token and a step behind it, by the
+    124M model with 8 indexer heads, whose layers select among all tokens or, but for the first two, in two
+    levels."""
+    heads = 2 * SMALL_CONFIG.index_n_heads
+    config = replace(SMALL_CONFIG, index_n_heads=heads, max_position_embeddings=2 * T)
+    prompt = random_ids(config, 1, T)
+    exact = None
+    for name, block in (("exact selection", 0), ("two levels", 16)):
+        with torch.device(DEVICE):
+            model = Transformer(replace(config, index_block=block))
+        model = model.to(BF16).eval()
+        torch.cuda.reset_peak_memory_stats()
+        prefill, step = sampling(model, prompt)
+        if prefill < LONG_PREFILL:
+            prefill, step = sampling(model, prompt)
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        exact = exact or (prefill, step)
+        what = f"sample.py, 124M, prompt of {T} tokens, {name}"
+        table.add(f"{what}, first token", 1000 * prefill, exact[0] / prefill,
+                  f"x exact's speed ({T / prefill:,.0f} tokens/s, {memory:.1f} GB)")
+        table.add(f"{what}, a step", 1000 * step, exact[1] / step,
+                  f"x exact's speed ({1 / step:,.0f} tokens/s)")
+        del model
+        clean_up()
+
+
 def bench_cold(table):
     """From the start of sample.py to its first token behind a prompt of 1K, nothing compiled before."""
     with tempfile.TemporaryDirectory() as folder:
@@ -973,6 +1017,8 @@ def parts(checkpoint):
         found[f"train-{T // 1024}k"] = functools.partial(bench_train, T=T)
     for T in BESIDE_GPT:
         found[f"gpt-{T // 1024}k"] = functools.partial(bench_gpt, T=T)
+    for T in SAMPLED:
+        found[f"sample-{T // 1024}k"] = functools.partial(bench_sample, T=T)
     found |= dict(
         decode=bench_decode, prefill=bench_prefill, cold=bench_cold, million=bench_million, graft=bench_graft,
         long=functools.partial(bench_long, folder=checkpoint))

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 SELECTORS = ("indexer", "recent", "sinks", "random", "strided", "oracle")
 
 
-def option(default, help, *choices):
-    """A dataclass field that scripts offer as --name: its default, its help text and, if any, its values."""
-    return field(default=default, metadata=dict(help=help, choices=choices or None))
+def option(default, help, *choices, alone=None):
+    """A dataclass field that scripts offer as --name: its default, its help text and, if any, its values.
+    alone: what --name without a value means."""
+    return field(default=default, metadata=dict(help=help, choices=choices or None, alone=alone))
 
 
 def check_yarn(name, yarn, rope_theta):

@@ -11,13 +11,14 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint as recompute
 
 import baselines
@@ -592,6 +593,7 @@ class Transformer(nn.Module):
         self.attention = attention or ("sparse" if config.index_topk else "dense")
         self.index_fp8 = index_fp8
         self.recompute = False  # activation checkpointing: keep only the blocks' inputs
+        self.offload = False  # and these in host memory
         self.detach = True  # the indexer's inputs, so that the KL teaches indexers alone
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -653,10 +655,15 @@ class Transformer(nn.Module):
         selection = Selection()
         index_losses = []
         for i, block in enumerate(self.model.layers):
+            if block.self_attn.indexer:
+                selection = Selection()  # its own: an input would be kept for the backward
             if state.replay:
                 selection = selection._replace(indices=selections[i])
             if self.recompute and torch.is_grad_enabled() and caches is None:
-                h, selection, layer_loss = recompute(block, h, state, selection, use_reentrant=False)
+                # checkpoint saves h where these hooks see it, and what the block computes where they do not
+                keep = save_on_cpu(pin_memory=h.is_cuda) if self.offload else nullcontext()
+                with keep:
+                    h, selection, layer_loss = recompute(block, h, state, selection, use_reentrant=False)
             else:
                 h, selection, layer_loss = block(h, state, selection, caches[i] if caches else None)
             if layer_loss is not None:
@@ -732,17 +739,17 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, backend=None, attention=None, index_fp8=True, device="cpu", dtype=None,
-                        index=None, indexer_types=None, prepare=None):
+                        index=None, indexer_types=None, yarn=None, prepare=None):
         """The model of a checkpoint folder, ours or a published one (see support/checkpoint.py), in eval
         mode.
 
         dtype: None keeps the stored ones. index: a dict of index_n_heads, index_head_dim and index_topk
         grafts new float32 indexers onto the checkpoint, in place of any it has; attention is then "dense"
         unless given. indexer_types: in place of config.json's; the indexers of layers that now share a
-        selection are left out. prepare: a function of the model that is called before its parameters have
-        numbers, to change their dtypes or to shard them (parallel.shard); then a process reads its part
-        alone.
-        FileNotFoundError or ValueError name what is wrong with which file."""
+        selection are left out. yarn: the rope_scaling of a model that had none; its longest context becomes
+        at least that many times the original one. prepare: a function of the model that is called before its
+        parameters have numbers, to change their dtypes or to shard them (parallel.shard); then a process
+        reads its part alone. FileNotFoundError or ValueError name what is wrong with which file."""
         from support import checkpoint
         config = checkpoint.read_config(folder)
         if index:
@@ -750,6 +757,10 @@ class Transformer(nn.Module):
             attention = attention or "dense"
         if indexer_types:
             config = checkpoint.sharing(config, indexer_types)
+        if yarn:
+            longest = int(yarn["factor"] * yarn["original_max_position_embeddings"])
+            longest = max(longest, config.max_position_embeddings)
+            config = replace(config, rope_scaling=yarn, max_position_embeddings=longest)
         with torch.device("meta"):
             model = cls(config, backend, attention, index_fp8)
         checkpoint.read_weights(folder, model, device, dtype, new_indexers=bool(index), prepare=prepare)

@@ -58,7 +58,10 @@ class Options:
     dtype: str = option("float32", "precision of the linear layers (autocast)", "float32", "bfloat16")
     seed: int = option(1337, "of initialisation and batch order")
     compile: bool = option(False, "torch.compile the model")
-    recompute: bool = option(False, "activation checkpointing: less memory for a third more compute")
+    recompute: str = option(
+        "false", "activation checkpointing: less memory for a third more compute; offload: the blocks' "
+        "inputs, which it keeps, wait for the backward in host memory", "false", "true", "offload",
+        alone="true")
     train: str = option("all", "what the sparse stage trains besides the indexers",
                         "all", "attention", "none")
     detach: bool = option(True, "keep the KL from teaching the main model, as the paper does (false: an "
@@ -69,6 +72,9 @@ class Options:
     share_selection: int = option(
         1, "layers in a row that use one selection, which the first of them makes; the indexers of the "
         "others are dropped (1: every layer makes its own, or as the checkpoint has it)")
+    yarn_factor: float = option(
+        0.0, "extend the checkpoint --init_from by YaRN to so many times the context that it was trained at "
+        "(0: leave its positions alone)")
     block_size: int = option(256, "context length in tokens")
     batch_size: int = option(8, "sequences per micro-batch")
     gradient_accumulation_steps: int = option(
@@ -114,8 +120,8 @@ TRAINING = tuple(field.name for field in fields(Options))
 MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) or f.metadata.get("choices")]
 MODEL_FIELDS = [f for f in MODEL_FIELDS if f.name != "vocab_size"]
 # What a run being resumed cannot change: its batches, its weights, or what they learn would be others
-FIXED = {"stage", "init_from", "train", "detach", "block_weight", "share_selection", "data", "tokenizer",
-         "seed", "block_size", "batch_size", "gradient_accumulation_steps",
+FIXED = {"stage", "init_from", "train", "detach", "block_weight", "share_selection", "yarn_factor", "data",
+         "tokenizer", "seed", "block_size", "batch_size", "gradient_accumulation_steps",
          *(field.name for field in MODEL_FIELDS)}
 RANGES = (
     ("block_size", 2, math.inf), ("batch_size", 1, math.inf), ("gradient_accumulation_steps", 1, math.inf),
@@ -184,7 +190,8 @@ def control_options(given):
     options = stored_options(path) if path.is_file() else {}
     own = {"stage", "out_dir", "device"}
     if options.get("stage") not in ("sparse", "control"):
-        own.add("init_from")  # the sparse stage of that run started from its warm-up, and so does the control
+        # the sparse stage of that run started from its warm-up, and so does the control
+        own |= {"init_from", "yarn_factor"}
     taken = (set(TRAINING) - own) | {"index_topk"}
     return {name: value for name, value in options.items() if name in taken}
 
@@ -192,6 +199,8 @@ def control_options(given):
 def stored_options(path):
     """The options in a run.json. ValueError names file, key and value."""
     options = files.run_options(path.parent)
+    if isinstance(options.get("recompute"), bool):  # of a run before it had a third value
+        options["recompute"] = str(options["recompute"]).lower()
     cli.check_stored(path, options, (*fields(Options), *MODEL_FIELDS))
     return options
 
@@ -227,6 +236,12 @@ def check_options(options, device):
         raise ValueError(f"--gradient_accumulation_steps={options.gradient_accumulation_steps}: the "
                          f"micro-batches of a step go to {groups} groups of processes; use a multiple of "
                          f"{groups}, or another number of processes")
+    if options.yarn_factor and not 1 < options.yarn_factor < math.inf:
+        raise ValueError(f"--yarn_factor={options.yarn_factor}: must be above 1, or 0 to leave positions as "
+                         "they are")
+    if options.yarn_factor and not options.init_from:
+        raise ValueError(f"--yarn_factor={options.yarn_factor}: extends a checkpoint; name it, "
+                         "--init_from=DIR")
     if not options.out_dir:
         raise ValueError("--out_dir=: name a folder")
     files.destination(options.out_dir)
@@ -235,6 +250,9 @@ def check_options(options, device):
     cli.backend(options.backend, device)
     if options.index_fp8:
         cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
+    if options.compile and options.recompute == "offload":
+        raise ValueError("--recompute=offload with --compile: torch.compile does not trace what moves the "
+                         "blocks' inputs; leave one out, or use --recompute")
     if options.stage == "control" and options.train == "none":
         raise ValueError("--stage=control --train=none: nothing would be trained; use --train=all or "
                          "attention")
@@ -288,9 +306,11 @@ def build(options, sizes, device, stages, vocab_size, prepare):
         raise ValueError(f"--share_selection={options.share_selection}: {folder} has no indexers; give the "
                          "option to the stage that makes them, warmup")
     types = indexer_types(old, options.share_selection, folder)
+    yarn = extension(old, options.yarn_factor, folder) if options.yarn_factor else None
     dtype = torch.float32 if options.dtype == "float32" else None
     model = Transformer.from_pretrained(
-        folder, device=device, index=index, indexer_types=types, dtype=dtype, prepare=prepare, **switches)
+        folder, device=device, index=index, indexer_types=types, yarn=yarn, dtype=dtype, prepare=prepare,
+        **switches)
     fit(model.config, sizes, folder)
     if model.config.vocab_size < vocab_size:
         raise ValueError(f"--tokenizer={options.tokenizer} has {vocab_size} tokens, the checkpoint {folder} "
@@ -321,6 +341,22 @@ def indexer_types(config, group, folder=""):
         raise ValueError(f"--share_selection={group}: the checkpoint {folder} has indexer_types={old}, and "
                          "its shared layers no indexers; leave the option out")
     return types
+
+
+def extension(old, factor, folder):
+    """-> rope_scaling that extends a checkpoint of this Config to `factor` times the context of its run, or,
+    where no run.json names one, of its config; as DeepSeek-V3 was (arXiv 2412.19437, section 4.3; the keys of
+    V3.2's config.json). ValueError: it has been extended."""
+    if old.rope_scaling:
+        raise ValueError(f"--yarn_factor={factor}: the checkpoint {folder} has rope_scaling="
+                         f"{old.rope_scaling} already; leave the option out")
+    trained = files.run_options(files.locate(folder).parent).get("block_size")
+    if not isinstance(trained, int):
+        trained = old.max_position_embeddings
+    print(f"YaRN extends {folder} from {trained} to {int(factor * trained)} tokens")
+    return dict(
+        type="yarn", factor=factor, original_max_position_embeddings=trained, beta_fast=32.0, beta_slow=1.0,
+        mscale=1.0, mscale_all_dim=1.0)
 
 
 def fit(config, sizes, folder):
@@ -466,7 +502,8 @@ def set_up(options, sizes, device):
         model = build(options, sizes, device, stages, training_file.header["vocab_size"], prepare)
     check_context(model.config, options)
     model.train()
-    model.recompute = options.recompute
+    model.recompute = options.recompute != "false"
+    model.offload = options.recompute == "offload"
     model.detach = options.detach
     forward = torch.compile(model) if options.compile else model
     [rate] = ranks.total([report.matmul_rate(device, getattr(torch, options.dtype))])

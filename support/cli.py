@@ -60,7 +60,8 @@ def add_field(parser, field, gpu):
     default = f"default {'none' if field.default == '' else field.default}"
     if gpu is not None:
         default += f", on a GPU {gpu}"
-    flag = dict(nargs="?", const=True) if field.type is bool else {}  # --name alone means true
+    alone = True if field.type is bool else field.metadata["alone"]
+    flag = {} if alone is None else dict(nargs="?", const=alone)
     parser.add_argument(
         f"--{field.name}", type=kind, choices=choices,
         metavar=None if choices else field.type.__name__.upper(),

@@ -28,7 +28,7 @@ CASES = (
     ("warmup", "all", {}, {}),
     ("sparse", "all", dict(index_fp8=True), {}),
     ("sparse", "all", dict(detach=False), EXPERTS),
-    ("sparse", "attention", dict(recompute=True), dict(q_lora_rank=0)),
+    ("sparse", "attention", dict(recompute=True, offload=True), dict(q_lora_rank=0)),
     ("sparse", "none", {}, dict(indexer_types=["full", "shared", "full"])),
     ("control", "all", {}, {}),
     ("warmup", "all", dict(recompute=True), dict(indexer_types=["full", "shared", "full"])),

@@ -466,6 +466,16 @@ def test_prefill_part(small):
     check_rows(small, f"{what}, dense", f"{what}, sparse")
 
 
+def test_sample_part(small, monkeypatch):
+    monkeypatch.setattr(bench, "SAMPLED_STEPS", 3)
+    bench.bench_sample(small, bench.CONTEXTS[1])
+    what = f"sample.py, 124M, prompt of {bench.CONTEXTS[1]} tokens"
+    for name in ("exact selection", "two levels"):
+        check_rows(small, f"{what}, {name}, first token", f"{what}, {name}, a step")
+    assert [row["figure"] for row in small.rows[:2]] == [1, 1]
+    assert {f"sample-{T}k" for T in (128, 512, 1024)} < bench.parts(None).keys()
+
+
 def test_cold_part(small, monkeypatch):
     larger = Config(vocab_size=300, **TINY | dict(max_position_embeddings=2048))
     monkeypatch.setattr(bench, "SMALL_CONFIG", larger)

@@ -2,18 +2,25 @@
 decoding; what its block scores learn; what training reports. (T10): docs/TRAPS.md. Selection itself:
 tests/test_blocks.py."""
 import json
+import math
+import shutil
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import evaluate
+import generate
 import indexer
+import model as model_file
 import sparse_attn
+import train as train_file
 from config import Config
 from model import Transformer
 from support import checkpoint
 from tests.common import FLOAT32, assert_close, device_of, packed_batch, tiny_model
-from tests.scripts import metrics, refused, train
+from tests.scripts import call, edit_json, metrics, refused, train
+from tests.scripts import losses as losses_of
 from tests.test_generate import cached, new_caches, random_tokens
 from tools import recall
 
@@ -232,6 +239,38 @@ def test_backends_train_alike(monkeypatch):
         assert_close(got[name][None], want[name][None], *FLOAT32, name)
 
 
+class StepOfAGraph(generate.Decoder):
+    """Steps that read lengths on the device, as a captured one does, whether or not one can be captured
+    here."""
+
+    def step(self, token, position, first):
+        if not self.captures:
+            self.compiled = True
+        return super().step(token, position, first)
+
+
+@pytest.mark.parametrize("backend", [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="long"))])
+def test_a_prompt_of_many_times_the_candidates(backend, monkeypatch):
+    """(T25) 32 of 1500 tokens: the same continuation from FP8 caches whatever the chunks, and by steps that a
+    CUDA graph can hold; with all tokens as candidates that of one level."""
+    sizes = dict(index_block=16, index_candidates=32, index_exact_layers=1, num_hidden_layers=2)
+    model = tiny_model(backend, index_fp8=True, **sizes).eval()
+    prompt = random_tokens(backend, 1, 1500)
+
+    def continuation(chunk, **sizes):
+        for name, value in sizes.items():
+            setattr(model.config, name, value)
+        return model.generate(prompt, 12, temperature=0, chunk=chunk, fp8_cache=True)[0, -12:].tolist()
+
+    want = continuation(1500)
+    assert continuation(400) == want
+    monkeypatch.setattr(generate, "Decoder", StepOfAGraph)
+    assert continuation(1024) == want
+    assert continuation(1024, index_candidates=1512) == continuation(1024, index_block=0) != want
+
+
 # ---- learning ----
 
 def block_loss_in_float64(p, seen, q, k, w, first, last, block, recent):
@@ -304,6 +343,77 @@ def test_recomputation_gives_the_same(attention):
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+class Host:
+    """What was moved away of a tensor: neither it nor its memory."""
+
+    def __init__(self, x):
+        self.values = x.detach().cpu().numpy().copy()
+        self.device = x.device
+
+
+@pytest.mark.parametrize("changes", [{}, dict(indexer_types=["full", "shared", "full"])], ids=["", "shared"])
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_offloaded_are_the_inputs_of_blocks_alone(attention, changes, monkeypatch):
+    """(T21) Each once; nothing else keeps their memory after the forward; gradients are the same bits."""
+    packed = []
+
+    def moving(pin_memory):
+        def pack(x):
+            packed.append(Host(x))
+            return packed[-1]
+
+        return torch.autograd.graph.saved_tensors_hooks(
+            pack, lambda host: torch.from_numpy(host.values).to(host.device))
+
+    torch.manual_seed(0)
+    model = tiny_model(attention=attention, **changes)
+    x, y, first = packed_batch()
+    inputs = []
+    memory = []
+
+    def note(module, args):
+        inputs.append(args[0].detach().clone())
+        memory.append(StorageWeakRef(args[0].untyped_storage()))
+
+    hooks = [block.register_forward_pre_hook(note) for block in model.model.layers]
+    monkeypatch.setattr(model_file, "save_on_cpu", moving)
+    gradients = []
+    for model.recompute, model.offload in ((False, False), (True, True)):
+        inputs.clear()
+        memory.clear()
+        found = model(x, y, first, index_loss=True, return_logits=False)[1]
+        model.zero_grad(set_to_none=True)
+        if model.offload:
+            assert len(packed) == len(inputs) == 3 and all(storage.expired() for storage in memory)
+            for host, h in zip(packed, inputs):
+                assert torch.equal(torch.from_numpy(host.values), h)
+            for hook in hooks:
+                hook.remove()
+        (found["lm"] + found["kl"]).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
+def test_offloading_frees_the_gpu():
+    """Of every block's input, and gradients stay what they were; products on a GPU may round otherwise."""
+    model = tiny_model("triton")
+    x, y, first = packed_batch("triton", S=512)
+    kept = []
+    gradients = []
+    for model.recompute, model.offload in ((True, False), (True, False), (True, True)):  # the first compiles
+        model.zero_grad(set_to_none=True)
+        found = model(x, y, first, index_loss=True, return_logits=False)[1]
+        kept.append(torch.cuda.memory_allocated())
+        (found["lm"] + found["kl"]).backward()
+        gradients.append([p.grad.cpu() for p in model.parameters()])
+        del found
+    assert kept[1] - kept[2] >= 3 * x.numel() * model.config.hidden_size * 4
+    for one, other in zip(*gradients[1:], strict=True):
+        assert_close(other, one, *FLOAT32)
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
@@ -425,5 +535,69 @@ def test_train_and_continue(place):
     assert "index_recall" not in norms[2]
 
 
+def test_train_offloads(place):
+    """--recompute alone and with a value; the same losses whatever is kept; a run of before goes on."""
+    logs = []
+    options = {
+        "--recompute=false": "false", "--recompute": "true", "--recompute=true": "true",
+        "--recompute=offload": "offload"}
+    for n, (option, value) in enumerate(options.items()):
+        code, _, err = train(place, f"offload-{n}", "--stage=dense", option)
+        assert code == 0, err
+        run = json.loads((place / f"offload-{n}" / "run.json").read_text())
+        assert run["options"]["recompute"] == value
+        logs.append([record["loss"] for record in metrics(place / f"offload-{n}")])
+    assert logs[0] == logs[1] == logs[2] == logs[3]
+    for stored, value in ((True, "true"), (False, "false"), ("offload", "offload")):
+        edit_json(place / "offload-0" / "run.json", lambda run: run["options"].update(recompute=stored))
+        assert train_file.stored_options(place / "offload-0" / "run.json")["recompute"] == value
+
+
+def test_train_extends_by_yarn(place, run):
+    """To four times the context of the run, and longer than its model had a place for: as if config.json had
+    said so."""
+    short = ("--stage=sparse", "--block_size=128", "--batch_size=1")
+    shutil.copytree(run[0], place / "to-extend")
+    edit_json(place / "to-extend" / "warmup" / "config.json",
+              lambda config: config.update(max_position_embeddings=40))
+    code, out, err = train(place, "extended", *short, "--init_from=to-extend/warmup", "--yarn_factor=4")
+    assert code == 0, err
+    assert "from 32 to 128 tokens" in out
+    config = checkpoint.read_config(place / "extended" / "sparse")
+    yarn = {name: value for name, value in config.rope_scaling.items() if name not in ("type", "rope_type")}
+    assert yarn == dict(
+        factor=4, original_max_position_embeddings=32, beta_fast=32, beta_slow=1, mscale=1, mscale_all_dim=1)
+    assert config.max_position_embeddings == 128
+    model = Transformer.from_pretrained(place / "extended" / "sparse")
+    assert model.model.layers[0].self_attn.scale == pytest.approx(16**-0.5 * (0.1 * math.log(4) + 1) ** 2)
+
+    edit_json(place / "to-extend" / "warmup" / "config.json", lambda values: values.update(
+        max_position_embeddings=128, rope_scaling=yarn | dict(type="yarn")))
+    code, _, err = train(place, "by-hand", *short, "--init_from=to-extend/warmup")
+    assert code == 0, err
+    assert losses_of(place / "by-hand") == losses_of(place / "extended")
+
+    # its control starts from the same, and what it left goes on without the option
+    code, _, err = call(place, "train.py", "--stage=control", "--out_dir=extended")
+    assert code == 2 and "has rope_scaling" in err  # the checkpoint was changed by hand
+    edit_json(place / "to-extend" / "warmup" / "config.json", lambda values: values.pop("rope_scaling"))
+    code, _, err = call(place, "train.py", "--stage=control", "--out_dir=extended")
+    assert code == 0, err
+    assert checkpoint.read_config(place / "extended" / "control").rope_scaling == config.rope_scaling
+    code, _, err = train(place, "further", *short, "--init_from=extended/sparse")
+    assert code == 0, err
+    refused(train(place, "never", *short, "--init_from=extended/sparse", "--yarn_factor=2"),
+            "--yarn_factor=2", "rope_scaling", "leave the option out")
+
+
+@pytest.mark.parametrize("factor", ["1", "0.5", "-2", "nan", "inf"])
+def test_train_refuses_to_extend(place, run, factor):
+    start = ("--stage=sparse", f"--init_from={run[0]}/warmup")
+    refused(train(place, "never", *start, f"--yarn_factor={factor}"), "--yarn_factor=", "above 1")
+    refused(train(place, "never", "--yarn_factor=2"), "--yarn_factor=2", "--init_from")
+
+
 def test_train_refuses(place):
+    refused(train(place, "never", "--compile", "--recompute=offload"), "--recompute=offload", "--compile")
+    refused(train(place, "never", "--recompute=blocks"), "--recompute")
     refused(train(place, "never", "--index_tile=3"), "index_tile=3", "power of two")

@@ -44,6 +44,23 @@ def test_same_seed_same_text(ask):
     assert ask(*draw)[1] == ask(*draw)[1] != ask(*draw, "--seed=3")[1]
 
 
+def test_a_prompt_of_many_times_the_candidates(place, run, ask):
+    """By a model of k = 8 in two levels, FP8 caches: the same text whatever the chunks, and with all tokens
+    as candidates that of one level."""
+    text = "".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(60))
+    (place / "long.txt").write_text(text)
+    shutil.copytree(run[0] / "sparse", place / "long")
+    edit_json(place / "long" / "config.json", lambda config: config.update(index_exact_layers=0))
+    options = (
+        "--checkpoint=long", "--prompt_file=long.txt", "--num_tokens=20", "--temperature=0", "--cache=fp8")
+    code, out, err = ask(*options, "--index_block=16", "--index_candidates=32", "--chunk=500")
+    assert code == 0 and f"prompt {len(text)} tokens" in err and len(text) > 1500, err
+    assert out.startswith(text)
+    assert ask(*options, "--index_block=16", "--index_candidates=32")[1] == out
+    every = ask(*options, "--index_block=16", "--index_candidates=9999")[1]
+    assert every == ask(*options, "--index_block=0")[1]
+
+
 def test_count(ask):
     code, out, err = ask("--count=3", "--num_tokens=12", "--prompt=line ")
     parts = out.split("-" * 20 + "\n")

@@ -1,12 +1,15 @@
 """Steps of training over several GPUs, with random weights and tokens: what docs/PARALLEL.md's table says.
 
     python tools/ranks.py                                            # on one GPU
+    python tools/ranks.py million-blocks offload                     # one case, with --recompute=offload
     torchrun --standalone --nproc-per-node=4 tools/ranks.py          # on four
     torchrun --standalone --nproc-per-node=4 tools/ranks.py data dense-128k    # some of the cases
     torchrun --standalone --nproc-per-node=4 tools/ranks.py recompute          # all, with --recompute
 
-A line per case: milliseconds per step, tokens per second of all ranks, the peak of the fullest GPU, bytes
-that a rank takes in per step by count, and the time that NCCL's kernels took in one profiled step.
+Of a sequence of a million tokens on one GPU (docs/LONG.md) there are three cases: the model of the table,
+with 4 indexer heads, and one with 8, as configs/16k.conf has them, that selects among all tokens or in two
+levels. A line per case: milliseconds per step, tokens per second of all ranks, the peak of the fullest GPU,
+bytes that a rank takes in per step by count, and the time that NCCL's kernels took in one profiled step.
 """
 import sys
 import time
@@ -27,6 +30,7 @@ from train import Options, adamw, trainable
 
 STEPS = 3  # measured, after one that compiles
 LONG_STEP = 15  # seconds; of steps that take longer one is enough
+LONGEST_STEP = 80  # seconds; of steps that take longer the first, which compiles, is enough
 
 
 class Case(NamedTuple):
@@ -37,14 +41,19 @@ class Case(NamedTuple):
     batch: int  # sequences of each group
     shares: bool  # do all ranks share a sequence?
     recompute: bool
+    offload: bool = False
 
 
+EIGHT_HEADS = replace(SMALL_CONFIG, index_n_heads=8)
 CASES = {
     "data": Case(SMALL_CONFIG, "sparse", "all", 16384, 4, False, False),
     "sparse-128k": Case(SMALL_CONFIG, "sparse", "all", 131072, 1, True, False),
     "dense-128k": Case(SMALL_CONFIG, "dense", "all", 131072, 1, True, False),
     "twin-128k": Case(TWIN_CONFIG, "warmup", "none", 131072, 1, True, True),
-    "million": Case(SMALL_CONFIG, "sparse", "all", 2**20, 1, True, True)}
+    "million": Case(SMALL_CONFIG, "sparse", "all", 2**20, 1, True, True),
+    "million-exact": Case(EIGHT_HEADS, "sparse", "all", 2**20, 1, True, True),
+    "million-blocks": Case(replace(EIGHT_HEADS, index_block=16), "sparse", "all", 2**20, 1, True, True)}
+WORDS = ("recompute", "offload")  # in place of a case's name: options of all of them
 
 
 def build(case, ranks):
@@ -69,6 +78,7 @@ def build(case, ranks):
     model._apply(lambda x: x)  # the RoPE angles, which are no weights
     model.attention = "sparse" if case.stage == "sparse" else "dense"
     model.recompute = case.recompute
+    model.offload = case.offload
     main, index = trainable(model, case.stage, case.train)
     return model, adamw(main, index, Options(), ranks.device)
 
@@ -123,33 +133,36 @@ def measure(name, case, ranks):
         with torch.autocast(ranks.device.type, torch.bfloat16):
             _, losses = model(x, None if case.stage == "warmup" else y, index_loss=case.stage != "dense",
                               return_logits=False, split=split)
-        sum(losses[part] for part in ("lm", "kl") if part in losses).backward()
+        sum(losses[part] for part in ("lm", "kl", "kl_blocks") if part in losses).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     began = time.perf_counter()
     step()
     report.wait(ranks.device)
-    [first] = ranks.largest([time.perf_counter() - began])
-    steps = STEPS if first < LONG_STEP else 1
-    report.reset_peak_memory(ranks.device)
-    began = time.perf_counter()
-    for _ in range(steps):
-        step()
-    report.wait(ranks.device)
-    [seconds] = ranks.largest([(time.perf_counter() - began) / steps])
+    [seconds] = ranks.largest([time.perf_counter() - began])
+    compiles = ", compilation included"
+    if seconds < LONGEST_STEP:
+        compiles = ""
+        steps = STEPS if seconds < LONG_STEP else 1
+        report.reset_peak_memory(ranks.device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        report.wait(ranks.device)
+        [seconds] = ranks.largest([(time.perf_counter() - began) / steps])
     [memory] = ranks.largest([report.peak_memory(ranks.device)])
     tokens = case.batch * case.T * ranks.data
     counted = traffic(model, case, ranks) / 1e9
     waits = nccl_ms(step) if ranks.world > 1 and ranks.device.type == "cuda" else 0
     print(f"{ranks.world} ranks, {name}: {1000 * seconds:,.0f} ms, {tokens / seconds:,.0f} tokens/s, "
-          f"{memory:.1f} GB, takes in {counted:.2f} GB per step, NCCL {waits:,.0f} ms",
+          f"{memory:.1f} GB, takes in {counted:.2f} GB per step, NCCL {waits:,.0f} ms{compiles}",
           flush=True)
 
 
 def main():
-    recompute = "recompute" in sys.argv[1:]
-    names = [name for name in sys.argv[1:] if name != "recompute"] or list(CASES)
+    words = [word for word in sys.argv[1:] if word in WORDS]
+    names = [name for name in sys.argv[1:] if name not in WORDS] or list(CASES)
     unknown = [name for name in names if name not in CASES]
     if unknown:
         raise ValueError(f"{unknown[0]}: no such case; these are: {', '.join(CASES)}")
@@ -157,7 +170,8 @@ def main():
     for name in names:
         try:
             case = CASES[name]
-            measure(name, case._replace(recompute=case.recompute or recompute), ranks)
+            case = case._replace(recompute=case.recompute or bool(words), offload="offload" in words)
+            measure(" ".join((name, *words)), case, ranks)
         except torch.OutOfMemoryError:
             if ranks.world > 1:  # the others wait for this one
                 raise

@@ -51,6 +51,32 @@ def numbers(options, name):
         raise ValueError(f"--{name}={text}: numbers with commas between, such as 4096,8192") from None
 
 
+def load(options):
+    """-> the model of --checkpoint, selecting among all tokens, the validation tokens of its run or of
+    --data, the checkpoint's folder, the device."""
+    device = cli.device(options.device)
+    folder = files.locate(options.checkpoint)
+    run = files.run_options(folder.parent)
+    name = run.get("tokenizer") or tokenizer.tokenizer_name(folder)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = Transformer.from_pretrained(
+        options.checkpoint, cli.backend(options.backend, device), "sparse", device=device, dtype=dtype)
+    model.config.index_block = 0
+    _, validation = data.prepare(options.data or run.get("data", "python"), name)
+    return model, validation.tokens, folder, device
+
+
+def contexts(tokens, lengths, options, device):
+    """Yield for each length T the beginning of the text, ids (1,T), and options.rows queries of its last
+    quarter, (R,). ValueError: the text is too short."""
+    if max(lengths) > len(tokens):
+        raise ValueError(f"--lengths={options.lengths}: the validation text has {len(tokens):,} tokens; take "
+                         "more text (--data) or less length")
+    for T in lengths:
+        ids = torch.from_numpy(tokens[:T].astype("int64"))[None].to(device)  # (1, T)
+        yield T, ids, torch.linspace(T * 3 // 4, T - 1, min(options.rows, T), device=device).long()
+
+
 @torch.no_grad()
 def measure(model, ids, candidates, block, rows):
     """What two levels find of a document ids (1,T) at the queries rows (R,), for each number of candidates ->
@@ -116,24 +142,10 @@ def main():
     options = parse(sys.argv[1:])
     lengths = numbers(options, "lengths")
     asked = numbers(options, "candidates")
-    device = cli.device(options.device)
-    folder = files.locate(options.checkpoint)
-    run = files.run_options(folder.parent)
-    name = run.get("tokenizer") or tokenizer.tokenizer_name(folder)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = Transformer.from_pretrained(
-        options.checkpoint, cli.backend(options.backend, device), "sparse", device=device, dtype=dtype)
-    model.config.index_block = 0  # the forward selects among all
-    topk = model.config.index_topk
-    _, validation = data.prepare(options.data or run.get("data", "python"), name)
-    if max(lengths) > len(validation.tokens):
-        raise ValueError(f"--lengths={options.lengths}: the validation text has {len(validation.tokens):,} "
-                         "tokens; take more text (--data) or less length")
+    model, tokens, folder, device = load(options)
     records = []
-    for T in tqdm(lengths, disable=None):
-        ids = torch.from_numpy(validation.tokens[:T].astype("int64"))[None].to(device)  # (1, T)
-        rows = torch.linspace(T * 3 // 4, T - 1, min(options.rows, T), device=device).long()  # (R,)
-        candidates = [C or indexer.default_candidates(topk, T) for C in asked]
+    for T, ids, rows in tqdm(contexts(tokens, lengths, options, device), total=len(lengths), disable=None):
+        candidates = [C or indexer.default_candidates(model.config.index_topk, T) for C in asked]
         records += table(T, candidates, measure(model, ids, candidates, options.block, rows))
     path = folder.parent / f"recall-{folder.name}.json"
     path.write_text(json.dumps(records, indent=2) + "\n")
