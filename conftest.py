@@ -1,5 +1,7 @@
 """Without a GPU, kernels run through Triton's interpreter; it must be chosen before they are first
 imported."""
+import contextlib
+import functools
 import os
 
 import pytest
@@ -7,9 +9,30 @@ import torch
 
 from tests.common import poison
 
+
+def patch_once():
+    """Triton's interpreter patches its language when a kernel starts, and again at every call of a function in
+    the kernel: half of the time it takes. There it finds nothing left to patch but the first time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+    patch = interpreter._patch_lang
+
+    @functools.cache
+    def languages(function):
+        return [value for value in function.__globals__.values() if value is tl or value is tl.core]
+
+    def patch_what_is_not(function):
+        if any(tl.core.is_builtin(language.load) for language in languages(function)):
+            return patch(function)
+
+    interpreter._patch_lang = patch_what_is_not
+
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # tensors are small: threads that wait for each other cost more than they bring
+    with contextlib.suppress(ImportError):
+        patch_once()
 
 
 @pytest.hookimpl(optionalhook=True)
