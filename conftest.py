@@ -41,6 +41,24 @@ def pytest_xdist_auto_num_workers(config):
     return min(os.cpu_count(), 8) if torch.cuda.is_available() else os.cpu_count()
 
 
+# files whose tests share a run, or a model that has learned, of 15 to 60 seconds
+IN_ONE_PROCESS = ("tests/test_errors.py", "tests/test_parallel.py", "tests/test_post_train.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """What tests share is made once, not once a process: those of such a file go to one, the first, as they
+    take long; of the other files any test goes to any process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if file in IN_ONE_PROCESS else nodeid
+
+    return Scheduler(config, log)
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     """The same random numbers whatever ran before, and memory that holds NaN; given back afterwards, so that
