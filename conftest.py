@@ -1,6 +1,7 @@
 """Without a GPU, kernels run through Triton's interpreter; it must be chosen before they are first
 imported."""
 import contextlib
+import dataclasses
 import functools
 import os
 
@@ -10,9 +11,10 @@ import torch
 from tests.common import poison
 
 
-def patch_once():
-    """Triton's interpreter patches its language when a kernel starts, and again at every call of a function in
-    the kernel: half of the time it takes. There it finds nothing left to patch but the first time."""
+def spare_the_interpreter():
+    """Two thirds of the time that Triton's interpreter takes are for nothing. It patches its language when a
+    kernel starts, and again at every call of a function in the kernel; and it computes whether integers
+    overflow, to look at the answer only in debug mode."""
     import triton.language as tl
     from triton.runtime import interpreter
     patch = interpreter._patch_lang
@@ -26,13 +28,16 @@ def patch_once():
             return patch(function)
 
     interpreter._patch_lang = patch_what_is_not
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # tensors are small: threads that wait for each other cost more than they bring
     with contextlib.suppress(ImportError):
-        patch_once()
+        spare_the_interpreter()
 
 
 @pytest.hookimpl(optionalhook=True)
