@@ -15,6 +15,16 @@ from triton_kernels import loss
 NAMES = ("dq_index", "dk_index", "dw")
 
 
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch):
+    """In the interpreter tiles of 16 queries and keys: it takes as long for rows that only fill a tile as for
+    others, and so few queries make several tiles."""
+    if not CUDA:
+        small = loss.LossTiles(block_s=16, block_t=16, num_stages=1, num_warps=4)
+        for name in ("loss_target_tiles", "loss_scores_tiles", "loss_dq_tiles", "loss_dk_tiles"):
+            monkeypatch.setattr(loss, name, lambda *_: small)
+
+
 # ---- in float64 ----
 
 def exact_kl(p, scores, seen):
@@ -140,6 +150,7 @@ DENSE = [  # B, S, T, H, Hk, D, HI, DI, bounds, size of the scores
     (1, 37, 37, 3, 3, 24, 4, 32, None, 1.0), (1, 40, 70, 1, 1, 40, 3, 16, "packed", 30.0),
     (1, 12, 45, 5, 1, 80, 9, 24, None, 1.0), (1, 20, 50, 2, 2, 16, 2, 16, "window", 30.0),
     (1, 1, 1, 1, 1, 16, 1, 16, None, 1.0)]
+OWN_TILES = DENSE[1]  # in the interpreter, too, in the tiles of a GPU
 DENSE_BIG = [
     (2, 500, 500, 3, 3, 192, 64, 128, "packed", 1.0), (1, 700, 700, 16, 16, 192, 64, 128, None, 1.0),
     (1, 700, 700, 16, 16, 192, 64, 128, None, 30.0), (1, 700, 1300, 12, 1, 160, 16, 64, None, 1.0),
@@ -151,6 +162,8 @@ DENSE_BIG = [
 def test_dense(shape, dtype, monkeypatch):
     """(T15, T18, T20) one block of queries at a time, on a GPU several"""
     B, S, T, H, Hk, D, HI, DI, kind, size = shape
+    if shape == OWN_TILES:
+        monkeypatch.undo()
     monkeypatch.setattr(loss, "LOSS_CHUNK", 2**19 if CUDA else 1)
     first, last = bounds(B, S, T, kind)
     frozen = dense_inputs(B, S, T, H, Hk, D, dtype, first, last)
@@ -159,17 +172,19 @@ def test_dense(shape, dtype, monkeypatch):
 
 
 def test_dense_chunks_across_sequences(monkeypatch):
-    """Chunks of three blocks of 32 queries, where a sequence has two: one and a half, and half a sequence."""
-    monkeypatch.setattr(loss, "LOSS_CHUNK", 3 * 32 * 128)
-    frozen = dense_inputs(2, 37, 37, 2, 1, 16, torch.float32, None, None)
-    trained = indexer_inputs(2, 37, 37, 3, 16, torch.float32)
+    """Chunks of three blocks of queries, where a sequence has two: one and a half, and half a sequence."""
+    block = loss.loss_scores_tiles(torch.float32, torch.device(DEVICE)).block_s
+    S = block + 5
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 3 * block * 128)
+    frozen = dense_inputs(2, S, S, 2, 1, 16, torch.float32, None, None)
+    trained = indexer_inputs(2, S, S, 3, 16, torch.float32)
     exact_trained = [double(x) for x in trained]
     exact_frozen = [x.double() for x in frozen]
     want_kl, want_uniform, scores = exact_dense(*exact_frozen, 0.25, *exact_trained, None, None)
     largest = scores.abs().max().item()
     kl, uniform = kernels.indexer_loss_dense(*frozen, 0.25, *trained)
-    check_kl((kl, uniform), (want_kl, want_uniform), 16, largest, 37)
-    dkl = random(2, 37)
+    check_kl((kl, uniform), (want_kl, want_uniform), 16, largest, S)
+    dkl = random(2, S)
     want = torch.autograd.grad(want_kl, exact_trained, dkl.double())
     check_gradients(torch.autograd.grad(kl, trained, dkl), want, 16, largest, torch.float32)
 
@@ -361,11 +376,11 @@ def test_bounds_beyond_the_keys():
 
 def test_bounds_given_and_not():
     """None is causal with the queries at the end: the same bits as these bounds written out."""
-    q, k, lse = dense_inputs(1, 21, 45, 2, 1, 24, torch.float32, None, None)
-    trained = indexer_inputs(1, 21, 45, 3, 16, torch.float32)
-    first = torch.zeros(1, 21, dtype=torch.int64, device=DEVICE)
-    last = torch.arange(24, 45, device=DEVICE)
-    dkl = random(1, 21)
+    q, k, lse = dense_inputs(1, 13, 45, 2, 1, 24, torch.float32, None, None)
+    trained = indexer_inputs(1, 13, 45, 3, 16, torch.float32)
+    first = torch.zeros(1, 13, dtype=torch.int64, device=DEVICE)
+    last = torch.arange(32, 45, device=DEVICE)
+    dkl = random(1, 13)
     results = []
     for pair in ((None, None), (first, None), (None, last), (first, last)):
         kl, uniform = kernels.indexer_loss_dense(q, k, lse, 0.2, *trained, *pair)
