@@ -53,7 +53,9 @@ IN_ONE_PROCESS = ("tests/test_errors.py", "tests/test_parallel.py", "tests/test_
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """What tests share is made once, not once a process: those of such a file go to one, the first, as they
-    take long; of the other files any test goes to any process."""
+    take long; of the other files any test goes to any process. Beside a GPU are processes enough."""
+    if torch.cuda.is_available():
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):
