@@ -36,7 +36,7 @@ def spare_the_interpreter():
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # tensors are small: threads that wait for each other cost more than they bring
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, AttributeError):  # not installed, or of another make: slower
         spare_the_interpreter()
 
 
