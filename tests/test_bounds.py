@@ -1,6 +1,7 @@
 """tools/bounds.py: a bound is never below what it bounds, and what it counts as skippable holds no selected
 token."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -91,10 +92,11 @@ def test_layers_that_share_are_not_counted_twice():
 
 def test_the_tools_of_docs_long(place, run):
     """bounds.py and recall.py on a run's checkpoint: a line for each context and size, and a file."""
-    short = (f"--checkpoint={run[0]}/sparse", "--rows=5")
+    shutil.copytree(run[0], place / "looked-at")
+    short = ("--checkpoint=looked-at/sparse", "--rows=5")
     code, out, err = call(place, "tools/bounds.py", *short, "--lengths=64,200", "--blocks=4,16")
     assert code == 0, err
-    records = json.loads((run[0] / "bounds-sparse.json").read_text())
+    records = json.loads((place / "looked-at/bounds-sparse.json").read_text())
     assert [(record["T"], record["block"]) for record in records] == [(64, 4), (64, 16), (200, 4), (200, 16)]
     assert out.count("skippable") == 4
     for record in records:
@@ -102,7 +104,7 @@ def test_the_tools_of_docs_long(place, run):
         assert 0 < record["positive"] < 1 and len(record["perfect, by layer"]) == 2
     code, out, err = call(place, "tools/recall.py", *short, "--lengths=64,600", "--candidates=0,16")
     assert code == 0, err
-    records = json.loads((run[0] / "recall-sparse.json").read_text())
+    records = json.loads((place / "looked-at/recall-sparse.json").read_text())
     assert [record["T"] for record in records] == [64, 64, 600, 600] and records[0]["share"] == 1
 
     refused(call(place, "tools/bounds.py", *short, "--lengths=8"), "--lengths=8", "from 87 on")
