@@ -361,8 +361,10 @@ def test_offloaded_are_the_inputs_of_blocks_alone(attention, changes, monkeypatc
 
     def moving(pin_memory):
         def pack(x):
-            packed.append(Host(x))
-            return packed[-1]
+            host = Host(x)
+            if x.numel():  # checkpoint of torch before 2.13 saves a dummy, too
+                packed.append(host)
+            return host
 
         return torch.autograd.graph.saved_tensors_hooks(
             pack, lambda host: torch.from_numpy(host.values).to(host.device))
