@@ -591,16 +591,18 @@ def table(title, columns):
     return "\n".join([*lines, ""])
 
 
-def plot(columns, names, path, ylabel, xlabel, k=None):
+def plot(columns, names, path, ylabel, xlabel, k=None, top=None):
     """Columns over the first one, to a PNG; k: draw the line below which everything is selected, on a
-    logarithmic axis."""
+    logarithmic axis. top: where the axis ends; the legend says which columns lie above."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 4))
     x = [value for value in next(iter(columns.values())) if value != "all"]
     for name, style in zip(names, STYLES):
-        axis.plot(x, columns[name][:len(x)], style, label=name, markersize=4)
+        values = columns[name][:len(x)]
+        above = top is not None and min(values) > top
+        axis.plot(x, values, style, label=f"{name}: above {top:.2f}" if above else name, markersize=4)
     if k:
         axis.set_xscale("log", base=2)
         axis.axvline(k, color="gray", linewidth=0.8, label=f"k = {k}")
@@ -608,6 +610,9 @@ def plot(columns, names, path, ylabel, xlabel, k=None):
     axis.set(xlabel=xlabel, ylabel=ylabel)
     if "loss" not in ylabel:
         axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
+    if top is not None:
+        least = axis.dataLim.ymin
+        axis.set_ylim(least - 0.1 * (top - least), top)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -632,8 +637,10 @@ def write(results, k, out):
     plot(results["distances"], DISTANCES, part / "distances.png",
          "share", "tokens back, 1 is the query itself", k)
     if "sweep" in results:
+        own, dense = (results["sweep"][name] for name in (list(results["sweep"])[1], "dense"))
         plot(results["sweep"], list(results["sweep"])[1:], part / "sweep.png",
-             "validation loss (nats per token)", "tokens that a query reads", k)
+             "validation loss (nats per token)", "tokens that a query reads", k,
+             top=max(dense) + 1.5 * abs(max(own) - max(dense)))
     out.mkdir(exist_ok=True)
     for file in part.iterdir():
         os.replace(file, out / file.name)
