@@ -52,7 +52,8 @@ def test_a_prompt_of_many_times_the_candidates(place, run, ask):
     shutil.copytree(run[0] / "sparse", place / "prompted")
     edit_json(place / "prompted" / "config.json", lambda config: config.update(index_exact_layers=0))
     options = (
-        "--checkpoint=prompted", "--prompt_file=long.txt", "--num_tokens=20", "--temperature=0", "--cache=fp8")
+        "--checkpoint=prompted", "--prompt_file=long.txt", "--num_tokens=20", "--temperature=0",
+        "--cache=fp8")
     code, out, err = ask(*options, "--index_block=16", "--index_candidates=32", "--chunk=500")
     assert code == 0 and f"prompt {len(text)} tokens" in err and len(text) > 1500, err
     assert out.startswith(text)
