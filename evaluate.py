@@ -637,10 +637,11 @@ def write(results, k, out):
     plot(results["distances"], DISTANCES, part / "distances.png",
          "share", "tokens back, 1 is the query itself", k)
     if "sweep" in results:
-        own, dense = (results["sweep"][name] for name in (list(results["sweep"])[1], "dense"))
-        plot(results["sweep"], list(results["sweep"])[1:], part / "sweep.png",
-             "validation loss (nats per token)", "tokens that a query reads", k,
-             top=max(dense) + 1.5 * abs(max(own) - max(dense)))
+        names = list(results["sweep"])[1:]  # the model's own selector first
+        own = max(results["sweep"][names[0]])
+        dense = max(results["sweep"]["dense"])
+        plot(results["sweep"], names, part / "sweep.png", "validation loss (nats per token)",
+             "tokens that a query reads", k, top=dense + 1.5 * abs(own - dense))
     out.mkdir(exist_ok=True)
     for file in part.iterdir():
         os.replace(file, out / file.name)

@@ -21,6 +21,7 @@ that of block scores over the blocks that hold them.
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from indexer import index_objective
 from rollout import part, trim
 
 
@@ -144,9 +145,7 @@ def step(model, reference, optimizer, groups, rollout, advantage, options, autoc
             loss, noted = objective(
                 logp, micro.logp[:, 1:], reference_logp, advantage[micro_rows], own, options.clip,
                 options.kl_weight, options.drift_bound)
-            total = loss + losses["kl"] if options.train_indexer else loss
-            if "kl_blocks" in losses:
-                total = total + options.block_weight * losses["kl_blocks"]
+            total = loss + index_objective(losses, options.block_weight)
             (total * share).backward()
 
             for name, value in noted.items():

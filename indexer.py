@@ -342,6 +342,15 @@ def block_loss(p, seen, q_index, k_index, w, first, last, block, recent=RECENT):
     return kl_divergence(P, scores, ranked)[0] - torch.special.xlogy(m, m)
 
 
+def index_objective(losses, block_weight):
+    """What the indexers minimise, of the losses of Transformer.forward: "kl", and of layers in two levels
+    "kl_blocks" by its weight -> (), or 0 where neither was asked for."""
+    total = losses.get("kl", 0)
+    if "kl_blocks" in losses:
+        total = total + block_weight * losses["kl_blocks"]
+    return total
+
+
 # ---- its projections ----
 
 class Indexer(nn.Module):

@@ -43,6 +43,7 @@ import grpo
 import parallel
 import tasks
 from config import Config, option
+from indexer import index_objective
 from model import Transformer
 from rewards import Judge, judge_agreement, rewards_of, subjective, summary
 from rollout import Roller, join, part, prompt_columns, rounded
@@ -492,9 +493,9 @@ class Supervised:
             logits, losses = model(ids[:, :-1], first=first, index_loss=indexing)
             nats = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         lm = (nats * weight.flatten()).sum() / weight.sum()
-        total = losses["kl"] if job.kind == "warmup" else lm + losses.get("kl", 0)
-        if "kl_blocks" in losses:
-            total = total + run.options.block_weight * losses["kl_blocks"]
+        total = index_objective(losses, run.options.block_weight)
+        if job.kind != "warmup":
+            total = lm + total
         total.backward()
         norms = [clip_grad_norm_(group, run.options.grad_clip).to(run.device) for group in groups]
         optimizer.step()

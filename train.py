@@ -34,6 +34,7 @@ from tqdm import tqdm
 import data
 import parallel
 from config import Config, option
+from indexer import index_objective
 from model import Transformer
 from support import checkpoint, cli, files, logs, report, runs, tokenizer
 from support.report import STAGES
@@ -706,9 +707,7 @@ def train_stage(run, stage, caught):
             with run.autocast():
                 micro = run.forward(
                     x, targets, first, index_loss=indexing, return_logits=False, split=run.split)[1]
-            objective = sum(micro[name] for name in ("lm", "kl") if name in micro)
-            if "kl_blocks" in micro:
-                objective = objective + options.block_weight * micro["kl_blocks"]
+            objective = micro.get("lm", 0) + index_objective(micro, options.block_weight)
             (objective / len(numbers)).backward()
             losses.append({name: loss.detach() for name, loss in micro.items()})
 

@@ -13,7 +13,6 @@ more than the one before could know without visiting every token:
 The weights w of the heads have signs: a bound takes the high end of q.k where w is positive, the low end
 where it is not. `positive` is the share of w that are.
 """
-import json
 import sys
 
 import torch
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from evaluate import watching
 from support import cli
-from tools.recall import contexts, load, numbers
+from tools.recall import contexts, keep, load, new_parser, numbers
 
 BOUNDS = ("box", "per head", "perfect")
 ROWS = 4  # queries whose products of all heads and tokens are held at a time
@@ -29,16 +28,8 @@ ROWS = 4  # queries whose products of all heads and tokens are held at a time
 
 def parse(argv):
     """-> the command line."""
-    parser = cli.Parser(__doc__)
-    add = parser.add_argument
-    add("--checkpoint", default="out/sparse",
-        help="folder with config.json and weights (default %(default)s)")
-    add("--data", help="where the text comes from (default: that of the run, else python)")
-    add("--lengths", default="16384", help="contexts in tokens (default %(default)s)")
-    add("--blocks", default="16,64", help="tokens of a block (default %(default)s)")
-    add("--rows", type=int, default=64, help="queries that are sampled (default %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    add("--backend", choices=["auto", "torch", "triton"], default="auto")
+    parser = new_parser(__doc__, "16384")
+    parser.add_argument("--blocks", default="16,64", help="tokens of a block (default %(default)s)")
     options = parser.parse_args(argv)
     cli.check_ranges(options, ("rows", 1, 2**20))
     return options
@@ -130,6 +121,7 @@ def table(T, found):
 
 
 def main():
+    """Measure and tabulate each context; the results are kept beside the checkpoint."""
     options = parse(sys.argv[1:])
     lengths = numbers(options, "lengths")
     blocks = numbers(options, "blocks")
@@ -143,9 +135,7 @@ def main():
     records = []
     for T, ids, rows in tqdm(contexts(tokens, lengths, options, device), total=len(lengths), disable=None):
         records += table(T, measure(model, ids, blocks, rows))
-    path = folder.parent / f"bounds-{folder.name}.json"
-    path.write_text(json.dumps(records, indent=2) + "\n")
-    print(f"wrote {path}")
+    keep(records, folder, "bounds")
     return 0
 
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import parallel
 from bench import SMALL_CONFIG, TWIN_CONFIG
 from config import Config
+from indexer import index_objective
 from model import Transformer
 from support import cli, report
 from train import Options, adamw, trainable
@@ -34,6 +35,7 @@ LONGEST_STEP = 80  # seconds; of steps that take longer the first, which compile
 
 
 class Case(NamedTuple):
+    """A step that is measured."""
     config: Config
     stage: str
     train: str
@@ -118,6 +120,16 @@ def nccl_ms(step):
     return sum(event.device_time_total for event in events) / 1000
 
 
+def seconds_of(step, steps, ranks):
+    """Of a step, the mean of so many on the slowest rank."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    report.wait(ranks.device)
+    [seconds] = ranks.largest([(time.perf_counter() - began) / steps])
+    return seconds
+
+
 def measure(name, case, ranks):
     """Print the line of a case."""
     if not case.shares:
@@ -133,24 +145,16 @@ def measure(name, case, ranks):
         with torch.autocast(ranks.device.type, torch.bfloat16):
             _, losses = model(x, None if case.stage == "warmup" else y, index_loss=case.stage != "dense",
                               return_logits=False, split=split)
-        sum(losses[part] for part in ("lm", "kl", "kl_blocks") if part in losses).backward()
+        (losses.get("lm", 0) + index_objective(losses, Options.block_weight)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    began = time.perf_counter()
-    step()
-    report.wait(ranks.device)
-    [seconds] = ranks.largest([time.perf_counter() - began])
+    seconds = seconds_of(step, 1, ranks)
     compiles = ", compilation included"
     if seconds < LONGEST_STEP:
         compiles = ""
-        steps = STEPS if seconds < LONG_STEP else 1
         report.reset_peak_memory(ranks.device)
-        began = time.perf_counter()
-        for _ in range(steps):
-            step()
-        report.wait(ranks.device)
-        [seconds] = ranks.largest([(time.perf_counter() - began) / steps])
+        seconds = seconds_of(step, STEPS if seconds < LONG_STEP else 1, ranks)
     [memory] = ranks.largest([report.peak_memory(ranks.device)])
     tokens = case.batch * case.T * ranks.data
     counted = traffic(model, case, ranks) / 1e9
@@ -161,6 +165,7 @@ def measure(name, case, ranks):
 
 
 def main():
+    """The cases that the command line names, or all."""
     words = [word for word in sys.argv[1:] if word in WORDS]
     names = [name for name in sys.argv[1:] if name not in WORDS] or list(CASES)
     unknown = [name for name in names if name not in CASES]

@@ -24,19 +24,26 @@ from sparse_attn import attention_mass
 from support import cli, files, tokenizer
 
 
-def parse(argv):
-    """-> the command line."""
-    parser = cli.Parser(__doc__)
+def new_parser(description, lengths):
+    """-> a parser of what `load` and `contexts` read. lengths: the default of --lengths."""
+    parser = cli.Parser(description)
     add = parser.add_argument
     add("--checkpoint", default="out/sparse",
         help="folder with config.json and weights (default %(default)s)")
     add("--data", help="where the text comes from (default: that of the run, else python)")
-    add("--lengths", default="16384,65536,131072", help="contexts in tokens (default %(default)s)")
-    add("--candidates", default="0", help="tokens in the best blocks; 0: max(8 k, T / 32), the default")
-    add("--block", type=int, default=16, help="tokens of a block (default %(default)s)")
+    add("--lengths", default=lengths, help="contexts in tokens (default %(default)s)")
     add("--rows", type=int, default=64, help="queries that are sampled (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--backend", choices=["auto", "torch", "triton"], default="auto")
+    return parser
+
+
+def parse(argv):
+    """-> the command line."""
+    parser = new_parser(__doc__, "16384,65536,131072")
+    add = parser.add_argument
+    add("--candidates", default="0", help="tokens in the best blocks; 0: max(8 k, T / 32), the default")
+    add("--block", type=int, default=16, help="tokens of a block (default %(default)s)")
     options = parser.parse_args(argv)
     cli.check_ranges(options, ("block", 1, 2**20), ("rows", 1, 2**20))
     return options
@@ -138,7 +145,15 @@ def table(T, candidates, found):
     return records
 
 
+def keep(records, folder, name):
+    """Write what was found of the checkpoint in `folder` to a file beside it."""
+    path = folder.parent / f"{name}-{folder.name}.json"
+    path.write_text(json.dumps(records, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
 def main():
+    """Measure and tabulate each context; the results are kept beside the checkpoint."""
     options = parse(sys.argv[1:])
     lengths = numbers(options, "lengths")
     asked = numbers(options, "candidates")
@@ -147,9 +162,7 @@ def main():
     for T, ids, rows in tqdm(contexts(tokens, lengths, options, device), total=len(lengths), disable=None):
         candidates = [C or indexer.default_candidates(model.config.index_topk, T) for C in asked]
         records += table(T, candidates, measure(model, ids, candidates, options.block, rows))
-    path = folder.parent / f"recall-{folder.name}.json"
-    path.write_text(json.dumps(records, indent=2) + "\n")
-    print(f"wrote {path}")
+    keep(records, folder, "recall")
     return 0
 
 
