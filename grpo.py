@@ -43,8 +43,11 @@ def token_logp(model, rollout, temperature=1.0, keep_selection=True, index_loss=
     """Log-probabilities of a Rollout's tokens by the model as it is now -> logp (B,T-1) of ids[:, 1:] and the
     entropy (B,T-1) of what they are drawn from, float32, and the model's losses.
 
-    keep_selection: attend to the rollout's selections, else select anew."""
-    selections = rollout.selections if keep_selection else None
+    keep_selection: attend to the rollout's selections, else select anew, as the rollout did also where it saw
+    no more than k tokens: dense attention would round otherwise."""
+    selections = rollout.selections
+    if selections and not keep_selection:
+        selections = []  # which the model fills
     columns = rollout.ids.shape[1] - 1
     position = torch.arange(rollout.offset, rollout.offset + columns, device=rollout.ids.device)
     logits, losses = model(

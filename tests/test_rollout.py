@@ -159,10 +159,15 @@ def test_replay_gives_the_same_bits(index_fp8, chunk, top_p):
 
 def test_a_prompt_that_k_is_not_exceeded_by():
     """Nothing is left out, and yet what is replayed are selections: all visible tokens. (Sums over 200 slots
-    are split otherwise for one query than for many, so bits may differ.)"""
+    are split otherwise for one query than for many, so bits may differ.) Selecting anew is then no other
+    forward: dense attention in its place would sum otherwise."""
     model = tiny(index_topk=200)
     rollout = Roller(model, CPU)(tasks_of("math", "agent"), generator=seeded(), traced=True)
     assert gap(model, rollout) < 2e-5
+    with torch.no_grad():
+        replayed, _, _ = grpo.token_logp(model, rollout)
+        anew, _, _ = grpo.token_logp(model, rollout, keep_selection=False)
+    assert torch.equal(anew, replayed)
     chosen = rollout.selections[0]
     at = torch.arange(chosen.shape[1])
     seen = (at[None] - rollout.first() + 1).masked_fill(at[None] >= rollout.end[:, None], 1)
