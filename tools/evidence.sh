@@ -3,7 +3,8 @@
 # 8 minutes on an H200, the seeds first; on two GPUs:
 #   CUDA_VISIBLE_DEVICES=0 bash tools/evidence.sh seed-1337 control-1337 no-warmup &
 #   CUDA_VISIBLE_DEVICES=1 bash tools/evidence.sh seed-1338 control-1338
-# `selectors` is 22 runs, each of which can be named: bash tools/evidence.sh recent-1024 copy-recent-1024.
+# `selectors` is 22 runs, each of which can be named: bash tools/evidence.sh recent-1024 copy-recent-1024; by
+# another seed, for the pairs that carry a claim: copy@1338 copy-recent-1024@1338, seed-1338 recent-1024@1338.
 # EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON,
 # RUNS, RESULTS: interpreter, checkpoints, what is kept.
 set -euo pipefail
@@ -56,20 +57,69 @@ copy() {
   done
 }
 
+# what `copy` is up to its sparse stage, by another seed: of the order of batches and of the new indexers
+copy_again() {
+  local config=copy
+  local options="--data=$RUNS/copies --seed=$number"
+  train $options --stage=dense --init_from="$RUNS/copy-short/dense"
+  train $options --stage=warmup
+}
+
 # the sparse stage with k tokens chosen by another selector: NAME-K on code, copy-NAME-K on text to be copied,
-# each from the warm-up of $start or of `copy`. The oracle takes minutes, the others a minute or two
+# each from the warm-up of $start or of `copy`; NAME-K@SEED from that of seed-SEED or copy@SEED. The oracle
+# takes minutes, the others a minute or two
 selector() {
   local RESULTS=$above/selectors
-  local k=${run##*-} name=${run%-*}
-  local options="--stage=sparse --selector=${name#copy-} --index_topk=$k"
+  local what=${run%@*} seed=${run#"${run%@*}"}
+  seed=${seed#@}
+  local k=${what##*-} name=${what%-*}
+  local options="--stage=sparse --selector=${name#copy-} --index_topk=$k --seed=${seed:-1337}"
   if [[ $run == copy-* ]]; then
     local config=copy
-    train $options --data="$RUNS/copies" --init_from="$RUNS/copy/warmup"
+    train $options --data="$RUNS/copies" --init_from="$RUNS/copy${seed:+@$seed}/warmup"
     measure --batches=4 --copies=64
   else
-    train $options --init_from="$start/warmup"
+    train $options --init_from="$RUNS/seed-${seed:-1337}/warmup"
     measure --batches=4 --copies=8
   fi
+  keep
+}
+
+# the copying model goes on at 128K, positions by YaRN: needles as far back as that
+far() {
+  local config=copy RESULTS=$above/far copies=$RUNS/copies-far name stage
+  local options="--data=$copies --yarn_factor=8 --block_size=131072 --batch_size=1 --recompute
+    --sparse_steps=50 --ramp_steps=5 --eval_interval=50 --eval_steps=8"
+  [ -d "$copies" ] || $python -m tools.copies "$copies" --documents=150 --length=262144
+  for name in ${1:-exact blocks control}; do
+    run=far-$name
+    stage=sparse
+    case $name in
+      exact)
+        train $options --stage=sparse --init_from="$RUNS/copy/sparse" ;;
+      blocks)
+        train $options --stage=sparse --init_from="$RUNS/copy/sparse" --index_block=16 ;;
+      control)
+        stage=control
+        train $options --stage=control --init_from="$RUNS/copy/control" ;;
+    esac
+    $python evaluate.py --checkpoint="$RUNS/$run/$stage" --batches=2 --copies=8 \
+      --out_dir="$RUNS/$run/evaluation-sparse"
+    keep
+  done
+}
+
+# a corpus of which nothing is read twice: the packages installed beside this Python, at two contexts
+packages() {
+  local RESULTS=$above/packages
+  local options="--data=packages"
+  if [ "$number" = 64k ]; then
+    options="$options --block_size=65536 --batch_size=1 --dense_steps=300 --warmup_steps=60 --sparse_steps=60
+      --ramp_steps=15 --eval_steps=8"
+  fi
+  train $options
+  train $options --stage=control
+  measure --batches=4 --copies=8
   keep
 }
 
@@ -105,7 +155,8 @@ selectors="indexer-256 recent-1024 recent-256 sinks-1024 sinks-256 random-1024 r
   copy-indexer-256 copy-recent-1024 copy-recent-256 copy-sinks-1024 copy-sinks-256 copy-random-1024
   copy-random-256 copy-strided-1024 copy-strided-256 copy-oracle-1024 copy-oracle-256"
 everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338
-  no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 copy long backends selectors sweep table"
+  no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 copy long backends selectors sweep far
+  packages-16k packages-64k table"
 for name in ${@:-$everything}; do
   echo "=== $name"
   run=$name
@@ -133,6 +184,15 @@ for name in ${@:-$everything}; do
       ablation --index_n_heads=$number ;;
     copy)
       copy ;;
+    copy@*)
+      number=${name#*@}
+      copy_again ;;
+    far)
+      far ;;
+    far-exact|far-blocks|far-control)
+      far "${name#far-}" ;;
+    packages-*)
+      packages ;;
     selectors)
       for run in $selectors; do
         selector
