@@ -495,6 +495,29 @@ class Block(nn.Module):
         return h, selection, index_loss
 
 
+def remembering(block, offload):
+    """A block with an indexer, for recomputation: what it selected in the forward it does not select again in
+    the backward. At 1M tokens selecting is most of a step. Kept are (B,S,k) int32, with offload in the
+    host's memory, pinned."""
+    kept = []
+
+    def run(h, state, selection):
+        if kept:
+            [indices] = kept
+            state = replace(state, replay=True)
+            selection = selection._replace(indices=indices.to(h.device, non_blocking=True))
+            return block(h, state, selection)
+        h, selection, index_loss = block(h, state, selection)
+        if selection.indices is not None:
+            indices = selection.indices
+            if offload and indices.is_cuda:
+                indices = torch.empty(indices.shape, dtype=indices.dtype, pin_memory=True).copy_(indices)
+            kept.append(indices)
+        return h, selection, index_loss
+
+    return run
+
+
 # ---- the language-model loss ----
 
 def cross_entropy(logits, targets, grad):
@@ -662,8 +685,11 @@ class Transformer(nn.Module):
             if self.recompute and torch.is_grad_enabled() and caches is None:
                 # checkpoint saves h where these hooks see it, and what the block computes where they do not
                 keep = save_on_cpu(pin_memory=h.is_cuda) if self.offload else nullcontext()
+                run = block
+                if block.self_attn.indexer and not state.replay and not torch.compiler.is_compiling():
+                    run = remembering(block, self.offload)
                 with keep:
-                    h, selection, layer_loss = recompute(block, h, state, selection, use_reentrant=False)
+                    h, selection, layer_loss = recompute(run, h, state, selection, use_reentrant=False)
             else:
                 h, selection, layer_loss = block(h, state, selection, caches[i] if caches else None)
             if layer_loss is not None:

@@ -345,6 +345,44 @@ def test_recomputation_gives_the_same(attention):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("changes,selecting", [
+    (dict(num_hidden_layers=3), 3), (dict(indexer_types=["full", "shared", "full"]), 2), (TWO_LEVELS, None)],
+    ids=["exact", "shared", "two levels"])
+def test_recomputation_does_not_select_again(changes, selecting, offload, monkeypatch):
+    """(T21) Nor does it attend to anything else: what each layer attended to in the forward it attends to in
+    the backward. (Two levels select once more, of a few queries, for the metrics.)"""
+    torch.manual_seed(0)
+    model = tiny_model(attention="sparse", index_fp8=True, **changes)
+    model.recompute = True
+    model.offload = offload
+    selected = []
+    attended = []
+    select = model_file.Scorer.select
+    attend = sparse_attn.sparse_attention
+
+    def selecting_once(scorer, *args):
+        selected.append(scorer)
+        return select(scorer, *args)
+
+    def attending(q, latents, indices, *args):
+        attended.append(indices.clone())
+        return attend(q, latents, indices, *args)
+
+    monkeypatch.setattr(model_file.Scorer, "select", selecting_once)
+    monkeypatch.setattr(sparse_attn, "sparse_attention", attending)
+    x, y, first = packed_batch(S=LENGTH if selecting is None else 32)
+    found = model(x, y, first, index_loss=True, return_logits=False)[1]
+    whole = [scorer for scorer in selected if scorer.q.shape[1] == x.shape[1]]
+    layers = len(model.model.layers)
+    assert len(whole) == (selecting or layers) and len(attended) == layers
+    sum(found[name] for name in ("lm", "kl", "kl_blocks") if name in found).backward()
+    assert len([scorer for scorer in selected if scorer.q.shape[1] == x.shape[1]]) == len(whole)
+    assert len(attended) == 2 * layers
+    for forward, backward in zip(attended[:layers], reversed(attended[layers:])):
+        assert torch.equal(forward, backward)
+
+
 class Host:
     """What was moved away of a tensor: neither it nor its memory."""
 
