@@ -321,7 +321,7 @@ def test_forward_repeats_bit_equal():
 # ---- unions ----
 
 @pytest.mark.parametrize("block_s", [2, 5, 7, 16, 31])
-@pytest.mark.parametrize("K,T", [(17, 90), (60, 33)])
+@pytest.mark.parametrize("K,T", [(17, 90), (60, 33), (90, 70000)])
 def test_union(block_s, K, T):
     """Lists ascend, hold every selected token once, and the bits say who selected it; scratch is clean for
     the next block; behind the list stands its last token, without bits."""

@@ -29,7 +29,7 @@ MANY_HEADS = 64  # beyond, the backward holds 128 rows at a time
 SCORES_BYTES = 2**30  # of P and dS that the backward holds at a time
 UNION_PROGRAMS = 1056  # of the union's kernel at most: eight per multiprocessor of an H100
 UNION_PROGRAMS_LEAST = 16
-UNION_SCRATCH = 2**24  # words of scratch memory of all these programs: 64 MB
+UNION_SCRATCH = 2**27  # words of scratch memory of all these programs: 512 MB, which 1M tokens need
 UNION_PAD = 128  # entries without bits behind each list, for tiles that reach beyond its end
 P_SCALE = tl.constexpr(256.0)  # brings P times a scale near the largest of 128 values: fp16 keeps its digits
 
@@ -138,7 +138,8 @@ def union(indices, T, block_s):
     UNION_PAD entries follow that repeat the last token without bits. block_s = 1: tokens and bits are the
     indices themselves, length is that of a list up to its last token; `union_tokens` reads both. No
     host synchronisation, hence memory for the longest lists, 8 bytes for each of S * K entries, and scratch:
-    at most 64 MB of bits up to 2^20 tokens, and 8 * width bytes for each program (UNION_PROGRAMS at most)."""
+    of bits some T block_s / 8 bytes, at most 512 MB in all, and of words 8 * width for each program
+    (UNION_PROGRAMS at most)."""
     B, S, K = indices.shape
     blocks = triton.cdiv(S, block_s)
     int32 = dict(dtype=torch.int32, device=indices.device)
