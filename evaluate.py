@@ -609,7 +609,7 @@ def plot(columns, names, path, ylabel, xlabel, k=None, top=None):
     axis.set_xticks(x, x, fontsize=8)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     if "loss" not in ylabel:
-        axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
+        axis.set_ylim(0, 1.05 * axis.dataLim.ymax or 1)  # all may be 0
     if top is not None:
         least = axis.dataLim.ymin
         axis.set_ylim(least - 0.1 * (top - least), top)

@@ -12,6 +12,7 @@ docs/PARALLEL.md shows who owns and who sends what.
 import atexit
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,9 +26,14 @@ from support import cli
 
 # FSDP and DTensor are imported where they are used: one process need not wait a second for them.
 
-# Gathers along dimension 0, and the gradient goes back as a sum by reduce-scatter; renamed in torch 2.13
-all_gather_autograd = getattr(collectives, "all_gather_single_autograd", None)
-all_gather_autograd = all_gather_autograd or collectives.all_gather_tensor_autograd
+# Gathers along dimension 0; by the second the gradient goes back as a sum by reduce-scatter. Renamed in torch
+# 2.13, which warns of the old names
+if hasattr(collectives, "all_gather_single"):
+    all_gather = collectives.all_gather_single
+    all_gather_autograd = collectives.all_gather_single_autograd
+else:
+    all_gather = collectives.all_gather_tensor
+    all_gather_autograd = collectives.all_gather_tensor_autograd
 PATIENCE = timedelta(hours=2)  # of a rank that waits, such as for rank 0 to write a large state
 
 
@@ -192,6 +198,8 @@ def shard(model, ranks):
     if ranks.world == 1:
         return model
     from torch.distributed.fsdp import fully_shard
+    # of indexer keys, which a block hands on and nobody changes in place
+    warnings.filterwarnings("ignore", message=".* returned a view tensor")
     for block in model.model.layers:
         fully_shard(block, mesh=ranks.mesh)
     fully_shard(model, mesh=ranks.mesh)
@@ -294,7 +302,7 @@ class Split:
         sum over all ranks of what they send back, each rank's own rows."""
         rows = x.transpose(0, 1).contiguous()  # (length / C, B, D)
         learns = torch.is_grad_enabled() and x.requires_grad  # before 2.13 the other one needs autograd
-        gather = all_gather_autograd if learns else collectives.all_gather_tensor
+        gather = all_gather_autograd if learns else all_gather
         rows = gather(rows, 0, self.group)  # (length, B, D), rank by rank
         lower, upper = rows.unflatten(0, (self.context, 2, self.chunk)).unbind(1)  # (C, chunk, B, D) each
         rows = torch.cat((lower.flatten(0, 1), upper.flip(0).flatten(0, 1)))  # (length, B, D)

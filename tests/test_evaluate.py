@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -348,6 +349,15 @@ def test_only_queries_that_choose_are_measured():
 
 
 # ---- copying ----
+
+def test_a_plot_of_zeros(tmp_path):
+    """Nothing was copied at any distance: the axis has a length all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate.plot(dict(distance=[32, 64], sparse=[0.0, 0.0]), ["sparse"], tmp_path / "copy.png", "share",
+                      "distance")
+    assert (tmp_path / "copy.png").is_file()
+
 
 def test_copy_task():
     tokens = text_tokens()

@@ -18,6 +18,7 @@ from tests.common import FLOAT32, MEAN_ROW, assert_close, device_of
 from tests.scripts import ROOT, SHORT, SIZES, call, finish, launch, losses, metrics, refused, train
 from triton_kernels import dense
 
+OF_TORCH = ("FutureWarning", "returned a view tensor")  # what torch says of names and of blocks' outputs
 SMALL = ("--data=text.txt", "--device=cpu", *SIZES, *SHORT)
 
 
@@ -164,7 +165,7 @@ def test_pieces_by_cudnn(D, V):
 def test_models_on_two_ranks(place):
     """Losses and gradients of all stages, prompts, checkpoints: see tests/ranks.py."""
     for code, out, err in [finish(process) for process in launch(place, 2, "tests/ranks.py", "2", "cpu")]:
-        assert code == 0, err
+        assert code == 0 and not any(words in err for words in OF_TORCH), err
 
 
 @pytest.mark.parametrize("ranks,context", [(2, 1), (2, 2), (4, 2), (4, 4)])
@@ -200,6 +201,7 @@ def test_four_ranks_train_as_one(place, one):
     results = on_ranks(place, 4, *SMALL, *stage, "--out_dir=four")
     assert [code for code, _, _ in results] == [0] * 4, told(results)
     assert "sample after" in results[0][1] and not any(out + err for _, out, err in results[1:])
+    assert not any(words in results[0][2] for words in OF_TORCH), results[0][2]
     assert_near(one, place / "four", ["sparse"])
     names = [sorted(path.name for path in (folder / "sparse").iterdir()) for folder in (one, place / "four")]
     assert names[0] == names[1]
