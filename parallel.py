@@ -199,7 +199,7 @@ def shard(model, ranks):
         return model
     from torch.distributed.fsdp import fully_shard
     # of indexer keys, which a block hands on and nobody changes in place
-    warnings.filterwarnings("ignore", message=".* returned a view tensor")
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPBlock\) returned a view tensor")
     for block in model.model.layers:
         fully_shard(block, mesh=ranks.mesh)
     fully_shard(model, mesh=ranks.mesh)

@@ -60,8 +60,8 @@ class Options:
     seed: int = option(1337, "of initialisation and batch order")
     compile: bool = option(False, "torch.compile the model")
     recompute: str = option(
-        "false", "activation checkpointing: less memory for a third more compute; offload: the blocks' "
-        "inputs, which it keeps, wait for the backward in host memory", "false", "true", "offload",
+        "false", "activation checkpointing: less memory for a third more compute; offload: what it keeps, "
+        "blocks' inputs and selections, waits for the backward in host memory", "false", "true", "offload",
         alone="true")
     train: str = option("all", "what the sparse stage trains besides the indexers",
                         "all", "attention", "none")

@@ -347,7 +347,7 @@ def test_recomputation_gives_the_same(attention):
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("changes,selecting", [
-    (dict(num_hidden_layers=3), 3), (dict(indexer_types=["full", "shared", "full"]), 2), (TWO_LEVELS, None)],
+    ({}, 3), (dict(indexer_types=["full", "shared", "full"]), 2), (TWO_LEVELS, 3)],
     ids=["exact", "shared", "two levels"])
 def test_recomputation_does_not_select_again(changes, selecting, offload, monkeypatch):
     """(T21) Nor does it attend to anything else: what each layer attended to in the forward it attends to in
@@ -371,15 +371,16 @@ def test_recomputation_does_not_select_again(changes, selecting, offload, monkey
 
     monkeypatch.setattr(model_file.Scorer, "select", selecting_once)
     monkeypatch.setattr(sparse_attn, "sparse_attention", attending)
-    x, y, first = packed_batch(S=LENGTH if selecting is None else 32)
+    x, y, first = packed_batch(S=LENGTH if "index_block" in changes else 32)
+
+    def selected_whole():
+        return sum(scorer.q.shape[1] == x.shape[1] for scorer in selected)
+
     found = model(x, y, first, index_loss=True, return_logits=False)[1]
-    whole = [scorer for scorer in selected if scorer.q.shape[1] == x.shape[1]]
-    layers = len(model.model.layers)
-    assert len(whole) == (selecting or layers) and len(attended) == layers
+    assert selected_whole() == selecting and len(attended) == 3
     sum(found[name] for name in ("lm", "kl", "kl_blocks") if name in found).backward()
-    assert len([scorer for scorer in selected if scorer.q.shape[1] == x.shape[1]]) == len(whole)
-    assert len(attended) == 2 * layers
-    for forward, backward in zip(attended[:layers], reversed(attended[layers:])):
+    assert selected_whole() == selecting and len(attended) == 6
+    for forward, backward in zip(attended[:3], reversed(attended[3:])):
         assert torch.equal(forward, backward)
 
 

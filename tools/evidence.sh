@@ -70,16 +70,19 @@ copy_again() {
 # takes minutes, the others a minute or two
 selector() {
   local RESULTS=$above/selectors
-  local what=${run%@*} seed=${run#"${run%@*}"}
-  seed=${seed#@}
+  local what=${run%@*} seed=1337 copied=copy
+  if [[ $run == *@* ]]; then
+    seed=${run#*@}
+    copied=copy@$seed
+  fi
   local k=${what##*-} name=${what%-*}
-  local options="--stage=sparse --selector=${name#copy-} --index_topk=$k --seed=${seed:-1337}"
+  local options="--stage=sparse --selector=${name#copy-} --index_topk=$k --seed=$seed"
   if [[ $run == copy-* ]]; then
     local config=copy
-    train $options --data="$RUNS/copies" --init_from="$RUNS/copy${seed:+@$seed}/warmup"
+    train $options --data="$RUNS/copies" --init_from="$RUNS/$copied/warmup"
     measure --batches=4 --copies=64
   else
-    train $options --init_from="$RUNS/seed-${seed:-1337}/warmup"
+    train $options --init_from="$RUNS/seed-$seed/warmup"
     measure --batches=4 --copies=8
   fi
   keep
@@ -87,22 +90,21 @@ selector() {
 
 # the copying model goes on at 128K, positions by YaRN: needles as far back as that
 far() {
-  local config=copy RESULTS=$above/far copies=$RUNS/copies-far name stage
+  local config=copy RESULTS=$above/far copies=$RUNS/copies-far name stage levels
   local options="--data=$copies --yarn_factor=8 --block_size=131072 --batch_size=1 --recompute
     --sparse_steps=50 --ramp_steps=5 --eval_interval=50 --eval_steps=8"
   [ -d "$copies" ] || $python -m tools.copies "$copies" --documents=150 --length=262144
   for name in ${1:-exact blocks control}; do
     run=far-$name
     stage=sparse
+    levels=""
     case $name in
-      exact)
-        train $options --stage=sparse --init_from="$RUNS/copy/sparse" ;;
       blocks)
-        train $options --stage=sparse --init_from="$RUNS/copy/sparse" --index_block=16 ;;
+        levels=--index_block=16 ;;
       control)
-        stage=control
-        train $options --stage=control --init_from="$RUNS/copy/control" ;;
+        stage=control ;;
     esac
+    train $options --stage=$stage --init_from="$RUNS/copy/$stage" $levels
     $python evaluate.py --checkpoint="$RUNS/$run/$stage" --batches=2 --copies=8 \
       --out_dir="$RUNS/$run/evaluation-sparse"
     keep
