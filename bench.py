@@ -100,7 +100,6 @@ LONG = (16384, 32768, 65536, 131072)  # contexts of a trained checkpoint
 DECODED = ((1, 4096), (1, 131072), (16, 65536), (64, 16384))  # batch and context of decoding steps
 SAMPLED = (2**17, 2**19, 2**20)  # prompts of sample.py
 SAMPLED_STEPS = 64  # decoding steps behind them
-LONG_PREFILL = 15  # seconds; of a prompt that takes longer, once is enough, compilation included
 
 
 # ---- FLOPs ----
@@ -949,7 +948,7 @@ def sampling(model, prompt):
     of a step, with its sampling."""
     rows = stream(model, prompt, 2 + SAMPLED_STEPS, temperature=0.8, fp8_cache=True)
     prefill = seconds_of(lambda: next(rows))
-    next(rows)  # compiles, captures
+    next(rows)  # captures
 
     def steps():
         for _ in range(SAMPLED_STEPS):
@@ -971,9 +970,8 @@ def bench_sample(table, T):
             model = Transformer(replace(config, index_block=block))
         model = model.to(BF16).eval()
         torch.cuda.reset_peak_memory_stats()
+        sampling(model, prompt)  # compiles
         prefill, step = sampling(model, prompt)
-        if prefill < LONG_PREFILL:
-            prefill, step = sampling(model, prompt)
         memory = torch.cuda.max_memory_allocated() / 1e9
         exact = exact or (prefill, step)
         what = f"sample.py, 124M, prompt of {T} tokens, {name}"

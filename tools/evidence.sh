@@ -5,8 +5,9 @@
 #   CUDA_VISIBLE_DEVICES=1 bash tools/evidence.sh seed-1338 control-1338
 # `selectors` is 22 runs, each of which can be named: bash tools/evidence.sh recent-1024 copy-recent-1024; by
 # another seed, for the pairs that carry a claim: copy@1338 copy-recent-1024@1338, seed-1338 recent-1024@1338.
-# EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption); PYTHON,
-# RUNS, RESULTS: interpreter, checkpoints, what is kept.
+# EXTRA: options for train.py ahead of a run's own (EXTRA=--resume goes on after an interruption;
+# --sparse_steps=50 makes the oracle affordable); COPIES: strings copied at each distance; PYTHON, RUNS,
+# RESULTS: interpreter, checkpoints, what is kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -80,7 +81,7 @@ selector() {
   if [[ $run == copy-* ]]; then
     local config=copy
     train $options --data="$RUNS/copies" --init_from="$RUNS/$copied/warmup"
-    measure --batches=4 --copies=64
+    measure --batches=4 --copies="${COPIES:-64}"
   else
     train $options --init_from="$RUNS/seed-$seed/warmup"
     measure --batches=4 --copies=8
