@@ -194,10 +194,12 @@ def test_chunks_and_incoming_gradient(dtype, monkeypatch):
     monkeypatch.setattr(sparse, "SCORES_BYTES", 1)
     many = sparse.sparse_attention_backward(*inputs, dout, scale)
     assert torch.equal(one[0], many[0])
-    eps = torch.finfo(dtype).eps  # atomics add in any order; subnormal fp16 does not double to the bit
-    torch.testing.assert_close(many[1], one[1], rtol=2 * eps, atol=2 * eps)
+    eps = torch.finfo(dtype).eps  # subnormal fp16 does not double to the bit
+    order = 37 * torch.finfo(torch.float32).eps * one[1].abs().max().item()  # atomics of up to S queries
+    near = dict(rtol=2 * eps, atol=max(2 * eps, order))
+    torch.testing.assert_close(many[1], one[1], **near)
     for x, y in zip(double, one):
-        torch.testing.assert_close(x, 2 * y, rtol=2 * eps, atol=2 * eps)
+        torch.testing.assert_close(x, 2 * y, **near)
 
 
 @pytest.mark.parametrize("dtype,packed", [(HALF, False), (torch.float32, False), (HALF, True)])
