@@ -247,6 +247,17 @@ def without_special(contents):
     return contents | dict(model=model, added_tokens=[], post_processor=None)
 
 
+def without_spelled_bytes(contents):
+    """The contents of a tokenizer.json -> the same, but text like <0x41> is not the byte of this name: Unigram
+    would find it among its pieces, which are there for characters that it does not know."""
+    if contents["model"].get("type") != "Unigram" or not contents["model"].get("byte_fallback"):
+        return contents
+    apart = dict(
+        type="Split", pattern=dict(Regex="<(?=0x[0-9A-F]{2}>)"), behavior="Isolated", invert=False)
+    steps = [step for step in (contents.get("pre_tokenizer"), apart) if step]
+    return contents | dict(pre_tokenizer=dict(type="Sequence", pretokenizers=steps))
+
+
 def leading_ids(processor):
     """-> the ids that a post-processor puts before a text."""
     if processor is None:
@@ -274,6 +285,7 @@ class FolderTokenizer(Tokenizer):
         try:
             if contents["model"].get("dropout"):
                 contents["model"] = contents["model"] | dict(dropout=None)
+            contents = without_spelled_bytes(contents)
             self.inner = tokenizers.Tokenizer.from_str(json.dumps(contents))
             self.plain = tokenizers.Tokenizer.from_str(json.dumps(without_special(contents)))
         except Exception as error:  # the library raises nothing more specific

@@ -181,6 +181,18 @@ def test_spelled_tokens_are_text_in_other_models(tmp_path):
     assert words.encode("a <eos> b") == [2, 0, 3] and words.encode("a <eos>", special=True) == [2, 1]
 
 
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("before", [None, pre_tokenizers.UnicodeScripts()])
+def test_spelled_bytes_are_text(tmp_path, before, special):
+    """Unigram's pieces for the bytes of unknown characters: text that spells one is not that byte."""
+    inner = metaspace()
+    if before:
+        inner.pre_tokenizer = before
+    made = folder_of(tmp_path, inner, eos=2)
+    for text in ("<0x41>", "a <0x0A> b <0xC3>", "<<0xFF>>", "<0x4", "é"):
+        assert made.decode(made.encode(text, special=special)) == text
+
+
 def test_added_tokens_that_are_ordinary_text(tmp_path):
     """A piece that merges make is a piece, whoever lists it among the added tokens; so is one character."""
     inner = byte_level(["aa", "aaaa"], [("a", "a"), ("aa", "aa")])
