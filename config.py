@@ -55,8 +55,8 @@ class Config:
     index_n_heads: int = option(4, "heads of the lightning indexer")
     index_head_dim: int = option(32, "dimensions of an indexer head, a power of two")
     index_topk: int = option(64, "k, tokens that a query attends to; 0: a dense model without indexer")
-    index_block: int = option(0, "selection in two levels (docs/LONG.md): tokens of a block, scored by all "
-                              "heads where two mixed ones find its best token; 0: all are")
+    index_block: int = option(0, "selection in two levels (docs/LONG.md): tokens of a block; two mixed heads "
+                              "say which blocks all heads score; 0: all heads score all tokens")
     index_candidates: int = option(0, "tokens in the best blocks, which are scored (0: max(8 index_topk, "
                                    "T / 32))")
     index_exact_layers: int = option(2, "with index_block: so many first layers score all tokens by all "
@@ -148,7 +148,8 @@ class Config:
                 "needs at least one head, of a power of two (Hadamard) not below "
                 f"qk_rope_head_dim={self.qk_rope_head_dim}")
         if not 0 <= self.index_block <= 64 or self.index_block & (self.index_block - 1):
-            raise ValueError(f"index_block={self.index_block}: tokens of a block, a power of two up to 64, or 0")
+            raise ValueError(f"index_block={self.index_block}: tokens of a block, a power of two up to 64 (0: "
+                             "one level)")
         if min(self.index_candidates, self.index_exact_layers) < 0:
             raise ValueError(f"index_candidates={self.index_candidates}, "
                              f"index_exact_layers={self.index_exact_layers}: tokens and layers, from 0 on")

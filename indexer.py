@@ -158,13 +158,14 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
 # ---- selection in two levels ----
 
 def mixed_heads(q, w):
-    """The heads of q (B,S,HI,DI) mixed into two by their weights w (B,S,HI), those of positive weight and those
-    of negative -> q (B,S,2,DI), w (B,S,2): q[0] = sum_j max(w_j, 0) q_j and q[1] = sum_j max(-w_j, 0) q_j, of
-    weights 1 and -1, but for a positive factor of each query, which ranks nothing otherwise.
+    """The heads of q (B,S,HI,DI) mixed into two by their weights w (B,S,HI), those of positive weight and
+    those of negative -> q (B,S,2,DI), w (B,S,2): q[0] = sum_j max(w_j, 0) q_j and q[1] = sum_j max(-w_j, 0)
+    q_j, of weights 1 and -1, but for a positive factor of each query, which changes no order.
 
-    What several heads look for at once they look for together, so relu(q[0] . k) - relu(q[1] . k) finds it,
-    at the cost of two heads; where only some of them match it says less than sum_j w_j relu(q_j . k). In q's
-    dtype, e4m3 being quantised anew. Summed in float32, head after head: the same bits everywhere."""
+    What several heads look for at once, relu(q[0] . k) - relu(q[1] . k) finds as sum_j w_j relu(q_j . k)
+    does, at the cost of two heads; where only some of them match, each relu is less than the sum that it
+    stands for. In q's dtype, e4m3 being quantised anew. Summed in float32, head after head: the same bits
+    everywhere."""
     w = w / power_of_two_above(w.abs().amax(-1, keepdim=True).clamp(min=1e-30))  # (B, S, HI), at most 1
     sides = torch.stack((w, -w), 2).clamp(min=0)[..., None]  # (B, S, 2, HI, 1)
     mixed = torch.zeros(*q.shape[:2], 2, q.shape[3], device=q.device)

@@ -91,9 +91,9 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, block=1
     mixed heads (indexer.mixed_heads), `candidates` tokens of them (0: max(8 topk, T / 32)) -> (B,S,K) int32
 
     Other arguments, ties, NaN and -inf as `select`, which runs in place of this where all blocks are
-    candidates. Memory: the result and some 1 GB of scores. The same bits in every run; the host reads nothing.
-    Not differentiable. ValueError: topk or recent < 1, a block that is no power of two up to 64, types or
-    shapes that do not fit."""
+    candidates. Memory: the result and some 1 GB of scores. The same bits in every run; the host reads
+    nothing. Not differentiable. ValueError: topk or recent < 1, a block that is no power of two up to 64,
+    types or shapes that do not fit."""
     return blocks.select_by_blocks(q, k, w, topk, k_scale, first, last, block, candidates, recent)
 
 

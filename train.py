@@ -118,8 +118,8 @@ TRAINING = tuple(field.name for field in fields(Options))
 MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) or f.metadata.get("choices")]
 MODEL_FIELDS = [f for f in MODEL_FIELDS if f.name != "vocab_size"]
 # What a run being resumed cannot change: its batches, its weights, or what they learn would be others
-FIXED = {"stage", "init_from", "train", "detach", "share_selection", "yarn_factor", "data", "tokenizer", "seed",
-         "block_size", "batch_size", "gradient_accumulation_steps",
+FIXED = {"stage", "init_from", "train", "detach", "share_selection", "yarn_factor", "data", "tokenizer",
+         "seed", "block_size", "batch_size", "gradient_accumulation_steps",
          *(field.name for field in MODEL_FIELDS)}
 RANGES = (
     ("block_size", 2, math.inf), ("batch_size", 1, math.inf), ("gradient_accumulation_steps", 1, math.inf),

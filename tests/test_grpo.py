@@ -11,7 +11,6 @@ import grpo
 import indexer
 import tasks
 from rollout import Roller, Turns, assemble, part, prompt_columns
-from tests.common import FLOAT32, assert_close
 from tests.test_rollout import CPU, seeded, tasks_of, tiny
 
 OPTIONS = dict(

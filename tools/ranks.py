@@ -26,7 +26,7 @@ from bench import SMALL_CONFIG, TWIN_CONFIG
 from config import Config
 from model import Transformer
 from support import cli, report
-from train import adamw, trainable
+from train import Options, adamw, trainable
 
 STEPS = 3  # measured, after one that compiles
 LONG_STEP = 15  # seconds; of steps that take longer one is enough

@@ -1,5 +1,5 @@
-"""Chapter 7: selection in two levels, for contexts beyond 128K. The heads mixed into two score all tokens; all
-heads score those in the blocks that hold the best. Scores and top-k are those of chapter 1.
+"""Chapter 7: selection in two levels, for contexts beyond 128K. The heads mixed into two score all tokens,
+all heads those in the blocks that hold the best. Scores and top-k are those of chapter 1.
 """
 import torch
 import triton
@@ -10,8 +10,8 @@ from indexer import RECENT, check_two_levels, default_candidates
 from triton_kernels.common import (
     e4m3_to_fp16, full_bounds, load_bounds, multiprocessors, operation, power_of_two)
 from triton_kernels.index import (
-    ALIGNED_ROW, DIRECT_ROW, INFINITY, LEAST_SPAN, LONGEST_SPAN, PROGRAMS, TILE, check_inputs, chunks,
-    dealt_columns, e4m3_bits, fill_tiles, index_tiles, launch_scores, launch_topk, operands,
+    ALIGNED_ROW, DIRECT_ROW, LEAST_SPAN, LONGEST_SPAN, PROGRAMS, TILE, check_inputs, chunks,
+    dealt_columns, e4m3_of, higher_or_nan, index_tiles, launch_scores, launch_topk, operands,
     power_of_two_above, score_keys, select, take)
 
 MIXED_ELEMENTS = 2048  # of each side in a program of mix_kernel
@@ -29,30 +29,33 @@ BOUNDS = 512  # queries of a program of bounds_kernel
 
 
 @triton.jit
-def e4m3_of(x):
-    """float32 x (n, d) -> e4m3 bits (n, d) as by `quantise`, scales (n,)"""
-    amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7fffffff, 1)
-    scale = power_of_two_above(tl.maximum(amax.to(tl.float32, bitcast=True), 1e-4) * (1 / 448))
-    scale = tl.where(amax < INFINITY, scale, float("nan"))
-    return e4m3_bits(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))).to(tl.uint8), scale
+def store_side(mixed_ptr, w_ptr, x, sign, row, d, ok, mask, DI: tl.constexpr, QUANTISE: tl.constexpr):
+    """x (n, d) as the queries at mixed_ptr + 2 row DI, and their weights"""
+    to_ptr = mixed_ptr + (2 * row * DI)[:, None] + d[None, :]
+    if QUANTISE:
+        values, scale = e4m3_of(x, True)
+        tl.store(to_ptr, values.to(tl.uint8), mask=mask)
+        tl.store(w_ptr + 2 * row, sign * scale, mask=ok)
+    else:
+        tl.store(to_ptr, x.to(mixed_ptr.dtype.element_ty), mask=mask)
+        tl.store(w_ptr + 2 * row, sign, mask=ok)
 
 
 @triton.jit
 def mix_kernel(
-        q_ptr, w_ptr, mixed_ptr, signs_ptr,
-        rows, HI,
-        DI: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DECODE_E4M3: tl.constexpr,
-        QUANTISE: tl.constexpr):
+        q_ptr, w_ptr, mixed_ptr, mixed_w_ptr,
+        rows,
+        HI: tl.constexpr, DI: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+        BLOCK_D: tl.constexpr, DECODE_E4M3: tl.constexpr, QUANTISE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    h = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     ok = row < rows
     mask = ok[:, None] & (d < DI)[None, :]
 
-    # weights of at most 1
-    largest = tl.full([BLOCK_ROWS], 1e-30, tl.float32)
-    for j in range(HI):
-        w = tl.load(w_ptr + row * HI + j, mask=ok, other=0.0)
-        largest = tl.maximum(largest, tl.abs(w), propagate_nan=tl.PropagateNan.ALL)
+    # a factor that makes the weights at most 1
+    w = tl.load(w_ptr + (row * HI)[:, None] + h[None, :], mask=ok[:, None] & (h < HI)[None, :], other=0.0)
+    largest = higher_or_nan(tl.reduce(tl.abs(w), 1, higher_or_nan), 1e-30)
     factor = tl.where(largest < float("inf"), power_of_two_above(largest), largest)
 
     # the two heads
@@ -60,43 +63,31 @@ def mix_kernel(
     negative = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for j in range(HI):
         w = tl.div_rn(tl.load(w_ptr + row * HI + j, mask=ok, other=0.0), factor)
-        q = tl.load(q_ptr + (row * HI + j)[:, None] * DI + d[None, :], mask=mask, other=0.0)
+        q = tl.load(q_ptr + ((row * HI + j) * DI)[:, None] + d[None, :], mask=mask, other=0.0)
         if DECODE_E4M3:
             q = e4m3_to_fp16(q)
         q = q.to(tl.float32)
-        positive += tl.maximum(w, 0.0, propagate_nan=tl.PropagateNan.ALL)[:, None] * q
-        negative += tl.maximum(-w, 0.0, propagate_nan=tl.PropagateNan.ALL)[:, None] * q
-
-    to_ptr = mixed_ptr + (2 * row * DI)[:, None] + d[None, :]
-    if QUANTISE:
-        values, scale = e4m3_of(positive)
-        tl.store(to_ptr, values, mask=mask)
-        tl.store(signs_ptr + 2 * row, scale, mask=ok)
-        values, scale = e4m3_of(negative)
-        tl.store(to_ptr + DI, values, mask=mask)
-        tl.store(signs_ptr + 2 * row + 1, -scale, mask=ok)
-    else:
-        one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
-        tl.store(to_ptr, positive.to(mixed_ptr.dtype.element_ty), mask=mask)
-        tl.store(signs_ptr + 2 * row, one, mask=ok)
-        tl.store(to_ptr + DI, negative.to(mixed_ptr.dtype.element_ty), mask=mask)
-        tl.store(signs_ptr + 2 * row + 1, -one, mask=ok)
+        positive += higher_or_nan(w, 0.0)[:, None] * q
+        negative += higher_or_nan(-w, 0.0)[:, None] * q
+    store_side(mixed_ptr, mixed_w_ptr, positive, 1.0, row, d, ok, mask, DI, QUANTISE)
+    store_side(mixed_ptr + DI, mixed_w_ptr + 1, negative, -1.0, row, d, ok, mask, DI, QUANTISE)
 
 
 def mixed_heads(q, w):
-    """q (B,S,HI,DI), e4m3 or as bytes, w (B,S,HI) float32, contiguous -> q (B,S,2,DI), w (B,S,2) float32"""
+    """q (B,S,HI,DI), w (B,S,HI) as from `operands` -> q (B,S,2,DI), w (B,S,2) float32"""
     B, S, HI, DI = q.shape
     mixed = q.new_empty(B, S, 2, DI)
-    signs = w.new_empty(B, S, 2)
+    mixed_w = w.new_empty(B, S, 2)
     block_d = power_of_two(DI)
     block_rows = max(1, MIXED_ELEMENTS // block_d)
     quantise = q.dtype in (torch.float8_e4m3fn, torch.uint8)
     mix_kernel[(triton.cdiv(B * S, block_rows),)](
-        q_ptr=q, w_ptr=w, mixed_ptr=mixed.view(torch.uint8) if quantise else mixed, signs_ptr=signs,
-        rows=B * S, HI=HI,
-        DI=DI, BLOCK_ROWS=block_rows, BLOCK_D=block_d, DECODE_E4M3=q.dtype == torch.uint8, QUANTISE=quantise,
+        q_ptr=q, w_ptr=w, mixed_ptr=mixed.view(torch.uint8) if quantise else mixed, mixed_w_ptr=mixed_w,
+        rows=B * S,
+        HI=HI, DI=DI, BLOCK_ROWS=block_rows, BLOCK_H=power_of_two(HI, 2), BLOCK_D=block_d,
+        DECODE_E4M3=q.dtype == torch.uint8, QUANTISE=quantise,
         num_warps=4, enable_fp_fusion=False)
-    return mixed, signs
+    return mixed, mixed_w
 
 
 # ---- select_by_blocks ----
@@ -107,9 +98,9 @@ def mixed_heads(q, w):
 # tiling      rows of queries in chunks, of each:
 #             rank     scores of mixed heads by scores_kernel, of a block the highest; their top-k by
 #                      topk_kernel, which gives a list of blocks, ascending
-#             score    a program keeps a query as scores_kernel does, and streams the keys of the listed blocks,
-#                      BLOCK_T tokens at a time; another the tokens that are read whatever they score. A
-#                      query's row of slots is
+#             score    a program keeps a query as scores_kernel does, and streams the keys of the listed
+#                      blocks, BLOCK_T tokens at a time; another the tokens that are read whatever they
+#                      score. A query's row of slots is
 #                          first block | list, M BLOCK slots | recent tokens
 #                      in the order of positions, -inf behind the end of its list
 #             best     topk_kernel on the slots, of equal ones the lower; then slots become positions
@@ -121,41 +112,36 @@ def mixed_heads(q, w):
 
 
 @triton.jit
-def scores_of_tokens(
-        t, ok, k_ptr, k_scale_ptr, q, w, h,
+def score_tokens(
+        to_ptr, t, ok, k_ptr, k_scale_ptr, q, w, h,
         stride_kt, stride_st,
         HI: tl.constexpr, DI: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
         BLOCK_D: tl.constexpr, TURN: tl.constexpr, DECODE_E4M3: tl.constexpr):
-    """Scores of the tokens t (n) of a sequence, where ok -> (n, BLOCK_S)"""
+    """Scores of the tokens t (n) of a sequence to to_ptr (n), where ok"""
     d = tl.arange(0, BLOCK_D)
+    s = tl.arange(0, BLOCK_S)
     t = t.to(tl.int64)
     k = tl.load(
         k_ptr + t[:, None] * stride_kt + d[None, :], mask=ok[:, None] & (d < DI)[None, :], other=0.0)
-    score = score_keys(k, q, w, h, HI, BLOCK_S, BLOCK_H, TURN, DECODE_E4M3)
+    score = score_keys(k, q, w, h, HI, BLOCK_S, BLOCK_H, TURN, DECODE_E4M3)  # (n, BLOCK_S)
     if k_scale_ptr is not None:
         score = score * tl.load(k_scale_ptr + t * stride_st, mask=ok, other=0.0)[:, None]
-    return score
+    tl.store(to_ptr[:, None] + (s * 0)[None, :], score, mask=ok[:, None] & (s == 0)[None, :])
 
 
 @triton.jit
 def score_run(
-        out_row_ptr, begin, end, k_ptr, k_scale_ptr, q, w, h,
-        T, stride_kt, stride_st,
+        to_ptr, begin, end, k_ptr, k_scale_ptr, q, w, h,
+        stride_kt, stride_st,
         HI: tl.constexpr, DI: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, TURN: tl.constexpr, DECODE_E4M3: tl.constexpr):
-    """Scores of the tokens begin..end-1 of each query, that of token t to out_row_ptr + t"""
-    wants = begin < end
-    lo = tl.min(tl.where(wants, begin, T))
-    hi = tl.max(tl.where(wants, end, 0))
-    for t0 in range(lo, hi, BLOCK_T):
+    """Scores of the tokens begin..end-1, that of token t to to_ptr + t"""
+    for t0 in range(begin, end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        wanted = (t[:, None] >= begin[None, :]) & (t[:, None] < end[None, :])
-        if tl.max(tl.max(wanted.to(tl.int32), 1), 0) > 0:  # not between documents, or chunks of a rank
-            score = scores_of_tokens(
-                t, t < T, k_ptr, k_scale_ptr, q, w, h,
-                stride_kt, stride_st,
-                HI, DI, BLOCK_S, BLOCK_H, BLOCK_D, TURN, DECODE_E4M3)
-            tl.store(out_row_ptr[None, :] + t[:, None], score, mask=wanted)
+        score_tokens(
+            to_ptr + t, t, t < end, k_ptr, k_scale_ptr, q, w, h,
+            stride_kt, stride_st,
+            HI, DI, BLOCK_S, BLOCK_H, BLOCK_D, TURN, DECODE_E4M3)
 
 
 @triton.jit
@@ -166,63 +152,59 @@ def candidate_scores_kernel(
         HI: tl.constexpr, DI: tl.constexpr, BLOCK: tl.constexpr,
         BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
         TURN: tl.constexpr, DECODE_E4M3: tl.constexpr):
-    """Of one query; BLOCK_S of them fill the columns of the smallest product."""
     b = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0)
+    at = b * S + first_row + row
 
-    # what is kept: a column per query and head
-    r, h = dealt_columns(BLOCK_S, BLOCK_H, TURN)
+    # what is kept: a column per head, and empty ones up to the smallest product
+    s, h = dealt_columns(BLOCK_S, BLOCK_H, TURN)
     d = tl.arange(0, BLOCK_D)
-    ok = (r == 0) & (h < HI)
-    at = (b * S + first_row + row) * HI + h
-    q = tl.load(q_ptr + at[:, None] * DI + d[None, :], mask=ok[:, None] & (d < DI)[None, :], other=0.0)
-    w = tl.load(w_ptr + at, mask=ok, other=0.0)
+    ok = (s == 0) & (h < HI)
+    q = tl.load(
+        q_ptr + (at * HI + h)[:, None] * DI + d[None, :], mask=ok[:, None] & (d < DI)[None, :], other=0.0)
+    w = tl.load(w_ptr + at * HI + h, mask=ok, other=0.0)
     if DECODE_E4M3:
         q = e4m3_to_fp16(q)
 
     # what the query sees, and which blocks it ranks: those between
-    r = tl.arange(0, BLOCK_S)
-    ok = r == 0
-    first, last = load_bounds(first_ptr, last_ptr, b, first_row + row + r * 0, S, T)
-    last = tl.where(ok, last, -1)
-    beginning = tl.load(beginning_ptr + b * S + first_row + row)
-    recently = tl.load(recently_ptr + b * S + first_row + row)
-    out_row_ptr = out_ptr + (b * rows + row) * width + r * 0
+    first, last = load_bounds(first_ptr, last_ptr, b, first_row + row, S, T)
+    beginning = tl.load(beginning_ptr + at)
+    recently = tl.load(recently_ptr + at)
+    out_ptr += (b * rows + row) * width
+    list_ptr += (b * rows + row) * M
     k_ptr += b * stride_kb
     if k_scale_ptr is not None:
         k_scale_ptr += b * stride_sb
 
     if tl.program_id(1) == tl.num_programs(1) - 1:
         # the first block, unless it is recent, and the recent tokens
-        first_end = tl.where(beginning < recently, (beginning + 1) * BLOCK, first)
+        if beginning < recently:
+            score_run(
+                out_ptr - beginning * BLOCK, first, (beginning + 1) * BLOCK, k_ptr, k_scale_ptr, q, w, h,
+                stride_kt, stride_st,
+                HI, DI, BLOCK_S, BLOCK_H, BLOCK_D, BLOCK_T, TURN, DECODE_E4M3)
         score_run(
-            out_row_ptr - beginning * BLOCK, first, tl.minimum(first_end, last + 1),
+            out_ptr + (1 + M - recently) * BLOCK, tl.maximum(recently * BLOCK, first), last + 1,
             k_ptr, k_scale_ptr, q, w, h,
-            T, stride_kt, stride_st,
-            HI, DI, BLOCK_S, BLOCK_H, BLOCK_D, BLOCK_T, TURN, DECODE_E4M3)
-        score_run(
-            out_row_ptr + (1 + M - recently) * BLOCK, tl.maximum(recently * BLOCK, first), last + 1,
-            k_ptr, k_scale_ptr, q, w, h,
-            T, stride_kt, stride_st,
+            stride_kt, stride_st,
             HI, DI, BLOCK_S, BLOCK_H, BLOCK_D, BLOCK_T, TURN, DECODE_E4M3)
     else:
         # the listed blocks; behind those that the query ranks, the list is empty
-        listed = tl.minimum(tl.maximum(recently - beginning - 1, 0), M) * BLOCK
-        out_row_ptr += BLOCK
+        out_ptr += BLOCK
         begin = tl.program_id(1) * span
         stop = tl.minimum(begin + span, M * BLOCK)
-        for c0 in tl.range(begin, tl.minimum(stop, listed), BLOCK_T):
+        listed = tl.minimum(tl.maximum(recently - beginning - 1, 0) * BLOCK, stop)
+        for c0 in tl.range(begin, listed, BLOCK_T):
             c = c0 + tl.arange(0, BLOCK_T)
-            n = tl.load(list_ptr + (b * rows + row) * M + c // BLOCK, mask=c < stop, other=-1)
-            score = scores_of_tokens(
-                n * BLOCK + c % BLOCK, n >= 0, k_ptr, k_scale_ptr, q, w, h,
+            n = tl.load(list_ptr + c // BLOCK, mask=c < listed, other=-1)
+            score_tokens(
+                out_ptr + c, n * BLOCK + c % BLOCK, n >= 0, k_ptr, k_scale_ptr, q, w, h,
                 stride_kt, stride_st,
                 HI, DI, BLOCK_S, BLOCK_H, BLOCK_D, TURN, DECODE_E4M3)
-            tl.store(
-                out_row_ptr[None, :] + c[:, None], tl.where(n[:, None] >= 0, score, float("-inf")),
-                mask=ok[None, :] & (c < stop)[:, None])
-        rest = begin + tl.cdiv(tl.maximum(tl.minimum(stop, listed) - begin, 0), BLOCK_T) * BLOCK_T
-        fill_tiles(out_row_ptr, rest, stop, stop, ok, BLOCK_T, BLOCK_S)
+            tl.store(out_ptr + c, float("-inf"), mask=(n < 0) & (c < stop))
+        for c0 in range(tl.maximum(begin, listed), stop, BLOCK_T):
+            c = c0 + tl.arange(0, BLOCK_T)
+            tl.store(out_ptr + c, float("-inf"), mask=c < stop)
 
 
 @triton.jit
@@ -254,7 +236,7 @@ def bounds_kernel(
     recent tokens begin; the first and the last block that it ranks, and the first and the last token in
     them; its first and its last slot"""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, last = load_bounds(first_ptr, last_ptr, n // S, n % S, S, T)
+    first, last = load_bounds(first_ptr, last_ptr, n // S, tl.where(n < total, n % S, S), S, T)
     beginning = first // BLOCK
     recently = tl.maximum(tl.maximum(last + 1 - recent, 0) // BLOCK, beginning)
     behind = (1 + M - recently) * BLOCK  # from a recent token to its slot
@@ -309,7 +291,7 @@ def select_by_blocks_operation(
     if B * S * T == 0:
         return out.fill_(-1)
 
-    M = min(triton.cdiv(candidates, block), T // block)
+    M = min(triton.cdiv(candidates, block), triton.cdiv(T, block))
     bounds = launch_bounds(B, S, T, first, last, M, block, recent, q.device)
     beginning, recently, low, high, low_token, high_token, first_slot, last_slot = bounds  # (B, S) each
     q_mixed, w_mixed = mixed_heads(q, w)  # (B, S, 2, DI), (B, S, 2)
@@ -322,11 +304,9 @@ def select_by_blocks_operation(
     for batch, first_row, rows in chunks(B, S, width + T // block):
         n = batch.stop - batch.start
         # the best blocks of each query
-        lists = torch.empty(n, rows, 0, dtype=torch.int32, device=q.device)
-        if M:
-            lists = rank_blocks(
-                q_mixed[batch], k[batch], w_mixed[batch], take(k_scale, batch), low[batch], high[batch],
-                low_token[batch], high_token[batch], first_row, rows, M, block)
+        lists = rank_blocks(
+            q_mixed[batch], k[batch], w_mixed[batch], take(k_scale, batch), low[batch], high[batch],
+            low_token[batch], high_token[batch], first_row, rows, M, block)
 
         # the scores of their tokens
         scores = torch.empty(n, rows, width, dtype=torch.float32, device=q.device)

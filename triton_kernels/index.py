@@ -113,6 +113,19 @@ def e4m3_bits(x):
 
 
 @triton.jit
+def e4m3_of(y, UE8M0: tl.constexpr):
+    """y (..., n) float32 -> e4m3 bits (..., n) int32, a scale for each vector (...)"""
+    LAST: tl.constexpr = len(y.shape) - 1
+    # the largest is found among integers, of which a NaN is larger than infinity
+    amax = tl.max(y.to(tl.int32, bitcast=True) & 0x7fffffff, LAST)
+    scale = tl.maximum(amax.to(tl.float32, bitcast=True), 1e-4) * (1 / 448)
+    if UE8M0:
+        scale = power_of_two_above(scale)
+    scale = tl.where(amax < INFINITY, scale, float("nan"))
+    return e4m3_bits(tl.div_rn(y, tl.broadcast_to(tl.expand_dims(scale, LAST), y.shape))), scale
+
+
+@triton.jit
 def quantise_kernel(
         x_ptr, values_ptr, scales_ptr,
         rows, D, root,
@@ -132,19 +145,11 @@ def quantise_kernel(
             y = tl.reshape(pairs, [BLOCK_ROWS, BLOCK_D])
         x = (y * root).to(x.dtype)
 
-    # a scale per block; the largest is found among integers, of which a NaN is larger than infinity
-    y = tl.reshape(x.to(tl.float32), [BLOCK_ROWS, BLOCK_D // BLOCK, BLOCK])
-    amax = tl.max(y.to(tl.int32, bitcast=True) & 0x7fffffff, 2)
-    scale = tl.maximum(amax.to(tl.float32, bitcast=True), 1e-4) * (1 / 448)
-    if UE8M0:
-        scale = power_of_two_above(scale)
-    scale = tl.where(amax < INFINITY, scale, float("nan"))
+    values, scale = e4m3_of(tl.reshape(x.to(tl.float32), [BLOCK_ROWS, BLOCK_D // BLOCK, BLOCK]), UE8M0)
     block = tl.arange(0, BLOCK_D // BLOCK)
     tl.store(scales_ptr + row[:, None] * BLOCKS + block[None, :], scale,
              mask=(row < rows)[:, None] & (block < BLOCKS)[None, :])
-
-    y = tl.div_rn(y, tl.broadcast_to(scale[:, :, None], y.shape))
-    values = e4m3_bits(tl.reshape(y, [BLOCK_ROWS, BLOCK_D]))
+    values = tl.reshape(values, [BLOCK_ROWS, BLOCK_D])
     tl.store(values_ptr + row[:, None] * D + d[None, :], values.to(tl.uint8), mask=mask)
 
 
@@ -373,11 +378,12 @@ def index_tiles(HI, DI, rows, dtype, device):
         num_warps=8 if block_s * block_h == COLUMNS else 4)
 
 
-def launch_scores(out, q, k, w, k_scale, first, last, first_row, rows, fill=False, threshold=None, block=1):
+def launch_scores(
+        out, q, k, w, k_scale, first, last, first_row, rows, fill=False, threshold=None, block=1):
     """Scores of the queries first_row..first_row+rows into out (B,rows,width >= T); without fill, what a
     query does not see is undefined. With threshold (B,rows), bits instead: a word of out (B,queries,width)
-    per 16 keys, in the order sequence, tile of block_s queries, tile of block_t keys, query, word. With block,
-    of so many keys, at most 64, the highest scores: out (B,rows,width >= T / block)."""
+    per 16 keys, in the order sequence, tile of block_s queries, tile of block_t keys, query, word. With
+    block, of so many keys, at most 64, the highest scores: out (B,rows,width >= T / block)."""
     B, S, HI, DI = q.shape
     T = k.shape[1]
     tiles = index_tiles(HI, DI, rows, q.dtype, q.device)
@@ -394,7 +400,7 @@ def launch_scores(out, q, k, w, k_scale, first, last, first_row, rows, fill=Fals
         HI=HI, DI=DI, BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_h, BLOCK_D=tiles.block_d,
         BLOCK_T=block_t, TURN=tiles.turn, DECODE_E4M3=q.dtype == torch.uint8, FILL=fill,
         WHOLE=T % block_t == 0 and DI == tiles.block_d, BLOCK=block,
-        num_stages=tiles.num_stages, num_warps=tiles.num_warps)
+        num_stages=tiles.num_stages if block_t == tiles.block_t else 1, num_warps=tiles.num_warps)
 
 
 def check_inputs(q, k, w, k_scale):
