@@ -62,13 +62,13 @@ def mix_kernel(
     positive = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     negative = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for j in range(HI):
-        w = tl.div_rn(tl.load(w_ptr + row * HI + j, mask=ok, other=0.0), factor)
+        share = tl.div_rn(tl.load(w_ptr + row * HI + j, mask=ok, other=0.0), factor)
         q = tl.load(q_ptr + ((row * HI + j) * DI)[:, None] + d[None, :], mask=mask, other=0.0)
         if DECODE_E4M3:
             q = e4m3_to_fp16(q)
         q = q.to(tl.float32)
-        positive += higher_or_nan(w, 0.0)[:, None] * q
-        negative += higher_or_nan(-w, 0.0)[:, None] * q
+        positive += higher_or_nan(share, 0.0)[:, None] * q
+        negative += higher_or_nan(-share, 0.0)[:, None] * q
     store_side(mixed_ptr, mixed_w_ptr, positive, 1.0, row, d, ok, mask, DI, QUANTISE)
     store_side(mixed_ptr + DI, mixed_w_ptr + 1, negative, -1.0, row, d, ok, mask, DI, QUANTISE)
 
