@@ -71,7 +71,7 @@ def test_few_candidates_change_the_model():
 
 def test_first_layers_score_all_tokens():
     """With index_exact_layers=1: the first layer is that of one level, and does not count in the log."""
-    model = tiny_model(num_hidden_layers=2, **TWO_LEVELS)
+    model = tiny_model(num_hidden_layers=2, **TWO_LEVELS | dict(index_candidates=4))
     x = random_tokens("torch", 1, LENGTH)
     batch = packed_batch(S=LENGTH)[:2]  # one document
     selections = {}
