@@ -256,7 +256,7 @@ def bounds_kernel(
     """Where what a query sees begins and ends -> bounds (6,B,S): its first block, and the one in which its
     recent tokens begin; the first and the last block that it ranks; its first and its last slot"""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, last = load_bounds(first_ptr, last_ptr, n // S, n % S, S, T)
+    first, last = load_bounds(first_ptr, last_ptr, n // S, tl.where(n < total, n % S, S), S, T)
     beginning = first // BLOCK
     recently = tl.maximum(tl.maximum(last + 1 - recent, 0) // BLOCK, beginning)
     behind = (1 + M - recently) * BLOCK  # from a recent token to its slot
