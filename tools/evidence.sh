@@ -110,16 +110,16 @@ far() {
     run=far-$name
     stage=sparse
     start=copy
-    levels="--index_block=${name##*-} --index_candidates=8192"
+    levels=""
     case $name in
-      trained-*)
-        start=copy-blocks ;;
-      exact)
-        levels="" ;;
+      blocks-*|trained-*)
+        levels="--index_block=${name##*-} --index_candidates=8192" ;;
       control)
-        levels=""
         stage=control ;;
     esac
+    if [[ $name == trained-* ]]; then
+      start=copy-blocks
+    fi
     train $options --stage=$stage --init_from="$RUNS/$start/$stage" $levels
     $python evaluate.py --checkpoint="$RUNS/$run/$stage" --batches=2 --copies=8 \
       --out_dir="$RUNS/$run/evaluation-sparse"
