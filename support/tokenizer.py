@@ -248,8 +248,8 @@ def without_special(contents):
 
 
 def without_spelled_bytes(contents):
-    """The contents of a tokenizer.json -> the same, but text like <0x41> is not the byte of this name: Unigram
-    would find it among its pieces, which are there for characters that it does not know."""
+    """The contents of a tokenizer.json -> the same, but text like <0x41> is not the byte of this name:
+    Unigram would find it among its pieces, which are there for characters that it does not know."""
     if contents["model"].get("type") != "Unigram" or not contents["model"].get("byte_fallback"):
         return contents
     apart = dict(

@@ -14,65 +14,54 @@ import sys
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import kernels
+from sparse_attn import pack_latents
 from triton_kernels import blocks, common, cross_entropy, dense, index, loss, sparse
 
 CHAPTERS = (blocks, common, cross_entropy, dense, index, loss, sparse)
 SHARED_MEMORY = 232448  # bytes of a program
-TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float8_e4m3fn: "*fp8e4nv",
-    torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 BF16 = torch.bfloat16
 E4M3 = torch.float8_e4m3fn
 
 
+class Hopper:
+    """What Triton asks of a GPU's driver before it compiles."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
 def compiling(most, done, failed):
-    """-> what stands in the place of JITFunction.__getitem__: specialised as it would, a launch is compiled.
-    done: variants by kernel; failed: lines."""
+    """-> what stands in the place of JITFunction.__getitem__: a launch compiles, and ends there. done: hashes
+    of variants by kernel; failed: lines."""
 
     def launch(kernel, grid):
         def compiled(**arguments):
-            options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
-            options = {name: value for name, value in options.items() if value is not None}
-            signature = {}
-            constants = {}
-            attributes = {}
-            for i, parameter in enumerate(kernel.params):
-                value = arguments[parameter.name]
-                signature[parameter.name] = "constexpr"
-                if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-                    constants[i,] = value
-                elif isinstance(value, torch.Tensor):
-                    signature[parameter.name] = TYPES[value.dtype]
-                    attributes[i,] = [["tt.divisibility", 16]]
-                elif isinstance(value, float):
-                    signature[parameter.name] = "fp32"
-                else:
-                    signature[parameter.name] = "i32"
-                    if value % 16 == 0:
-                        attributes[i,] = [["tt.divisibility", 16]]
             name = kernel.__name__
-            what = f"{name} {signature} {constants} {options}"
             variants = done.setdefault(name, set())
-            if what in variants or len(variants) == most:
+            if len(variants) == most:
                 return
-            variants.add(what)
             try:
-                binary = triton.compile(
-                    ASTSource(kernel, signature, constants, attributes),
-                    target=GPUTarget("cuda", 90, 32), options=options)
+                binary = kernel.run(grid=grid, warmup=True, **arguments)
             except Exception as error:  # of any stage of the compiler
-                failed.append(f"{what}: {type(error).__name__}: {error}")
+                failed.append(f"{name}: {type(error).__name__}: {error}")
                 return
+            if binary.hash in variants:
+                return
+            variants.add(binary.hash)
+            print(name, f"{binary.metadata.shared} bytes", flush=True)
             if binary.metadata.shared > SHARED_MEMORY:
-                failed.append(f"{what}: {binary.metadata.shared} bytes of shared memory")
-            print(name, options, f"{binary.metadata.shared} bytes", flush=True)
+                failed.append(f"{name}: {binary.metadata.shared} bytes of shared memory")
 
         return compiled
 
@@ -110,8 +99,7 @@ def call_the_kernels():
             kernels.sparse_attention(q[:, :1], latents, indices[:, :1], 0.1, V)
             one_head = latents.detach()[:, :, None]
             kernels.dense_attention(q.detach()[:, :1], one_head, one_head[..., :V], 0.1)
-            entry = V + 4 * -(-V // 128) + 2 * R
-            packed = torch.zeros(1, 1024, entry, dtype=torch.uint8)
+            packed = pack_latents(latents.detach(), V)
             kernels.sparse_attention(q.detach()[:, :1], packed, indices[:, :1], 0.1, V)
 
             q_index = torch.zeros(1, S, HI, DI, dtype=dtype, requires_grad=True)
@@ -133,9 +121,11 @@ def call_the_kernels():
 
 
 def main():
+    """-> the exit status."""
     most = int(sys.argv[1]) if len(sys.argv) > 1 else -1
     done = {}
     failed = []
+    driver.set_active(Hopper())
     JITFunction.__getitem__ = compiling(most, done, failed)
     for module in CHAPTERS:
         for name, value in dict(shared_memory=SHARED_MEMORY, multiprocessors=132).items():

@@ -99,12 +99,11 @@ far() {
   for name in ${1:-exact blocks-16 control}; do
     run=far-$name
     stage=sparse
-    levels="--index_block=${name##*-} --index_candidates=8192"
+    levels=""
     case $name in
-      exact)
-        levels="" ;;
+      blocks-*)
+        levels="--index_block=${name##*-} --index_candidates=8192" ;;
       control)
-        levels=""
         stage=control ;;
     esac
     train $options --stage=$stage --init_from="$RUNS/copy/$stage" $levels

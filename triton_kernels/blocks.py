@@ -236,13 +236,12 @@ def bounds_kernel(
     recent tokens begin; the first and the last block that it ranks, and the first and the last token in
     them; its first and its last slot"""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, last = load_bounds(first_ptr, last_ptr, n // S, tl.where(n < total, n % S, S), S, T)
+    ok = n < total
+    first, last = load_bounds(first_ptr, last_ptr, n // S, tl.where(ok, n % S, S), S, T)
     beginning = first // BLOCK
     recently = tl.maximum(tl.maximum(last + 1 - recent, 0) // BLOCK, beginning)
     behind = (1 + M - recently) * BLOCK  # from a recent token to its slot
     first_slot = tl.where(beginning < recently, first - beginning * BLOCK, first + behind)
-
-    ok = n < total
     tl.store(bounds_ptr + n, beginning, mask=ok)
     tl.store(bounds_ptr + total + n, recently, mask=ok)
     tl.store(bounds_ptr + 2 * total + n, beginning + 1, mask=ok)
