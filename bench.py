@@ -345,31 +345,17 @@ def select_row(table, what, shape, B, S, T):
 
 def bench_blocks(table):
     """Selection in two levels (docs/LONG.md) beside exact selection: a chunk of queries behind a long
-    context, one query, and whole contexts; candidates by default, alone and in tiles of 16 queries. Random
-    vectors: neighbouring queries have less in common than a model's."""
+    context, one query, and whole contexts; candidates by default. Random vectors."""
     import kernels
     few = SMALL._replace(index_heads=2 * SMALL.index_heads)
-    keys = randn(1, FAR[-1], few.index_dim).to(torch.float8_e4m3fn)
-    scale = torch.ones(1, FAR[-1], device=DEVICE)
-    table.traffic(f"block keys of {FAR[-1]} keys of {few.index_dim}", lambda: kernels.block_keys(keys, scale),
-                  keys.numel())
-
     cases = [(few, CHUNK, T) for T in FAR] + [(V32, CHUNK, T) for T in FAR] + [(few, 1, T) for T in FAR]
     cases += [(few, T, T) for T in WHOLE]
     for shape, S, T in cases:
         q, k, w, k_scale = index_inputs(shape, 1, S, T)
-        blocks = kernels.block_keys(k, k_scale)  # a prompt's chunks find theirs in the cache
-
-        def exact():
-            kernels.select(q, k, w, shape.topk, k_scale)
-
-        for tile in (1, 16):
-            if S == 1 and tile > 1:
-                continue
-            args = (q, k, w, shape.topk, k_scale, None, None, *blocks)
-            few_heads = "" if shape is V32 else f", {shape.index_heads} indexer heads of {shape.index_dim}"
-            table.faster(f"select by blocks, S {S}, T {T}, tile {tile}{few_heads}",
-                         lambda: kernels.select_by_blocks(*args, tile=tile), exact, "select")
+        args = (q, k, w, shape.topk, k_scale)
+        few_heads = "" if shape is V32 else f", {shape.index_heads} indexer heads of {shape.index_dim}"
+        table.faster(f"select by blocks, S {S}, T {T}{few_heads}",
+                     lambda: kernels.select_by_blocks(*args), lambda: kernels.select(*args), "select")
 
 
 def bench_dense(table):
@@ -568,17 +554,16 @@ def bench_far(table):
     few = SMALL._replace(index_heads=2 * SMALL.index_heads)
     for T in TO_A_MILLION:
         q_index, k_index, w, k_scale = index_inputs(few, 1, CHUNK, T)
-        blocks = kernels.block_keys(k_index, k_scale)  # a prompt's chunks find theirs in the cache
         q = randn(1, CHUNK, few.heads, few.width)
         latents = randn(1, T, few.width)
-        arguments = (q_index, k_index, w, few.topk, k_scale, None, None)
+        arguments = (q_index, k_index, w, few.topk, k_scale)
 
         def exact():
             indices = kernels.select(*arguments)
             kernels.sparse_attention(q, latents, indices, few.scale, few.rank)
 
         def two_levels():
-            indices = kernels.select_by_blocks(*arguments, *blocks)
+            indices = kernels.select_by_blocks(*arguments)
             kernels.sparse_attention(q, latents, indices, few.scale, few.rank)
 
         q_heads = randn(1, few.heads, CHUNK, few.qk)

@@ -55,14 +55,12 @@ class Config:
     index_n_heads: int = option(4, "heads of the lightning indexer")
     index_head_dim: int = option(32, "dimensions of an indexer head, a power of two")
     index_topk: int = option(64, "k, tokens that a query attends to; 0: a dense model without indexer")
-    index_block: int = option(0, "selection in two levels (docs/LONG.md): tokens of a block, whose mean key "
-                              "says whether they are scored; 0: all are")
+    index_block: int = option(0, "selection in two levels (docs/LONG.md): tokens of a block; two mixed heads "
+                              "say which blocks all heads score; 0: all heads score all tokens")
     index_candidates: int = option(0, "tokens in the best blocks, which are scored (0: max(8 index_topk, "
                                    "T / 32))")
-    index_exact_layers: int = option(2, "with index_block: so many first layers score all tokens; what they "
-                                     "look at is the hardest to find by blocks")
-    index_tile: int = option(1, "neighbouring queries that share their blocks; from 2 on faster, but the "
-                             "blocks of a query then depend on queries behind it")
+    index_exact_layers: int = option(2, "with index_block: so many first layers score all tokens by all "
+                                     "heads; what they look at is the hardest to find otherwise")
     selector: str = option(
         "indexer", "who chooses the k tokens that a query reads (baselines.py): the indexer; recent: the "
         "last k; sinks: the first 4 and the last k - 4; random; strided: evenly spaced; oracle: those that "
@@ -149,12 +147,12 @@ class Config:
                 f"index_n_heads={self.index_n_heads}, index_head_dim={self.index_head_dim}: the indexer "
                 "needs at least one head, of a power of two (Hadamard) not below "
                 f"qk_rope_head_dim={self.qk_rope_head_dim}")
-        if min(self.index_block, self.index_candidates, self.index_exact_layers) < 0:
-            raise ValueError(f"index_block={self.index_block}, index_candidates={self.index_candidates}, "
-                             f"index_exact_layers={self.index_exact_layers}: tokens of a block, of "
-                             "candidates, and layers, from 0 on")
-        if self.index_tile < 1 or self.index_tile & (self.index_tile - 1):
-            raise ValueError(f"index_tile={self.index_tile}: queries that share their blocks, a power of two")
+        if not 0 <= self.index_block <= 64 or self.index_block & (self.index_block - 1):
+            raise ValueError(f"index_block={self.index_block}: tokens of a block, a power of two up to 64 (0: "
+                             "one level)")
+        if min(self.index_candidates, self.index_exact_layers) < 0:
+            raise ValueError(f"index_candidates={self.index_candidates}, "
+                             f"index_exact_layers={self.index_exact_layers}: tokens and layers, from 0 on")
 
     def _check_layer_types(self):
         for key, kinds in dict(indexer_types=("full", "shared"), mlp_layer_types=("dense", "sparse")).items():

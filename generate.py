@@ -76,7 +76,7 @@ def new_caches(model, B, capacity, device, dtype, fp8=False):
     for layer in range(model.config.num_hidden_layers):
         caches.append(Cache(
             model.config, B, capacity, device, dtype, fp8, model.index_fp8,
-            indexed=model.config.has_indexer(layer), block=model.config.block_of(layer)))
+            indexed=model.config.has_indexer(layer)))
     return caches
 
 

@@ -15,13 +15,11 @@ it near 1 until the weights have changed, or take care where it is not:
     M_i                 leaves out an answer that is worse than its group and that pi has moved away from
     D_it                an estimate of KL(pi || pi_ref) that is unbiased, as its gradient is
 
-The indexers learn beside it, by the KL of the sparse stage over the same selections, and in two levels by
-that of block scores over the blocks that hold them.
+The indexers learn beside it, by the KL of the sparse stage over the same selections.
 """
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from indexer import index_objective
 from rollout import part, trim
 
 
@@ -117,7 +115,7 @@ def step(model, reference, optimizer, groups, rollout, advantage, options, autoc
 
     reference: the model of pi_ref, None with a kl_weight of 0. groups: the parameters, main and indexers,
     that are clipped apart. advantage (B,). options: clip, kl_weight, drift_bound, updates, micro_rows,
-    keep_selection, train_indexer, block_weight, grad_clip, temperature. autocast: makes the context of a
+    keep_selection, train_indexer, grad_clip, temperature. autocast: makes the context of a
     forward. generator: of the order of rows, on the CPU.
 
     mismatch, mismatch_max: of |log pi - log pi_old| before the first update, where the two are the same
@@ -148,7 +146,7 @@ def step(model, reference, optimizer, groups, rollout, advantage, options, autoc
             loss, noted = objective(
                 logp, micro.logp[:, 1:], reference_logp, advantage[micro_rows], own, options.clip,
                 options.kl_weight, options.drift_bound)
-            total = loss + index_objective(losses, options.block_weight)
+            total = loss + losses.get("kl", 0)
             (total * share).backward()
 
             for name, value in noted.items():
@@ -156,8 +154,6 @@ def step(model, reference, optimizer, groups, rollout, advantage, options, autoc
             note("entropy", (entropy * own).sum() / own.sum(), share / len(parts))
             if options.train_indexer:
                 note("index_kl", losses["kl"], share / len(parts))
-            if "kl_blocks" in losses:
-                note("index_kl_blocks", losses["kl_blocks"], share / len(parts))
             if update == 0:
                 mean, largest = difference(logp.detach(), micro)
                 note("mismatch", mean, share)

@@ -79,6 +79,13 @@ def hadamard(x):
     return (y * d**-0.5).to(x.dtype)
 
 
+def power_of_two_above(x):
+    """x > 0, float32 -> the smallest power of two that is at least x; x where that is not finite."""
+    mantissa, exponent = torch.frexp(x)  # x = mantissa * 2^exponent, mantissa in [1/2, 1)
+    power = torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int())
+    return torch.where(x.isfinite(), power, x)
+
+
 def quantise(x, block=128, rotate=False, ue8m0=True):
     """x (..., d) -> e4m3 values (..., d), float32 scales (..., ceil(d / block)): x is near values * scale.
 
@@ -93,8 +100,7 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
     amax = blocks.abs().amax(-1, keepdim=True)  # (..., ceil(d / block), 1)
     scale = amax.clamp(min=1e-4) * (1 / E4M3_MAX)
     if ue8m0:
-        mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [1/2, 1)
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        scale = power_of_two_above(scale)
     scale = scale.masked_fill(~amax.isfinite(), float("nan"))
     values = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).flatten(-2)[..., :d]  # (..., d)
     return values.to(torch.float8_e4m3fn), scale.squeeze(-1)
@@ -151,26 +157,25 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
 
 # ---- selection in two levels ----
 
-def block_keys(k, k_scale=None, block=16):
-    """k (B,T,DI), of e4m3 keys k_scale (B,T) -> a key for each complete block of `block` tokens, (B,T //
-    block,DI), and scales (B,T // block) or None: the mean of the block's keys, quantised like them.
+def mixed_heads(q, w):
+    """The heads of q (B,S,HI,DI) mixed into two by their weights w (B,S,HI), those of positive weight and
+    those of negative -> q (B,S,2,DI), w (B,S,2): q[0] = sum_j max(w_j, 0) q_j and q[1] = sum_j max(-w_j, 0)
+    q_j, of weights 1 and -1, but for a positive factor of each query, which changes no order.
 
-    The mean of what selection sees, not of what was quantised: so decoding, which only has the cache, makes
-    the same block keys as training does. Summed in float32, token after token: the same bits everywhere.
-    Differentiable in keys that are no e4m3."""
-    B, T, DI = k.shape
-    end = T // block * block
-    total = torch.zeros(B, T // block, DI, device=k.device)
-    for i in range(block):
-        key = k[:, i:end:block].float()  # (B, T // block, DI), token i of each block
-        if k_scale is not None:
-            key = key * k_scale[:, i:end:block, None]
-        total = total + key
-    mean = total / total.new_full((), block)  # (B, T // block, DI); CUDA multiplies by 1 / a number
-    if k_scale is None:
-        return mean.to(k.dtype), None
-    values, scale = quantise(mean, block=DI)
-    return values, scale.squeeze(-1)
+    What several heads look for at once, relu(q[0] . k) - relu(q[1] . k) finds as sum_j w_j relu(q_j . k)
+    does, at the cost of two heads; where only some of them match, each relu is less than the sum that it
+    stands for. In q's dtype, e4m3 being quantised anew. Summed in float32, head after head: the same bits
+    everywhere."""
+    w = w / power_of_two_above(w.abs().amax(-1, keepdim=True).clamp(min=1e-30))  # (B, S, HI), at most 1
+    sides = torch.stack((w, -w), 2).clamp(min=0)[..., None]  # (B, S, 2, HI, 1)
+    mixed = torch.zeros(*q.shape[:2], 2, q.shape[3], device=q.device)
+    for j in range(q.shape[2]):
+        mixed = mixed + sides[:, :, :, j] * q[:, :, None, j].float()  # (B, S, 2, DI)
+    signs = 1.0 - 2 * torch.arange(2, device=q.device)
+    if q.dtype != torch.float8_e4m3fn:
+        return mixed.to(q.dtype), signs.expand(*q.shape[:2], 2)
+    values, scale = quantise(mixed, block=q.shape[3])
+    return values, scale.squeeze(-1) * signs
 
 
 def ranked_blocks(S, T, first, last, block, recent, device):
@@ -192,45 +197,39 @@ def default_candidates(topk, T):
 
 
 @torch.no_grad()
-def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_blocks=None, block_scale=None,
-                     block=16, candidates=0, recent=RECENT, tile=1):
+def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, block=16, candidates=0,
+                     recent=RECENT):
     """`select` among candidates only: what a query's document begins with (its first block), its `recent`
-    last tokens (and the rest of the block in which these begin), and of the blocks between those that score
-    highest by their keys, `candidates` tokens of them (0: `default_candidates`; rounded up to blocks).
+    last tokens (and the rest of the block in which these begin), and of the blocks between those whose best
+    token scores highest by `mixed_heads`, `candidates` tokens of them (0: `default_candidates`; rounded up
+    to blocks).
 
-    k_blocks (B,T // block,DI), block_scale (B,T // block): of `block_keys`, None computes them. tile: so many
-    neighbouring queries share their ranked blocks, by the highest of their scores; from 2 on a query's
-    candidates depend on queries behind it, and decoding, where each is alone, finds others. Other arguments,
-    results, ties and NaN as `select`, which this is as soon as all blocks are candidates. ValueError: topk,
-    block or recent < 1, a tile that is not a power of two."""
-    check_two_levels(topk, block, candidates, recent, tile)
+    Other arguments, results, ties and NaN as `select`, which this is as soon as all blocks are candidates.
+    ValueError: topk or recent < 1, a block that is no power of two up to 64."""
+    check_two_levels(topk, block, candidates, recent)
     B, S, HI, _ = q.shape
     T = k.shape[1]
-    blocks = -(-(candidates or default_candidates(topk, T)) // block)
-    if k_blocks is None:
-        k_blocks, block_scale = block_keys(k, k_scale, block)
-    beginning, recently = ranked_blocks(S, T, first, last, block, recent, q.device)
     count = -(-T // block)
+    blocks = -(-(candidates or default_candidates(topk, T)) // block)
+    beginning, recently = ranked_blocks(S, T, first, last, block, recent, q.device)
+    q_mixed, w_mixed = mixed_heads(q, w)
 
-    def choose(tiles):
-        rows = slice(tiles.start * tile, min(tiles.stop * tile, S))
-        # the best blocks of each tile
-        scores = index_scores(q, k_blocks, w, block_scale, beginning + 1, recently - 1, rows)  # (B, rows, N)
-        scores = F.pad(scores, (0, 0, 0, (rows.start - rows.stop) % tile), value=float("-inf"))
-        scores = scores.unflatten(1, (tiles.stop - tiles.start, tile)).amax(2)  # (B, tiles, N)
-        chosen = membership(highest(scores, blocks), count)  # (B, tiles, count) bool
-
-        # the candidates of each query: of the blocks that it ranks, the best
-        chosen = chosen.repeat_interleave(tile, 1)[:, :rows.stop - rows.start]  # (B, rows, count)
+    def choose(rows):
+        # the best blocks of those that a query ranks
+        scores = index_scores(q_mixed, k, w_mixed, k_scale, first, last, rows)  # (B, rows, T)
+        scores = F.pad(scores, (0, -T % block), value=float("-inf"))
+        scores = scores.unflatten(-1, (count, block)).amax(-1)  # (B, rows, count)
         n = torch.arange(count, device=q.device)
         ranked = (n > beginning[:, rows, None]) & (n < recently[:, rows, None])  # (1 or B, rows, count)
-        candidate = (chosen | ~ranked).repeat_interleave(block, -1)[..., :T]  # (B, rows, T)
+        best = highest(scores.masked_fill(~ranked, float("-inf")), blocks)
 
-        # the best tokens in them
+        # the best tokens in them, and in the others
+        candidate = membership(best, count) | ~ranked  # (B, rows, count)
+        candidate = candidate.repeat_interleave(block, -1)[..., :T]  # (B, rows, T)
         scores = index_scores(q, k, w, k_scale, first, last, rows)  # (B, rows, T)
         return (highest(scores.masked_fill(~candidate, float("-inf")), topk),)
 
-    return over_rows(choose, -(-S // tile), B * T * HI * tile)[0]
+    return over_rows(choose, S, B * T * max(HI, 2))[0]
 
 
 def membership(indices, T):
@@ -247,15 +246,15 @@ def selection_recall(indices, exact, T):
     return torch.where(count > 0, found.sum(-1) / count.clamp(min=1), 1.0)
 
 
-def check_two_levels(topk, block, candidates, recent, tile):
+def check_two_levels(topk, block, candidates, recent):
     """ValueError, naming value and fix, unless selection in two levels can run so."""
     if topk < 1:
         raise ValueError(f"index_topk={topk}: select at least one token")
-    if min(block, recent) < 1 or candidates < 0:
-        raise ValueError(f"block={block}, recent={recent}, candidates={candidates}: tokens of a block and "
-                         "recent ones, at least 1, and of candidates, from 0 on")
-    if tile < 1 or tile & (tile - 1):
-        raise ValueError(f"tile={tile}: queries that share their blocks, a power of two")
+    if not 1 <= block <= 64 or block & (block - 1):
+        raise ValueError(f"block={block}: tokens of a block, a power of two up to 64")
+    if recent < 1 or candidates < 0:
+        raise ValueError(f"recent={recent}, candidates={candidates}: of recent tokens at least 1, of "
+                         "candidates from 0 on")
 
 
 # ---- how the indexer learns ----
@@ -317,38 +316,6 @@ def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
         return kl_divergence(p, scores, seen)
 
     return over_rows(divergence, S, B * K * (latents.shape[-1] + k_index.shape[-1] + q.shape[2]))
-
-
-def block_loss(p, seen, q_index, k_index, w, first, last, block, recent=RECENT):
-    """What block scores learn from: m_t KL(P_t / m_t || softmax(Ibar_t)) over the blocks that query t ranks
-    and of which it has `seen` a token.
-
-    p (B,S,T), the target p_t, is what the attention looks at; P_t its sum over each block, m_t the sum of
-    P_t: a query whose attention lies elsewhere teaches little. Ibar_t are index scores of the blocks' mean
-    keys, not quantised. seen (B,S,T) bool: what is visible in the warm-up, what is selected in the sparse
-    stage. p, first, last (B,S) receive no gradient; q_index (B,S,HI,DI), k_index (B,T,DI), w (B,S,HI) do. ->
-    kl (B,S) float32, 0 for a query that ranks no block. Holds (B,S,T): for sampled queries."""
-    S, T = p.shape[1:]
-    N = T // block
-    k_blocks, _ = block_keys(k_index.float(), None, block)  # (B, N, DI)
-    beginning, recently = ranked_blocks(S, T, first, last, block, recent, p.device)
-    scores = index_scores(q_index, k_blocks, w, None, beginning + 1, recently - 1)  # (B, S, N)
-    n = torch.arange(N, device=p.device)
-    ranked = (n > beginning[..., None]) & (n < recently[..., None])  # (B, S, N)
-    ranked = ranked & seen[..., :N * block].unflatten(-1, (N, block)).any(-1)
-    P = p[..., :N * block].unflatten(-1, (N, block)).sum(-1).masked_fill(~ranked, 0)  # (B, S, N)
-    m = P.sum(-1)  # (B, S)
-    # sum P log(P / m) - P log softmax, without dividing by an m of 0
-    return kl_divergence(P, scores, ranked)[0] - torch.special.xlogy(m, m)
-
-
-def index_objective(losses, block_weight):
-    """What the indexers minimise, of the losses of Transformer.forward: "kl", and of layers in two levels
-    "kl_blocks" by its weight -> (), or 0 where neither was asked for."""
-    total = losses.get("kl", 0)
-    if "kl_blocks" in losses:
-        total = total + block_weight * losses["kl_blocks"]
-    return total
 
 
 # ---- its projections ----

@@ -10,8 +10,9 @@ Which kernel runs
                          scores find them: guess a threshold from a sample, gather what is above it
       256K keys and      filter: a bit per key says whether it may be among the best, and no score is kept,
       more, 4 heads      as scores of so few heads are bound by memory
-    select_by_blocks     block scores by the kernel of `index_scores`, two top-k as in `select`, and between
-                         them the scores of gathered blocks; as `select` where all blocks are candidates
+    select_by_blocks     scores of two mixed heads by the kernel of `index_scores`, two top-k as in `select`,
+                         and between them the scores of gathered blocks; as `select` where all blocks are
+                         candidates
     dense_attention      causal over one document, 16-bit heads of a size that it knows: cuDNN, the fastest
       else               flash: documents, MQA on latents, odd sizes, float32; few queries: keys in parts
     split_attention      the same for two chunks of a sequence that ranks share: cuDNN in pieces
@@ -83,27 +84,17 @@ def topk(scores, topk, first=None, last=None):
 
 # ---- the same in two levels, beyond 128K: triton_kernels/blocks.py ----
 
-def block_keys(k, k_scale=None, block=16):
-    """k (B,T,DI), of e4m3 keys k_scale (B,T) -> (B,T // block,DI), (B,T // block) or None: of each complete
-    block of tokens the mean key, quantised like k. Bit-equal to indexer.block_keys, given scales that are
-    powers of two. Not differentiable. ValueError: block < 1."""
-    return blocks.block_keys(k, k_scale, block)
-
-
-def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, k_blocks=None, block_scale=None,
-                     block=16, candidates=0, recent=256, tile=1):
+def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, block=16, candidates=0,
+                     recent=256):
     """`select` in two levels, see docs/LONG.md: among what a query's document begins with (its first block of
-    tokens), its `recent` last tokens, and of the blocks between those that score highest by `block_keys`,
-    `candidates` tokens of them (0: max(8 topk, T / 32)) -> (B,S,K) int32
+    tokens), its `recent` last tokens, and of the blocks between those whose best token scores highest by two
+    mixed heads (indexer.mixed_heads), `candidates` tokens of them (0: max(8 topk, T / 32)) -> (B,S,K) int32
 
-    k_blocks (B,T // block,DI), block_scale (B,T // block); None computes them. tile: so many neighbouring
-    queries share ranked blocks, by the highest of their scores: less to gather, but a query's candidates then
-    depend on queries behind it. Other arguments, ties, NaN and -inf as `select`, which runs in place of this
-    where all blocks are candidates. Memory: the result and some 1 GB of scores. The same bits in every run;
-    the host reads nothing. Not differentiable. ValueError: topk, block or recent < 1, a tile that is not a
-    power of two, types or shapes that do not fit."""
-    return blocks.select_by_blocks(
-        q, k, w, topk, k_scale, first, last, k_blocks, block_scale, block, candidates, recent, tile)
+    Other arguments, ties, NaN and -inf as `select`, which runs in place of this where all blocks are
+    candidates. Memory: the result and some 1 GB of scores. The same bits in every run; the host reads
+    nothing. Not differentiable. ValueError: topk or recent < 1, a block that is no power of two up to 64,
+    types or shapes that do not fit."""
+    return blocks.select_by_blocks(q, k, w, topk, k_scale, first, last, block, candidates, recent)
 
 
 # ---- attention: triton_kernels/dense.py, triton_kernels/sparse.py, triton_kernels/hopper.py ----

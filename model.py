@@ -29,7 +29,6 @@ from moe import MLP, MoE
 from precision import exact, product_dtype
 
 RECALL_QUERIES = 16  # of a sequence, for the recall that training reports
-BLOCK_QUERIES = 64  # of a sequence, from which block scores learn
 DECODE_QUERIES = 16  # up to so many new queries read the latents themselves: expanding a cache costs more
 LOSS_SLICE = 2**28  # logits that the language-model loss holds at a time
 
@@ -108,7 +107,6 @@ class Operations(NamedTuple):
     """The functions of the attention path: the reference's or their Triton twins."""
     quantise: Callable
     select: Callable
-    block_keys: Callable
     select_by_blocks: Callable
     select_as: Callable
     dense_attention: Callable
@@ -132,7 +130,6 @@ def operations(backend):
         return Operations(
             quantise=kernels.quantise,
             select=kernels.select,
-            block_keys=kernels.block_keys,
             select_by_blocks=kernels.select_by_blocks,
             select_as=functools.partial(baselines.select_as, best=kernels.topk),
             dense_attention=kernels.dense_attention,
@@ -143,7 +140,6 @@ def operations(backend):
     return Operations(
         quantise=indexer.quantise,
         select=indexer.select,
-        block_keys=indexer.block_keys,
         select_by_blocks=indexer.select_by_blocks,
         select_as=baselines.select_as,
         dense_attention=sparse_attn.dense_attention,
@@ -208,17 +204,14 @@ class ForwardState:
 
 class Scorer(NamedTuple):
     """What one layer selects by: index scores of q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) and, of e4m3 keys,
-    k_scale (B,T); with candidates in two levels, by block keys (B,T // block,DI), too. Or not by them, but as
-    another selector does, of which the oracle needs what is attended."""
+    k_scale (B,T); with candidates in two levels. Or not by them, but as another selector does, of which the
+    oracle needs what is attended."""
     q: Tensor
     k: Tensor
     w: Tensor
     k_scale: Tensor | None
-    k_blocks: Tensor | None = None
-    block_scale: Tensor | None = None
     block: int = 0
     candidates: int = 0
-    tile: int = 1
     selector: str = "indexer"
     attended: baselines.Attended | None = None
 
@@ -229,16 +222,15 @@ class Scorer(NamedTuple):
             return ops.select_as(*args, self.selector, self.attended)
         if not self.candidates:
             return ops.select(*args)
-        return ops.select_by_blocks(
-            *args, self.k_blocks, self.block_scale, self.block, self.candidates, indexer.RECENT, self.tile)
+        return ops.select_by_blocks(*args, self.block, self.candidates, indexer.RECENT)
 
     def attending(self, *args):
         """Of the main attention's q, latents, scale and value_dim, see baselines.Attended."""
         return self._replace(attended=baselines.Attended(*args))
 
     def at(self, rows):
-        """Of the queries `rows` alone, which do not share their blocks."""
-        return self._replace(q=self.q[:, rows], w=self.w[:, rows], tile=1)
+        """Of the queries `rows` alone."""
+        return self._replace(q=self.q[:, rows], w=self.w[:, rows])
 
 
 class Selection(NamedTuple):
@@ -256,7 +248,6 @@ class IndexLoss(NamedTuple):
     kl: Tensor  # nats, what the indexer learns from
     kl_uniform: Tensor  # nats, of an indexer that cannot tell tokens apart
     recall: Tensor  # share of the dense attention's mass that is selected, of sampled queries
-    kl_blocks: Tensor | None = None  # nats, what block scores learn from, of sampled queries
     index_recall: Tensor | None = None  # share of what exact selection selects, of sampled queries
 
 
@@ -390,10 +381,7 @@ class Attention(nn.Module):
                 # means of (B, S), (B, S), (B, 16)
                 index_loss = IndexLoss(kl.mean(), kl_uniform.mean(), recall.mean())
                 if scorer.candidates:
-                    kl_blocks = self.block_loss(q_nope, q_rope, latents, q_index, k_index, w, used, state)
-                    # means of (B, 64), (B, 16)
-                    index_loss = index_loss._replace(
-                        kl_blocks=kl_blocks.mean(), index_recall=index_recall.mean())
+                    index_loss = index_loss._replace(index_recall=index_recall.mean())  # of (B, 16)
 
         if absorbed:
             _, w_uv = self.kv_b(out.dtype)
@@ -415,25 +403,10 @@ class Attention(nn.Module):
             k_scale = k_scale.squeeze(-1)  # (B, T)
         if cache is not None:
             k, k_scale = cache.append_index(state.position, state.length, k, k_scale)
-        scorer = Scorer(q, k, w, k_scale, selector=self.config.selector)
         block = self.config.block_of(self.layer)
-        if not block:
-            return scorer
-        if cache is not None:
-            k_blocks, block_scale = cache.append_blocks(state.position, state.length)
-        else:
-            with exact(q):
-                k_blocks, block_scale = state.ops.block_keys(k, k_scale, block)
-        return scorer._replace(
-            k_blocks=k_blocks, block_scale=block_scale, block=block, candidates=state.candidates,
-            tile=self.config.index_tile)
-
-    def sampled(self, B, S, n, state):
-        """n of S queries -> rows (n,), first, last (B,n) int32."""
-        rows = torch.linspace(0, S - 1, min(S, n), device=state.position.device).long()  # (n,)
-        last = rows.expand(B, -1).int() if state.last is None else state.last[:, rows]  # (B, n)
-        first = torch.zeros_like(last) if state.first is None else state.first[:, rows]
-        return rows, first, last
+        return Scorer(
+            q, k, w, k_scale, block, candidates=state.candidates if block else 0,
+            selector=self.config.selector)
 
     @torch.no_grad()
     def recall(self, q_nope, q_rope, latents, scorer, indices, state):
@@ -442,7 +415,9 @@ class Attention(nn.Module):
         (B,S,k), or None where nothing was selected yet."""
         B, S = q_nope.shape[:2]
         topk = self.config.index_topk
-        rows, first, last = self.sampled(B, S, RECALL_QUERIES, state)  # (16,), (B, 16), (B, 16)
+        rows = torch.linspace(0, S - 1, min(S, RECALL_QUERIES), device=q_nope.device).long()  # (16,)
+        last = rows.expand(B, -1).int() if state.last is None else state.last[:, rows]  # (B, 16)
+        first = torch.zeros_like(last) if state.first is None else state.first[:, rows]
         q = self.absorb(q_nope[:, rows], q_rope[:, rows])  # (B, 16, H, rank + rope)
         of_rows = scorer.at(rows).attending(q, latents, self.scale, self.rank)
         chosen = of_rows.select(state.ops, topk, first, last) if indices is None else indices[:, rows]
@@ -451,27 +426,6 @@ class Attention(nn.Module):
             return mass, None
         from_all = of_rows._replace(candidates=0).select(state.ops, topk, first, last)  # (B, 16, k)
         return mass, indexer.selection_recall(chosen, from_all, latents.shape[1])
-
-    def block_loss(self, q_nope, q_rope, latents, q_index, k_index, w, indices, state):
-        """indexer.block_loss of BLOCK_QUERIES queries -> (B,64) float32: linear cost. indices (B,S,k): the
-        target is the attention over the selection; None: over everything."""
-        B, S = q_nope.shape[:2]
-        T = latents.shape[1]
-        rows, first, last = self.sampled(B, S, BLOCK_QUERIES, state)  # (64,), (B, 64), (B, 64)
-        with torch.no_grad():
-            latents = latents.detach()
-            q = self.absorb(q_nope[:, rows], q_rope[:, rows])  # (B, 64, H, rank + rope)
-            seen = indexer.visible(len(rows), T, first, last, slice(None), q.device)  # (B, 64, T)
-            if indices is not None:
-                seen = indexer.membership(indices[:, rows], T)
-
-            def target(part):
-                return (sparse_attn.attention_mass(q[:, part], latents, self.scale, seen[:, part]),)
-
-            [p] = indexer.over_rows(target, len(rows), B * T * self.heads)  # (B, 64, T)
-        return indexer.block_loss(
-            p, seen, q_index[:, rows], k_index, w[:, rows], first, last, self.config.index_block,
-            indexer.RECENT)
 
 
 class Block(nn.Module):
@@ -663,8 +617,8 @@ class Transformer(nn.Module):
         -> logits (B,S,vocab), losses: dict with "lm" (mean cross entropy in nats per token, every target
         counts) if targets are given, and with index_loss "kl", "kl_uniform" (nats, mean over tokens and over
         all layers, each by the indexer whose selection it uses) and "recall" (share of dense attention mass
-        selected, 0..1, mean over all layers); of the layers that select in two levels also "kl_blocks" (nats,
-        see indexer.block_loss) and "index_recall" (share of exact selection that is selected).
+        selected, 0..1, mean over all layers); of the layers that select in two levels also "index_recall"
+        (share of exact selection that is selected).
         return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
         With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this

@@ -43,7 +43,6 @@ import grpo
 import parallel
 import tasks
 from config import Config, option
-from indexer import index_objective
 from model import Transformer
 from rewards import Judge, judge_agreement, rewards_of, subjective, summary
 from rollout import Roller, join, part, prompt_columns, rounded
@@ -78,8 +77,6 @@ class Options:
     seed: int = option(1337, "of initialisation, tasks and sampling")
     index_fp8: bool = option(True, "select by FP8 index scores, as the published inference does")
     fp8_cache: bool = option(False, "rollouts keep latents in the published FP8 layout")
-    block_weight: float = option(1.0, "with --index_block: weight of the block scores' KL in the loss of the "
-                                 "indexers")
 
     block_size: int = option(128, "supervised: context length in tokens")
     batch_size: int = option(16, "supervised: sequences per step")
@@ -156,7 +153,7 @@ RANGES = (
     ("answers", 1, math.inf), ("specialist_steps", 0, math.inf), ("mixed_steps", 0, math.inf),
     ("rows", 2, math.inf), ("group", 2, math.inf), ("live_groups", 1, math.inf), ("draws", 1, math.inf),
     ("rl_lr", 0, math.inf), ("updates", 1, math.inf), ("micro_rows", 1, math.inf), ("clip", 1e-9, 1),
-    ("kl_weight", 0, math.inf), ("block_weight", 0, math.inf), ("drift_bound", 0, math.inf),
+    ("kl_weight", 0, math.inf), ("drift_bound", 0, math.inf),
     ("temperature", 1e-3, math.inf), ("top_p", 1e-9, 1), ("length_penalty", 0, 1), ("language_penalty", 0, 1),
     ("eval_tasks", 1, math.inf), ("eval_samples", 1, math.inf), ("ramp_steps", 0, math.inf), ("min_lr", 0, 1),
     ("weight_decay", 0, math.inf), ("beta1", 0, 0.9999999), ("beta2", 0, 0.9999999),
@@ -493,7 +490,7 @@ class Supervised:
             logits, losses = model(ids[:, :-1], first=first, index_loss=indexing)
             nats = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         lm = (nats * weight.flatten()).sum() / weight.sum()
-        total = index_objective(losses, run.options.block_weight)
+        total = losses.get("kl", 0)
         if job.kind != "warmup":
             total = lm + total
         total.backward()

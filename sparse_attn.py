@@ -12,7 +12,7 @@ logarithm.
 """
 import torch
 
-from indexer import block_keys, over_rows, quantise, read, visible
+from indexer import over_rows, quantise, read, visible
 
 
 def masked_softmax(logits, seen):
@@ -125,11 +125,9 @@ class Cache:
 
     Preallocated for `capacity` tokens so that decoding never reallocates. fp8: latents packed by
     `pack_latents`. index_fp8: indexer keys as e4m3 values and one scale (132 bytes per token at 128) instead
-    of dtype. indexed: False for a layer without an indexer of its own. block: a key more for each block of so
-    many tokens, see `append_blocks`."""
+    of dtype. indexed: False for a layer without an indexer of its own."""
 
-    def __init__(self, config, batch, capacity, device, dtype, fp8=False, index_fp8=False, indexed=True,
-                 block=0):
+    def __init__(self, config, batch, capacity, device, dtype, fp8=False, index_fp8=False, indexed=True):
         self.capacity = capacity
         self.value_dim = config.kv_lora_rank
         self.fp8 = fp8
@@ -145,13 +143,6 @@ class Cache:
             self.index_keys = torch.zeros(batch, capacity, config.index_head_dim, device=device, dtype=stored)
             if index_fp8:
                 self.index_scales = torch.zeros(batch, capacity, device=device)
-        self.block = block
-        self.block_keys = None
-        self.block_scales = None
-        if self.index_keys is not None and self.block:
-            self.block_keys = self.index_keys.new_zeros(batch, capacity // self.block, config.index_head_dim)
-            if index_fp8:
-                self.block_scales = torch.zeros(batch, capacity // self.block, device=device)
 
     def append(self, position, length, latents):
         """Store latents (B,S,D) of the tokens at position (S,) int64 -> the latents of the first `length`
@@ -171,34 +162,11 @@ class Cache:
         self.index_scales[:, position] = scales
         return self.index_keys[:, :length], self.index_scales[:, :length]
 
-    def append_blocks(self, position, length):
-        """Keys of the blocks that the tokens at position (S,) int64, neighbours whose keys are stored, lie in
-        -> block keys and scales of the first `length` tokens, as indexer.block_keys. The last block has a key
-        before it is complete, of what the cache holds by then; no query ranks it until then.
-
-        Which blocks is read on the device, how many follows from S: a CUDA graph can hold it."""
-        N = self.block_keys.shape[1]
-        touched = min((len(position) + self.block - 2) // self.block + 1, N)
-        if touched:
-            n = (position[0] // self.block + torch.arange(touched, device=position.device)).clamp(max=N - 1)
-            tokens = n[:, None] * self.block + torch.arange(self.block, device=position.device)
-            tokens = tokens.flatten()  # (touched * block,)
-            if self.index_scales is None:
-                self.block_keys[:, n] = block_keys(self.index_keys[:, tokens], None, self.block)[0]
-            else:  # indexed reads and writes know no e4m3
-                keys = self.index_keys.view(torch.uint8)[:, tokens].view(torch.float8_e4m3fn)
-                keys, scales = block_keys(keys, self.index_scales[:, tokens], self.block)
-                self.block_keys.view(torch.uint8)[:, n] = keys.view(torch.uint8)
-                self.block_scales[:, n] = scales
-        filled = length // self.block
-        scales = None if self.block_scales is None else self.block_scales[:, :filled]
-        return self.block_keys[:, :filled], scales
-
     @property
     def bytes_per_token(self):
         """Bytes that one token of one sequence occupies in this layer, everything counted."""
         total = 0
-        for x in (self.latents, self.index_keys, self.index_scales, self.block_keys, self.block_scales):
+        for x in (self.latents, self.index_keys, self.index_scales):
             if x is not None:
                 total += x.element_size() * x[0].numel()
         return total // self.capacity

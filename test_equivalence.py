@@ -684,7 +684,7 @@ def arguments(function):
 
 
 @pytest.mark.parametrize("twin", [
-    indexer.quantise, indexer.index_scores, indexer.select, indexer.block_keys, indexer.select_by_blocks,
+    indexer.quantise, indexer.index_scores, indexer.select, indexer.select_by_blocks,
     sparse_attn.dense_attention, sparse_attn.sparse_attention, indexer.indexer_loss_dense,
     indexer.indexer_loss_sparse, cross_entropy])
 def test_twins_have_one_signature(twin):

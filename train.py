@@ -34,7 +34,6 @@ from tqdm import tqdm
 import data
 import parallel
 from config import Config, option
-from indexer import index_objective
 from model import Transformer
 from support import checkpoint, cli, files, logs, report, runs, tokenizer
 from support.report import STAGES
@@ -68,8 +67,6 @@ class Options:
     detach: bool = option(True, "keep the KL from teaching the main model, as the paper does (false: an "
                           "ablation)")
     index_fp8: bool = option(True, "select by FP8 index scores, as the published inference does")
-    block_weight: float = option(1.0, "with --index_block: weight of the block scores' KL in the loss of the "
-                                 "indexers")
     share_selection: int = option(
         1, "layers in a row that use one selection, which the first of them makes; the indexers of the "
         "others are dropped (1: every layer makes its own, or as the checkpoint has it)")
@@ -113,7 +110,7 @@ GPU = dict(
     q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
     index_n_heads=8, index_head_dim=64, index_topk=512)
 # No property of the weights
-SELECTION = ("index_topk", "index_block", "index_candidates", "index_exact_layers", "index_tile", "selector")
+SELECTION = ("index_topk", "index_block", "index_candidates", "index_exact_layers", "selector")
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
@@ -121,8 +118,8 @@ TRAINING = tuple(field.name for field in fields(Options))
 MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) or f.metadata.get("choices")]
 MODEL_FIELDS = [f for f in MODEL_FIELDS if f.name != "vocab_size"]
 # What a run being resumed cannot change: its batches, its weights, or what they learn would be others
-FIXED = {"stage", "init_from", "train", "detach", "block_weight", "share_selection", "yarn_factor", "data",
-         "tokenizer", "seed", "block_size", "batch_size", "gradient_accumulation_steps",
+FIXED = {"stage", "init_from", "train", "detach", "share_selection", "yarn_factor", "data", "tokenizer",
+         "seed", "block_size", "batch_size", "gradient_accumulation_steps",
          *(field.name for field in MODEL_FIELDS)}
 RANGES = (
     ("block_size", 2, math.inf), ("batch_size", 1, math.inf), ("gradient_accumulation_steps", 1, math.inf),
@@ -131,8 +128,7 @@ RANGES = (
     ("ramp_steps", 0, math.inf), ("min_lr", 0, 1), ("weight_decay", 0, math.inf),
     ("beta1", 0, 0.9999999), ("beta2", 0, 0.9999999), ("grad_clip", 1e-12, math.inf),
     ("eval_interval", 1, math.inf), ("eval_steps", 1, math.inf), ("save_interval", 1, math.inf),
-    ("context_parallel", 1, math.inf), ("block_weight", 0, math.inf), ("share_selection", 1, math.inf),
-    ("seed", 0, 2**63 - 1))
+    ("context_parallel", 1, math.inf), ("share_selection", 1, math.inf), ("seed", 0, 2**63 - 1))
 
 
 def resolve(argv):
@@ -707,7 +703,7 @@ def train_stage(run, stage, caught):
             with run.autocast():
                 micro = run.forward(
                     x, targets, first, index_loss=indexing, return_logits=False, split=run.split)[1]
-            objective = micro.get("lm", 0) + index_objective(micro, options.block_weight)
+            objective = micro.get("lm", 0) + micro.get("kl", 0)
             (objective / len(numbers)).backward()
             losses.append({name: loss.detach() for name, loss in micro.items()})
 

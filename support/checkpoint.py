@@ -305,7 +305,7 @@ def published_config(config, dtype):
     if not config.index_topk:
         values = {key: value for key, value in values.items() if not key.startswith("index")}
     if not config.index_block:  # then no published family needs to know of it
-        for key in ("index_block", "index_candidates", "index_exact_layers", "index_tile"):
+        for key in ("index_block", "index_candidates", "index_exact_layers"):
             values.pop(key, None)
     if config.selector == "indexer":
         values.pop("selector")

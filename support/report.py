@@ -90,9 +90,9 @@ def indexer_flops(a, stage, pairs, h_learns, latent_learns):
     if a.config.selector != "indexer":
         scored = 0
     block = a.config.block_of(a.layer)
-    if block:  # a key for each block, then the tokens of the best blocks
+    if block:  # all tokens by two heads, those of the best blocks by all
         candidates = a.config.index_candidates or default_candidates(a.config.index_topk, int(2 * pairs))
-        scored = min(pairs, pairs / block + candidates + RECENT)
+        scored = min(pairs, pairs * 2 / a.config.index_n_heads + candidates + RECENT)
     return total + scored * score_flops(a.config)
 
 

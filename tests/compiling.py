@@ -80,7 +80,6 @@ def call_the_kernels():
             kernels.index_scores(q, k, w, k_scale)
             kernels.select(q, k, w, topk, k_scale)
             kernels.select(q[:, :1], k, w[:, :1], topk, k_scale, last=last[:, :1])
-            kernels.block_keys(k, k_scale)
             kernels.select_by_blocks(q, k, w, topk, k_scale, block=16, candidates=32, recent=16)
             if dtype != E4M3:
                 kernels.quantise(k, 32, rotate=True)

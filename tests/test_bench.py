@@ -388,7 +388,7 @@ def test_select_part(small):
 @pytest.mark.skipif(not CUDA, reason="interpreted, it takes two minutes")
 def test_blocks_part(small):
     bench.bench_blocks(small)
-    check_rows(small, "block keys", "select by blocks, S 1, ", "select by blocks, S 2", "select by blocks, S")
+    check_rows(small, "select by blocks, S 1, ", "select by blocks, S 2", "select by blocks, S")
 
 
 def test_dense_part(small):

@@ -364,7 +364,7 @@ FULL = V3 | dict(
     initializer_range=0.02, eos_token_id=1, mlp_layer_types=["dense"] * 3 + ["sparse"] * 58)
 FULL_GLM = GLM | dict(
     index_topk_pattern="F" * 78, indexer_types=["full"] * 78, indexer_rope_interleave=True,
-    index_block=16, index_candidates=4096, index_exact_layers=2, index_tile=16, selector="indexer",
+    index_block=16, index_candidates=4096, index_exact_layers=2, selector="indexer",
     mlp_layer_types=["dense"] * 3 + ["sparse"] * 75)
 FULL_YARN = dict(
     type="yarn", rope_type="yarn", rope_theta=10000.0, factor=40.0, original_max_position_embeddings=4096,

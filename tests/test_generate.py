@@ -36,9 +36,7 @@ def new_caches(model, B, capacity=40, cache=sparse_attn.Cache, **options):
     """One cache per layer."""
     device = model.lm_head.weight.device
     layers = range(model.config.num_hidden_layers)
-    blocks = [model.config.block_of(layer) for layer in layers]
-    return [cache(model.config, B, capacity, device, torch.float32, block=block, **options)
-            for block in blocks]
+    return [cache(model.config, B, capacity, device, torch.float32, **options) for _ in layers]
 
 
 # ---- caches ----

@@ -1,5 +1,5 @@
 """A model that selects in two levels (--index_block, docs/LONG.md): off, it is what it was; caches and
-decoding; what its block scores learn; what training reports. (T10): docs/TRAPS.md. Selection itself:
+decoding; what training reports. (T10): docs/TRAPS.md. Selection itself:
 tests/test_blocks.py."""
 import json
 import math
@@ -36,7 +36,7 @@ def losses(model, batch):
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_enough_candidates_change_nothing(attention):
-    """Logits, losses and gradients of one level, bit for bit, and the block scores' loss beside them."""
+    """Logits, losses and gradients of one level, bit for bit."""
     model = tiny_model(attention=attention)
     batch = packed_batch(S=LENGTH)
     results = []
@@ -50,7 +50,6 @@ def test_enough_candidates_change_nothing(attention):
         results.append((logits, found, {name: p.grad for name, p in model.named_parameters()}))
     (logits, one, gradients), (again, two, others) = results
     assert two.pop("index_recall") == 1
-    assert two.pop("kl_blocks") > 0
     assert one.keys() == two.keys() == {"lm", "kl", "kl_uniform", "recall"}
     assert torch.equal(again, logits)
     for name in one:
@@ -71,11 +70,10 @@ def test_few_candidates_change_the_model():
 
 
 def test_first_layers_score_all_tokens():
-    """With index_exact_layers=1: the first layer is that of one level, without a block key in its cache, and
-    neither learns to rank blocks nor counts in the log."""
-    model = tiny_model(num_hidden_layers=2, **TWO_LEVELS)
+    """With index_exact_layers=1: the first layer is that of one level, and does not count in the log."""
+    model = tiny_model(num_hidden_layers=2, **TWO_LEVELS | dict(index_candidates=4))
     x = random_tokens("torch", 1, LENGTH)
-    batch = packed_batch(S=LENGTH)
+    batch = packed_batch(S=LENGTH)[:2]  # one document
     selections = {}
     found = {}
     with torch.no_grad():
@@ -89,18 +87,14 @@ def test_first_layers_score_all_tokens():
         model(x, selections=one_level)
     assert torch.equal(selections[1][0], one_level[0]) and not torch.equal(selections[0][0], one_level[0])
     assert not torch.equal(selections[1][1], one_level[1]) and torch.equal(selections[2][1], one_level[1])
-    assert found[0]["kl_blocks"] != found[1]["kl_blocks"] and "kl_blocks" not in found[2]
-    assert found[1]["index_recall"] < 1 and "index_recall" not in found[2]
-    model.config.index_block = 4
-    model.config.index_exact_layers = 1
-    assert [cache.block for cache in new_caches(model, 1, 40)] == [0, 4]
+    assert found[0]["index_recall"] != found[1]["index_recall"] < 1 and "index_recall" not in found[2]
 
 
 def test_impossible_sizes_are_refused():
-    for changes, message in ((dict(index_block=-1), "index_block=-1"),
+    for changes, message in ((dict(index_block=-1), "index_block=-1"), (dict(index_block=12), "power of two"),
+                             (dict(index_block=128), "up to 64"),
                              (dict(index_candidates=-4), "index_candidates=-4"),
-                             (dict(index_exact_layers=-1), "index_exact_layers=-1"),
-                             (dict(index_tile=3), "index_tile=3")):
+                             (dict(index_exact_layers=-1), "index_exact_layers=-1")):
         with pytest.raises(ValueError, match=message):
             Config(**changes).check()
 
@@ -110,7 +104,7 @@ def test_checkpoint_says_so_only_where_it_is_so(tmp_path):
     tiny_model().save_pretrained(tmp_path / "one")
     tiny_model(**TWO_LEVELS).save_pretrained(tmp_path / "two")
     one = json.loads((tmp_path / "one" / "config.json").read_text())
-    assert not {"index_block", "index_candidates", "index_exact_layers", "index_tile"} & one.keys()
+    assert not {"index_block", "index_candidates", "index_exact_layers"} & one.keys()
     assert checkpoint.read_config(tmp_path / "one").index_block == 0
     loaded = Transformer.from_pretrained(tmp_path / "two")
     assert (loaded.config.index_block, loaded.config.index_candidates) == (4, 16)
@@ -136,47 +130,9 @@ def test_no_token_sees_the_future_or_another_document(index_fp8):
 
 
 @pytest.mark.parametrize("index_fp8", [False, True])
-@pytest.mark.parametrize("steps", [[1] * 40, [3] * 200, [1, 6, 33], [100]], ids=str)
-def test_block_keys_of_a_cache(steps, index_fp8):
-    """Those of the keys in it, bit for bit, however these came: token by token, in chunks that end anywhere;
-    in a capacity that is no multiple of the block."""
-    config = tiny_model(**TWO_LEVELS).config
-    cache = sparse_attn.Cache(config, 2, 102, "cpu", torch.float32, index_fp8=index_fp8, block=4)
-    done = 0
-    for n in steps:
-        n = min(n, 102 - done)
-        if n == 0:
-            break
-        keys = torch.randn(2, n, config.index_head_dim)
-        scales = None
-        if index_fp8:
-            keys, scales = indexer.quantise(keys)
-            scales = scales.squeeze(-1)
-        position = torch.arange(done, done + n)
-        done += n
-        stored = cache.append_index(position, done, keys, scales)
-        got = cache.append_blocks(position, done)
-        want = indexer.block_keys(*stored, 4)
-        assert got[0].shape[1] == done // 4
-        assert torch.equal(got[0].float(), want[0].float())
-        assert got[1] is want[1] is None or torch.equal(got[1], want[1])
-    per_token = cache.bytes_per_token
-    without = sparse_attn.Cache(config, 2, 102, "cpu", torch.float32, index_fp8=index_fp8).bytes_per_token
-    key = 16 + 4 if index_fp8 else 64
-    assert per_token == without + key // 4 - 1  # 25 blocks of 102 tokens, rounded down
-
-
-def test_a_cache_shorter_than_a_block():
-    config = tiny_model(**TWO_LEVELS).config
-    cache = sparse_attn.Cache(config, 1, 3, "cpu", torch.float32, block=4)
-    cache.append_index(torch.arange(3), 3, torch.randn(1, 3, 16))
-    assert cache.append_blocks(torch.arange(3), 3)[0].shape == (1, 0, 16)
-
-
-@pytest.mark.parametrize("index_fp8", [False, True])
 @pytest.mark.parametrize("chunks", [[300] + [1] * 36, [61, 200, 70, 5], [LENGTH]], ids=str)
 def test_cached_decoding_chunked_prefill_and_one_forward_agree(index_fp8, chunks):
-    """(T25) As with one level: block keys count as soon as they are complete, in training, too."""
+    """(T25) As with one level."""
     model = tiny_model(**TWO_LEVELS, index_fp8=index_fp8).eval()
     x = random_tokens("torch", 2, LENGTH)
     caches = new_caches(model, 2, LENGTH + 9, index_fp8=index_fp8)
@@ -223,8 +179,7 @@ def test_backends_decode_alike(fp8_cache):
 
 
 def test_backends_train_alike(monkeypatch):
-    """All losses of a sparse step, the two of selection in two levels too; few recent tokens, as the
-    interpreter is slow."""
+    """All losses of a sparse step; few recent tokens, as the interpreter is slow."""
     monkeypatch.setattr(indexer, "RECENT", 10)
     pytest.importorskip("triton")
     device = device_of("triton")
@@ -234,7 +189,7 @@ def test_backends_train_alike(monkeypatch):
     want = losses(model, batch)
     model.backend = "triton"
     got = losses(model, batch)
-    assert want["index_recall"] < 1 and want["kl_blocks"] > 0
+    assert want["index_recall"] < 1
     for name in want:
         assert_close(got[name][None], want[name][None], *FLOAT32, name)
 
@@ -273,64 +228,6 @@ def test_a_prompt_of_many_times_the_candidates(backend, monkeypatch):
 
 # ---- learning ----
 
-def block_loss_in_float64(p, seen, q, k, w, first, last, block, recent):
-    """Its definition, query by query."""
-    B, S, T = p.shape
-    rows = []
-    for b in range(B):
-        for s in range(S):
-            blocks = []
-            for n in range(T // block):
-                ranks = first[b, s] // block < n < (last[b, s] - recent + 1) // block
-                tokens = slice(n * block, (n + 1) * block)
-                if ranks and seen[b, s, tokens].any():
-                    score = (q[b, s] @ k[b, tokens].mean(0)).relu() @ w[b, s]
-                    blocks.append((p[b, s, tokens].sum(), score))
-            if not blocks:
-                rows.append(w[b, s].sum() * 0)
-                continue
-            mass, score = (torch.stack(column) for column in zip(*blocks))
-            m = mass.sum()
-            rows.append(m * torch.nn.functional.kl_div(score.log_softmax(0), mass / m, reduction="sum"))
-    return torch.stack(rows).view(B, S)
-
-
-@pytest.mark.parametrize("selects", [False, True])
-def test_block_loss(selects):
-    """(T18, T20) Values and gradients in float64; 0, and no gradient, where no block is ranked."""
-    B, S, T = 2, 9, 47
-    first = torch.tensor([[0], [6]]).expand(B, S)
-    last = (torch.arange(S) * 5 + 6).expand(B, S)
-    q = torch.randn(B, S, 3, 8, requires_grad=True)
-    k = torch.randn(B, T, 8, requires_grad=True)
-    w = torch.randn(B, S, 3, requires_grad=True)
-    seen = indexer.visible(S, T, first, last, slice(None), "cpu")
-    if selects:
-        seen = seen & (torch.rand(B, S, T) < 0.3)
-    p = torch.rand(B, S, T).masked_fill(~seen, 0)
-    p = p / p.sum(-1, keepdim=True).clamp(min=1e-9)
-    got = indexer.block_loss(p, seen, q, k, w, first, last, 4, 10)
-    exact = [x.detach().double().requires_grad_() for x in (q, k, w)]
-    want = block_loss_in_float64(p.double(), seen, *exact, first, last, 4, 10)
-    assert (got[:, 0] == 0).all() and (got[:, -1] > 0).all()
-    assert_close(got, want, *FLOAT32)
-    weight = torch.rand(B, S)
-    gradients = torch.autograd.grad((got * weight).sum(), (q, k, w))
-    wanted = torch.autograd.grad((want * weight.double()).sum(), exact)
-    for g, e in zip(gradients, wanted):
-        assert_close(g, e, *FLOAT32)
-
-
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
-def test_block_loss_teaches_indexers_alone(attention):
-    """(T14) All parameters of each, and no other."""
-    model = tiny_model(attention=attention, **TWO_LEVELS)
-    index = {name for name, _ in model.named_parameters() if ".indexer." in name}
-    losses(model, packed_batch(S=LENGTH))["kl_blocks"].backward()
-    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert reached == index
-
-
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_recomputation_gives_the_same(attention):
     """(T21)"""
@@ -339,7 +236,7 @@ def test_recomputation_gives_the_same(attention):
     gradients = []
     for model.recompute in (False, True):
         model.zero_grad(set_to_none=True)
-        losses(model, batch)["kl_blocks"].backward()
+        losses(model, batch)["kl"].backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
@@ -378,7 +275,7 @@ def test_recomputation_does_not_select_again(changes, selecting, offload, monkey
 
     found = model(x, y, first, index_loss=True, return_logits=False)[1]
     assert selected_whole() == selecting and len(attended) == 3
-    sum(found[name] for name in ("lm", "kl", "kl_blocks") if name in found).backward()
+    (found["lm"] + found["kl"]).backward()
     assert selected_whole() == selecting and len(attended) == 6
     for forward, backward in zip(attended[:3], reversed(attended[3:])):
         assert torch.equal(forward, backward)
@@ -466,29 +363,13 @@ def test_compiled_training_is_eager_training(attention):
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad(set_to_none=True)
         found = forward(*batch, index_loss=True)[1]
-        (found["lm"] + found["kl"] + found["kl_blocks"]).backward()
+        (found["lm"] + found["kl"]).backward()
         results.append((found, [p.grad for p in model.parameters() if p.grad is not None]))
     (want, gradients), (got, others) = results
     for name in want:
         assert_close(got[name][None], want[name][None], *FLOAT32, name)
     for one, other in zip(gradients, others, strict=True):
         assert_close(other, one, *FLOAT32)
-
-
-def test_block_scores_learn():
-    """By the block term alone, its own loss falls and more of exact selection is found."""
-    torch.manual_seed(1)
-    model = tiny_model(attention="dense", num_hidden_layers=1, **TWO_LEVELS)
-    batch = packed_batch(S=LENGTH)
-    optimizer = torch.optim.Adam(model.indexer_parameters(), lr=1e-2)
-    history = []
-    for _ in range(30):
-        loss = losses(model, batch)["kl_blocks"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
-    assert history[-1] < history[0] / 2
 
 
 def test_selection_recall():
@@ -564,16 +445,12 @@ def test_train_and_continue(place):
     assert code == 0, err
     for record in metrics(place / "two-levels"):
         learns = record["stage"] != "dense"
-        assert ("kl_blocks" in record) == ("index_recall" in record) == learns
+        assert ("index_recall" in record) == learns
         assert not learns or 0 < record["index_recall"] <= 1
-    weighted = ("--stage=sparse", "--init_from=two-levels/warmup", *options)
-    norms = []
-    for out, further in (("a", "--block_weight=0"), ("b", "--block_weight=3"), ("c", "--index_block=0")):
-        code, _, err = train(place, f"two-levels-{out}", *weighted, further)
-        assert code == 0, err
-        norms.append(metrics(place / f"two-levels-{out}")[0])
-    assert norms[0]["kl"] == norms[1]["kl"] and norms[0]["index_grad_norm"] != norms[1]["index_grad_norm"]
-    assert "index_recall" not in norms[2]
+    code, _, err = train(place, "one-level", "--stage=sparse", "--init_from=two-levels/warmup", *options,
+                         "--index_block=0")
+    assert code == 0, err
+    assert "index_recall" not in metrics(place / "one-level")[0]
 
 
 def test_train_offloads(place):
@@ -641,4 +518,4 @@ def test_train_refuses_to_extend(place, run, factor):
 def test_train_refuses(place):
     refused(train(place, "never", "--compile", "--recompute=offload"), "--recompute=offload", "--compile")
     refused(train(place, "never", "--recompute=blocks"), "--recompute")
-    refused(train(place, "never", "--index_tile=3"), "index_tile=3", "power of two")
+    refused(train(place, "never", "--index_block=12"), "index_block=12", "power of two")

@@ -235,22 +235,6 @@ def test_from_a_checkpoint_of_train(home, run):
     assert 0 < max(step.values()) < 0.01
 
 
-def test_block_scores_learn_too(home):
-    """In supervised stages, of a model that selects in two levels; pages longer than what is read whatever it
-    scores. In GRPO: tests/test_grpo.py."""
-    longer = ("--page=300", "--block_size=1024", "--domains=search", "--index_topk=64", "--index_block=4",
-              "--index_candidates=200", "--index_exact_layers=0", "--stage=base")
-    norms = []
-    for weight in (0, 3):
-        code, _, err = post(home, f"blocks-{weight}", *longer, f"--block_weight={weight}")
-        assert code == 0, err
-        first = {r["stage"]: r for r in metrics(home / f"blocks-{weight}") if r["step"] == 0}
-        assert first["warmup"]["kl_blocks"] > 0 and first["base"]["kl_blocks"] > 0
-        norms.append(first["warmup"]["index_grad_norm"])
-    assert norms[0] != norms[1]
-    refused(post(home, "never", "--block_weight=-1"), "--block_weight=-1")
-
-
 def test_later_stages_of_a_run_from_a_checkpoint(home):
     """They know its sizes and its page from the run: neither has to be given again."""
     torch.manual_seed(0)

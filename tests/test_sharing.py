@@ -191,30 +191,6 @@ def test_recall_is_that_of_all_layers(attention):
     assert found["recall"].item() == pytest.approx(sum(masses) / len(masses), rel=FLOAT32[1])
 
 
-def test_block_scores_learn_from_the_layers_they_serve(monkeypatch):
-    """Every layer's attention and the keys of the indexer that selects for it; and full layers alone
-    learn."""
-    calls = []
-    block_loss = indexer.block_loss
-
-    def listening(*args):
-        calls.append((args, block_loss(*args)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(indexer, "block_loss", listening)
-    torch.manual_seed(0)
-    model = tiny_model(attention="dense", **UNEQUAL, **TWO_LEVELS)
-    found = model(*packed_batch(S=LENGTH), index_loss=True)[1]
-    assert len(calls) == len(TYPES)
-    for group in GROUPS:
-        keys = {calls[layer][0][3].data_ptr() for layer in group}
-        targets = {calls[layer][0][0].data_ptr() for layer in group}
-        assert len(keys) == 1 and len(targets) == len(group)
-    of_each = [kl.mean().item() for _, kl in calls]
-    assert min(of_each) > 0 and found["kl_blocks"].item() == pytest.approx(sum(of_each) / 5, rel=1e-6)
-    assert gradients(model, found["kl_blocks"]).keys() == indexers_of(model, (0, 3))
-
-
 # ---- who learns ----
 
 @pytest.mark.parametrize("attention", STAGES)
@@ -245,7 +221,7 @@ def test_recomputing_changes_no_bit(attention, changes):
     results = []
     for model.recompute, model.offload in ((False, False), (True, False), (True, True)):
         found = model(x, y if attention == "sparse" else None, first, index_loss=True, return_logits=False)[1]
-        names = [name for name in ("lm", "kl", "kl_blocks") if name in found]
+        names = [name for name in ("lm", "kl") if name in found]
         results.append((found, gradients(model, sum(found[name] for name in names))))
     want, want_gradients = results[0]
     for got, got_gradients in results[1:]:

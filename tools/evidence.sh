@@ -89,38 +89,24 @@ selector() {
   keep
 }
 
-# the copying model in two levels from its warm-up on, an eighth of the context being candidates
-copy_blocks() {
-  local config=copy RESULTS=$above
-  local options="--data=$RUNS/copies --index_block=16 --index_candidates=2048"
-  train $options --stage=warmup --init_from="$RUNS/copy/dense"
-  train $options --stage=sparse
-  measure --batches=4 --copies=64
-  keep
-}
-
 # the copying model goes on at 128K, positions by YaRN: needles as far back as that; with exact selection, in
-# two levels by blocks of 16 tokens or as many as named, and densely. far-trained-16: what copy_blocks left
+# two levels by blocks of 16 tokens or as many as named, and densely
 far() {
-  local config=copy RESULTS=$above/far copies=$RUNS/copies-far name stage levels start
+  local config=copy RESULTS=$above/far copies=$RUNS/copies-far name stage levels
   local options="--data=$copies --yarn_factor=8 --block_size=131072 --batch_size=1 --recompute
     --sparse_steps=50 --ramp_steps=5 --eval_interval=50 --eval_steps=8"
   [ -d "$copies" ] || $python -m tools.copies "$copies" --documents=150 --length=262144
-  for name in ${1:-exact blocks-16 blocks-4 trained-16 control}; do
+  for name in ${1:-exact blocks-16 control}; do
     run=far-$name
     stage=sparse
-    start=copy
     levels=""
     case $name in
-      blocks-*|trained-*)
+      blocks-*)
         levels="--index_block=${name##*-} --index_candidates=8192" ;;
       control)
         stage=control ;;
     esac
-    if [[ $name == trained-* ]]; then
-      start=copy-blocks
-    fi
-    train $options --stage=$stage --init_from="$RUNS/$start/$stage" $levels
+    train $options --stage=$stage --init_from="$RUNS/copy/$stage" $levels
     $python evaluate.py --checkpoint="$RUNS/$run/$stage" --batches=2 --copies=8 \
       --out_dir="$RUNS/$run/evaluation-sparse"
     keep
@@ -173,7 +159,7 @@ selectors="indexer-256 recent-1024 recent-256 sinks-1024 sinks-256 random-1024 r
   copy-indexer-256 copy-recent-1024 copy-recent-256 copy-sinks-1024 copy-sinks-256 copy-random-1024
   copy-random-256 copy-strided-1024 copy-strided-256 copy-oracle-1024 copy-oracle-256"
 everything="seed-1337 control-1337 evaluate-1337 seed-1338 control-1338 evaluate-1338
-  no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 copy copy-blocks long backends selectors sweep
+  no-warmup topk-512 topk-2048 no-detach no-fp8 heads-4 heads-16 copy long backends selectors sweep
   far packages-16k packages-64k table"
 for name in ${@:-$everything}; do
   echo "=== $name"
@@ -207,10 +193,8 @@ for name in ${@:-$everything}; do
       copy_again ;;
     far)
       far ;;
-    far-exact|far-blocks-*|far-trained-*|far-control)
+    far-exact|far-blocks-*|far-control)
       far "${name#far-}" ;;
-    copy-blocks)
-      copy_blocks ;;
     packages-*)
       packages ;;
     selectors)

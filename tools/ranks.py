@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import parallel
 from bench import SMALL_CONFIG, TWIN_CONFIG
 from config import Config
-from indexer import index_objective
 from model import Transformer
 from support import cli, report
 from train import Options, adamw, trainable
@@ -145,7 +144,7 @@ def measure(name, case, ranks):
         with torch.autocast(ranks.device.type, torch.bfloat16):
             _, losses = model(x, None if case.stage == "warmup" else y, index_loss=case.stage != "dense",
                               return_logits=False, split=split)
-        (losses.get("lm", 0) + index_objective(losses, Options.block_weight)).backward()
+        (losses.get("lm", 0) + losses.get("kl", 0)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -45,7 +45,7 @@ def parse(argv):
     add("--candidates", default="0", help="tokens in the best blocks; 0: max(8 k, T / 32), the default")
     add("--block", type=int, default=16, help="tokens of a block (default %(default)s)")
     options = parser.parse_args(argv)
-    cli.check_ranges(options, ("block", 1, 2**20), ("rows", 1, 2**20))
+    cli.check_ranges(options, ("block", 1, 64), ("rows", 1, 2**20))
     return options
 
 

@@ -113,6 +113,19 @@ def e4m3_bits(x):
 
 
 @triton.jit
+def e4m3_of(y, UE8M0: tl.constexpr):
+    """y (..., n) float32 -> e4m3 bits (..., n) int32, a scale for each vector (...)"""
+    LAST: tl.constexpr = len(y.shape) - 1
+    # the largest is found among integers, of which a NaN is larger than infinity
+    amax = tl.max(y.to(tl.int32, bitcast=True) & 0x7fffffff, LAST)
+    scale = tl.maximum(amax.to(tl.float32, bitcast=True), 1e-4) * (1 / 448)
+    if UE8M0:
+        scale = power_of_two_above(scale)
+    scale = tl.where(amax < INFINITY, scale, float("nan"))
+    return e4m3_bits(tl.div_rn(y, tl.broadcast_to(tl.expand_dims(scale, LAST), y.shape))), scale
+
+
+@triton.jit
 def quantise_kernel(
         x_ptr, values_ptr, scales_ptr,
         rows, D, root,
@@ -132,19 +145,11 @@ def quantise_kernel(
             y = tl.reshape(pairs, [BLOCK_ROWS, BLOCK_D])
         x = (y * root).to(x.dtype)
 
-    # a scale per block; the largest is found among integers, of which a NaN is larger than infinity
-    y = tl.reshape(x.to(tl.float32), [BLOCK_ROWS, BLOCK_D // BLOCK, BLOCK])
-    amax = tl.max(y.to(tl.int32, bitcast=True) & 0x7fffffff, 2)
-    scale = tl.maximum(amax.to(tl.float32, bitcast=True), 1e-4) * (1 / 448)
-    if UE8M0:
-        scale = power_of_two_above(scale)
-    scale = tl.where(amax < INFINITY, scale, float("nan"))
+    values, scale = e4m3_of(tl.reshape(x.to(tl.float32), [BLOCK_ROWS, BLOCK_D // BLOCK, BLOCK]), UE8M0)
     block = tl.arange(0, BLOCK_D // BLOCK)
     tl.store(scales_ptr + row[:, None] * BLOCKS + block[None, :], scale,
              mask=(row < rows)[:, None] & (block < BLOCKS)[None, :])
-
-    y = tl.div_rn(y, tl.broadcast_to(scale[:, :, None], y.shape))
-    values = e4m3_bits(tl.reshape(y, [BLOCK_ROWS, BLOCK_D]))
+    values = tl.reshape(values, [BLOCK_ROWS, BLOCK_D])
     tl.store(values_ptr + row[:, None] * D + d[None, :], values.to(tl.uint8), mask=mask)
 
 
@@ -197,8 +202,8 @@ def quantise(x, block=128, rotate=False, ue8m0=True):
 # tiling      a program keeps BLOCK_S queries x BLOCK_H heads, up to 256 columns, and streams `span` keys,
 #             BLOCK_T at a time, as the rows of tl.dot(keys, queries^T). Tiles that none of its queries sees
 #             are skipped: -inf with FILL; without it, what a query does not see is left undefined. With
-#             thresholds, two bits per pair are stored instead of a score, for `select`. TILE > 1: of so many
-#             neighbouring queries the highest score alone is stored, for `select_by_blocks`. WHOLE: no tile
+#             thresholds, two bits per pair are stored instead of a score, for `select`. BLOCK > 1: of so many
+#             neighbouring keys the highest score alone is stored, for `select_by_blocks`. WHOLE: no tile
 #             reaches beyond the keys, and no load is masked. On Hopper instructions are the limit, and the
 #             power they take: every mask counts
 # FLOPs       2 HI DI per pair on the tensor cores, 2 HI (maximum, multiply-add) beside them
@@ -268,7 +273,7 @@ def scores_kernel(
         HI: tl.constexpr, DI: tl.constexpr,
         BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
         TURN: tl.constexpr, DECODE_E4M3: tl.constexpr, FILL: tl.constexpr, WHOLE: tl.constexpr,
-        TILE: tl.constexpr):
+        BLOCK: tl.constexpr):
     b = tl.program_id(2).to(tl.int64)
     tile = tl.program_id(0) * BLOCK_S
     end = tl.minimum(first_row + rows, S)
@@ -296,10 +301,6 @@ def scores_kernel(
     hi = tl.minimum(hi, stop)
 
     out_row_ptr = out_ptr + (b * rows + tile + r) * width
-    if TILE > 1:
-        first_of_tile = tile + tl.arange(0, BLOCK_S // TILE) * TILE
-        tile_ok = first_row + first_of_tile < end
-        tile_row_ptr = out_ptr + (b * (rows // TILE) + first_of_tile // TILE) * width
     if threshold_ptr is not None:
         limit = tl.load(threshold_ptr + b * rows + tile + r, mask=ok, other=0.0)
         word = tl.arange(0, BLOCK_T // 16)
@@ -339,12 +340,12 @@ def scores_kernel(
             tl.store(
                 words_ptr + t0 // 16 * BLOCK_S,
                 tl.sum(tl.reshape(bits, [BLOCK_T // 16, 16, BLOCK_S]), 1))
-        elif TILE > 1:
-            seen = (t[:, None] >= first[None, :]) & (t[:, None] <= last[None, :]) & ok[None, :]
-            score = tl.reshape(tl.where(seen, score, float("-inf")), [BLOCK_T, BLOCK_S // TILE, TILE])
+        elif BLOCK > 1:
+            score = tl.reshape(score, [BLOCK_T // BLOCK, BLOCK, BLOCK_S])
+            n = t0 // BLOCK + tl.arange(0, BLOCK_T // BLOCK)
             tl.store(
-                tile_row_ptr[None, :] + t[:, None], tl.reduce(score, 2, higher_or_nan),
-                mask=tile_ok[None, :] & (t < T)[:, None])
+                out_row_ptr[None, :] + n[:, None], tl.reduce(score, 1, higher_or_nan),
+                mask=ok[None, :] & (n < tl.cdiv(T, BLOCK))[:, None])
         else:
             if FILL:
                 seen = (t[:, None] >= first[None, :]) & (t[:, None] <= last[None, :])
@@ -377,17 +378,19 @@ def index_tiles(HI, DI, rows, dtype, device):
         num_warps=8 if block_s * block_h == COLUMNS else 4)
 
 
-def launch_scores(out, q, k, w, k_scale, first, last, first_row, rows, fill=False, threshold=None, tile=1):
+def launch_scores(
+        out, q, k, w, k_scale, first, last, first_row, rows, fill=False, threshold=None, block=1):
     """Scores of the queries first_row..first_row+rows into out (B,rows,width >= T); without fill, what a
     query does not see is undefined. With threshold (B,rows), bits instead: a word of out (B,queries,width)
-    per 16 keys, in the order sequence, tile of block_s queries, tile of block_t keys, query, word. With tile,
-    of so many queries, at most block_s, the highest scores: out (B,rows/tile,width)."""
+    per 16 keys, in the order sequence, tile of block_s queries, tile of block_t keys, query, word. With
+    block, of so many keys, at most 64, the highest scores: out (B,rows,width >= T / block)."""
     B, S, HI, DI = q.shape
     T = k.shape[1]
     tiles = index_tiles(HI, DI, rows, q.dtype, q.device)
+    block_t = max(tiles.block_t, block)
     blocks = triton.cdiv(rows, tiles.block_s)
     span = triton.cdiv(B * blocks * T, PROGRAMS * multiprocessors(q.device))
-    span = min(max(triton.cdiv(span, tiles.block_t) * tiles.block_t, LEAST_SPAN), LONGEST_SPAN)
+    span = min(max(triton.cdiv(span, block_t) * block_t, LEAST_SPAN), LONGEST_SPAN)
     stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
     scores_kernel[(blocks, triton.cdiv(T, span), B)](
         q_ptr=q, k_ptr=k, w_ptr=w, k_scale_ptr=k_scale, threshold_ptr=threshold,
@@ -395,9 +398,9 @@ def launch_scores(out, q, k, w, k_scale, first, last, first_row, rows, fill=Fals
         S=S, T=T, first_row=first_row, rows=rows, width=out.shape[2], span=span,
         stride_kb=k.stride(0), stride_kt=k.stride(1), stride_sb=stride_sb, stride_st=stride_st,
         HI=HI, DI=DI, BLOCK_S=tiles.block_s, BLOCK_H=tiles.block_h, BLOCK_D=tiles.block_d,
-        BLOCK_T=tiles.block_t, TURN=tiles.turn, DECODE_E4M3=q.dtype == torch.uint8, FILL=fill,
-        WHOLE=T % tiles.block_t == 0 and DI == tiles.block_d, TILE=tile,
-        num_stages=tiles.num_stages, num_warps=tiles.num_warps)
+        BLOCK_T=block_t, TURN=tiles.turn, DECODE_E4M3=q.dtype == torch.uint8, FILL=fill,
+        WHOLE=T % block_t == 0 and DI == tiles.block_d, BLOCK=block,
+        num_stages=tiles.num_stages if block_t == tiles.block_t else 1, num_warps=tiles.num_warps)
 
 
 def check_inputs(q, k, w, k_scale):
@@ -1008,13 +1011,11 @@ def take(x, index):
     return None if x is None else x[index]
 
 
-def chunks(B, S, elements, multiple=1):
+def chunks(B, S, elements):
     """Cut B x S rows so that SELECT_CHUNK holds `elements` elements for each -> sequences (a slice), first
-    query, queries: a multiple of `multiple`, but for the last."""
+    query, queries."""
     batch = max(1, min(B, SELECT_CHUNK // (elements * min(S, CHUNK_QUERIES))))
     rows = max(1, min(S, SELECT_CHUNK // (elements * batch)))
-    if rows < S:
-        rows = max(multiple, rows // multiple * multiple)
     for b in range(0, B, batch):
         for first_row in range(0, S, rows):
             yield slice(b, min(b + batch, B)), first_row, min(rows, S - first_row)
