@@ -60,7 +60,7 @@ class Config:
     index_candidates: int = option(0, "tokens in the best blocks, which are scored (0: max(8 index_topk, "
                                    "T / 32))")
     index_exact_layers: int = option(2, "with index_block: so many first layers score all tokens by all "
-                                     "heads; what they look at is the hardest to find otherwise")
+                                     "heads")
     selector: str = option(
         "indexer", "who chooses the k tokens that a query reads (baselines.py): the indexer; recent: the "
         "last k; sinks: the first 4 and the last k - 4; random; strided: evenly spaced; oracle: those that "
