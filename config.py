@@ -148,8 +148,8 @@ class Config:
                 "needs at least one head, of a power of two (Hadamard) not below "
                 f"qk_rope_head_dim={self.qk_rope_head_dim}")
         if not 0 <= self.index_block <= 64 or self.index_block & (self.index_block - 1):
-            raise ValueError(f"index_block={self.index_block}: tokens of a block, a power of two up to 64 (0: "
-                             "one level)")
+            raise ValueError(f"index_block={self.index_block}: tokens of a block, a power of two up to 64 "
+                             "(0: one level)")
         if min(self.index_candidates, self.index_exact_layers) < 0:
             raise ValueError(f"index_candidates={self.index_candidates}, "
                              f"index_exact_layers={self.index_exact_layers}: tokens and layers, from 0 on")
