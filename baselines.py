@@ -34,14 +34,17 @@ class Attended(NamedTuple):
 # ---- by position: of a query that sees n tokens, number 0 to n - 1, which does slot j of m hold? ----
 
 def recent(j, n, m):
+    """The last m: j, n, m int64 that broadcast -> int64, as `sinks` and `strided`."""
     return n - m + j
 
 
 def sinks(j, n, m, few):
+    """The first `few` and the last m - few."""
     return torch.where(j < few, j, n - m + j)
 
 
 def strided(j, n, m):
+    """Evenly spaced, the last among them."""
     return n - 1 - (m - 1 - j) * n // m.clamp(min=1)
 
 

@@ -7,12 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from indexer import RECENT, check_two_levels, default_candidates
-from triton_kernels.common import (
-    e4m3_to_fp16, full_bounds, load_bounds, multiprocessors, operation, power_of_two)
+from triton_kernels.common import e4m3_to_fp16, full_bounds, load_bounds, operation, power_of_two
 from triton_kernels.index import (
-    ALIGNED_ROW, DIRECT_ROW, LEAST_SPAN, LONGEST_SPAN, PROGRAMS, TILE, check_inputs, chunks,
-    dealt_columns, e4m3_of, higher_or_nan, index_tiles, launch_scores, launch_topk, operands,
-    power_of_two_above, score_keys, select, take)
+    check_inputs, chunks, dealt_columns, e4m3_of, higher_or_nan, index_tiles, keys_per_program,
+    launch_scores, launch_topk, operands, padded_row, power_of_two_above, score_keys, select, take)
 
 MIXED_ELEMENTS = 2048  # of each side in a program of mix_kernel
 BOUNDS = 512  # queries of a program of bounds_kernel
@@ -268,10 +266,8 @@ def rank_blocks(q, k, w, k_scale, low, high, low_token, high_token, first_row, r
     (B,rows,M) int32"""
     B = q.shape[0]
     N = triton.cdiv(k.shape[1], block)
-    multiple = ALIGNED_ROW if N <= DIRECT_ROW else TILE
-    width = triton.cdiv(N, multiple) * multiple
     here = slice(first_row, first_row + rows)
-    scores = torch.empty(B, rows, width, dtype=torch.float32, device=q.device)
+    scores = torch.empty(B, rows, padded_row(N), dtype=torch.float32, device=q.device)
     launch_scores(scores, q, k, w, k_scale, low_token, high_token, first_row, rows, block=block)
     lists = torch.empty(B, rows, M, dtype=torch.int32, device=q.device)
     launch_topk(lists, scores, N, low[:, here].contiguous(), high[:, here].contiguous(), 0, rows)
@@ -296,9 +292,7 @@ def select_by_blocks_operation(
     q_mixed, w_mixed = mixed_heads(q, w)  # (B, S, 2, DI), (B, S, 2)
 
     score = index_tiles(HI, DI, 1, q.dtype, q.device)
-    slots = (2 + M) * block + recent
-    multiple = ALIGNED_ROW if slots <= DIRECT_ROW else TILE
-    width = triton.cdiv(slots, multiple) * multiple
+    width = padded_row((2 + M) * block + recent)
     stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
     for batch, first_row, rows in chunks(B, S, width + T // block):
         n = batch.stop - batch.start
@@ -309,8 +303,7 @@ def select_by_blocks_operation(
 
         # the scores of their tokens
         scores = torch.empty(n, rows, width, dtype=torch.float32, device=q.device)
-        span = triton.cdiv(n * rows * M * block, PROGRAMS * multiprocessors(q.device))
-        span = min(max(triton.cdiv(span, score.block_t) * score.block_t, LEAST_SPAN), LONGEST_SPAN)
+        span = keys_per_program(n * rows * M * block, score.block_t, q.device)
         candidate_scores_kernel[(rows, triton.cdiv(M * block, span) + 1, n)](
             q_ptr=q[batch], k_ptr=k[batch], w_ptr=w[batch], k_scale_ptr=take(k_scale, batch), list_ptr=lists,
             first_ptr=take(first, batch), last_ptr=take(last, batch),

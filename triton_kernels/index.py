@@ -378,6 +378,13 @@ def index_tiles(HI, DI, rows, dtype, device):
         num_warps=8 if block_s * block_h == COLUMNS else 4)
 
 
+def keys_per_program(pairs, block_t, device):
+    """How many of the keys a program scores for its tile of queries, of so many pairs of a tile and a key in
+    all."""
+    span = triton.cdiv(pairs, PROGRAMS * multiprocessors(device))
+    return min(max(triton.cdiv(span, block_t) * block_t, LEAST_SPAN), LONGEST_SPAN)
+
+
 def launch_scores(
         out, q, k, w, k_scale, first, last, first_row, rows, fill=False, threshold=None, block=1):
     """Scores of the queries first_row..first_row+rows into out (B,rows,width >= T); without fill, what a
@@ -389,8 +396,7 @@ def launch_scores(
     tiles = index_tiles(HI, DI, rows, q.dtype, q.device)
     block_t = max(tiles.block_t, block)
     blocks = triton.cdiv(rows, tiles.block_s)
-    span = triton.cdiv(B * blocks * T, PROGRAMS * multiprocessors(q.device))
-    span = min(max(triton.cdiv(span, block_t) * block_t, LEAST_SPAN), LONGEST_SPAN)
+    span = keys_per_program(B * blocks * T, block_t, q.device)
     stride_sb, stride_st = (0, 0) if k_scale is None else k_scale.stride()
     scores_kernel[(blocks, triton.cdiv(T, span), B)](
         q_ptr=q, k_ptr=k, w_ptr=w, k_scale_ptr=k_scale, threshold_ptr=threshold,
@@ -1021,12 +1027,17 @@ def chunks(B, S, elements):
             yield slice(b, min(b + batch, B)), first_row, min(rows, S - first_row)
 
 
+def padded_row(n):
+    """-> the width of a row of n scores as `launch_topk` reads it."""
+    multiple = ALIGNED_ROW if n <= DIRECT_ROW else TILE
+    return triton.cdiv(n, multiple) * multiple
+
+
 def select_exact(out, q, k, w, k_scale, first, last):
     """`select` into out (B,S,K) by scores that are kept, a chunk at a time."""
     B, S, _ = out.shape
     T = k.shape[1]
-    multiple = ALIGNED_ROW if T <= DIRECT_ROW else TILE
-    width = triton.cdiv(T, multiple) * multiple
+    width = padded_row(T)
     for batch, first_row, rows in chunks(B, S, width):
         n = batch.stop - batch.start
         scores = torch.empty(n, rows, width, dtype=torch.float32, device=q.device)
