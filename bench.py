@@ -78,8 +78,7 @@ HEADS = (128, 64, 16)  # of the published shape
 CHUNK = 4096  # queries of a long prompt that are computed at a time
 CONTEXTS = (32768, 131072)  # behind which they come
 LONGEST = 2**20  # behind which selection filters
-FAR = (2**17, 2**19, 2**20)  # behind which selection in two levels runs beside exact selection
-WHOLE = (2**17, 2**19)  # contexts of which every query selects
+FAR = (2**17, 2**19, 2**20)  # of which selection in two levels runs beside exact selection
 TO_A_MILLION = (2**14, 2**16, 2**17, 2**18, 2**19, 2**20)
 SEQUENCE = 8192  # tokens of a sequence that is trained on, in the rows of one layer
 BATCH = 128  # sequences that decode at a time
@@ -91,7 +90,7 @@ SMALL_CONFIG = Config(  # of GPT-2-small's size, hence 124M in the rows: 117M pa
     num_attention_heads=SMALL.heads, q_lora_rank=384, kv_lora_rank=SMALL.rank, qk_nope_head_dim=SMALL.nope,
     qk_rope_head_dim=SMALL.rope, v_head_dim=SMALL.value, index_n_heads=SMALL.index_heads,
     index_head_dim=SMALL.index_dim, index_topk=SMALL.topk, max_position_embeddings=2**20,
-    tie_word_embeddings=True)
+    initializer_range=0.02, tie_word_embeddings=True)
 STEP_TOKENS = 65536  # of a training step, or one sequence where that is longer
 RUN = 4  # random ids come in runs of so many: neighbours then select much alike, as in a trained model
 TRAINED = (4096, 6144, 8192, 16384, 32768, 65536, 131072)  # contexts of training steps
@@ -345,11 +344,12 @@ def select_row(table, what, shape, B, S, T):
 
 def bench_blocks(table):
     """Selection in two levels (docs/LONG.md) beside exact selection: a chunk of queries behind a long
-    context, one query, and whole contexts; candidates by default. Random vectors."""
+    context, one query, and whole contexts (of the published shape, the shortest); candidates by default.
+    Random vectors."""
     import kernels
     few = SMALL._replace(index_heads=2 * SMALL.index_heads)
     cases = [(few, CHUNK, T) for T in FAR] + [(V32, CHUNK, T) for T in FAR] + [(few, 1, T) for T in FAR]
-    cases += [(few, T, T) for T in WHOLE]
+    cases += [(few, T, T) for T in FAR] + [(V32, FAR[0], FAR[0])]
     for shape, S, T in cases:
         q, k, w, k_scale = index_inputs(shape, 1, S, T)
         args = (q, k, w, shape.topk, k_scale)
@@ -787,6 +787,7 @@ TWIN_CONFIG = Config(  # DeepSeek-V2-Lite, 15.7B parameters, with indexers
     qk_rope_head_dim=64, v_head_dim=128, index_n_heads=16, index_head_dim=128, index_topk=2048,
     n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, moe_intermediate_size=1408,
     topk_method="greedy", norm_topk_prob=False, max_position_embeddings=163840,
+    initializer_range=0.02,
     rope_scaling=dict(
         type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1,
         mscale=0.707, mscale_all_dim=0.707))

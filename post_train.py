@@ -138,10 +138,8 @@ GPU = dict(
     eval_tasks=256, ramp_steps=20, save_interval=500,
     hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
     q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-    index_n_heads=8, index_head_dim=64, index_topk=64)
-# Of a new model on other devices: k below what a page holds, and weights of a size with which so narrow a
-# model learns to copy
-SMALL = dict(index_topk=8, initializer_range=0.1)
+    index_n_heads=8, index_head_dim=64, index_topk=64, initializer_range=0.02)
+SMALL = dict(index_topk=8)  # of a new model on other devices: below what a page holds
 # What later stages and a run being resumed cannot change: the base was made for it
 FIXED = {"init_from", "seed", "page", *(field.name for field in MODEL_FIELDS)}
 OPTIONS = tuple(field.name for field in fields(Options))

@@ -79,9 +79,9 @@ class Options:
         1, "micro-batches per step, of all processes together (under torchrun by default one for each group)")
     context_parallel: int = option(1, "processes of torchrun that share each sequence; groups of so many "
                                    "share the micro-batches")
-    dense_steps: int = option(400, "optimizer steps of the dense stage")
-    warmup_steps: int = option(100, "optimizer steps of the indexer's warm-up")
-    sparse_steps: int = option(120, "optimizer steps of the sparse stage")
+    dense_steps: int = option(300, "optimizer steps of the dense stage")
+    warmup_steps: int = option(80, "optimizer steps of the indexer's warm-up")
+    sparse_steps: int = option(60, "optimizer steps of the sparse stage")
     dense_lr: float = option(3e-3, "peak learning rate of the dense stage")
     warmup_lr: float = option(1e-2, "peak learning rate of the indexer's warm-up (paper: 1e-3)")
     sparse_lr: float = option(5e-4, "peak learning rate of the sparse stage (paper: 7.3e-6)")
@@ -108,7 +108,7 @@ GPU = dict(
     ramp_steps=50, eval_interval=100, eval_steps=8, save_interval=200,
     hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
     q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-    index_n_heads=8, index_head_dim=64, index_topk=512)
+    index_n_heads=8, index_head_dim=64, index_topk=512, initializer_range=0.02)
 # No property of the weights
 SELECTION = ("index_topk", "index_block", "index_candidates", "index_exact_layers", "selector")
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one

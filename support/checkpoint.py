@@ -61,6 +61,7 @@ ROPE_TYPES = dict(
     beta_fast=float, beta_slow=float, mscale=float, mscale_all_dim=float, attention_factor=float,
     truncate=bool, partial_rotary_factor=float)
 QUANTISATION_TYPES = dict(quant_method=str, fmt=str, scale_fmt=str, weight_block_size=list)
+USUAL_RANGE = 0.02  # of new weights beside published ones, where a config.json does not say
 REWRITTEN = {  # keys that `write` drops or derives anew
     "architectures", "auto_map", "quantization_config", "dtype", "torch_dtype", "transformers_version",
     "rope_parameters", "num_key_value_heads", "scoring_func", "partial_rotary_factor"}
@@ -92,7 +93,7 @@ def config_of(values):
     check_supported(values, family)
     check_quantisation(values)
 
-    read = dict(model_type=family)
+    read = dict(model_type=family, initializer_range=values.get("initializer_range", USUAL_RANGE))
     read |= read_rope(values)
     read |= read_experts(values, family)
     read |= read_indexer(values, family)

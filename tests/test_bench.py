@@ -344,7 +344,7 @@ def small(monkeypatch):
         heads = (128, 64, 16)
         sizes = dict(
             CHUNK=256, CONTEXTS=(768, 1024), LONGEST=2048, SEQUENCE=512, MATMUL=512, BATCH=16,
-            STEP_TOKENS=512, FAR=(2048,), WHOLE=(2048,), TO_A_MILLION=(512, 2048))
+            STEP_TOKENS=512, FAR=(2048,), TO_A_MILLION=(512, 2048))
     else:
         shape = Shape(heads=4, rank=16, rope=16, nope=16, value=16, index_heads=4, index_dim=16, topk=8)
         few = shape._replace(heads=2, index_heads=2)
