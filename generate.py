@@ -127,6 +127,7 @@ class Decoder:
         return self.logits
 
     def forward(self, last):
+        """-> logits (B,S,vocab) of self.token; last: see Transformer.forward."""
         self.selections = []
         logits, _ = self.model(
             self.token, first=self.first, caches=self.caches, position=self.position, last=last,

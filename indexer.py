@@ -39,10 +39,11 @@ def visible(S, T, first, last, rows, device):
 def read(x, chosen):
     """x (B,T,D), chosen (B,rows,K) -> (B,rows,K,D), x of the chosen tokens. An empty slot (-1) repeats a
     token of its row: of one that was not selected, a NaN times 0 would survive."""
-    batch = torch.arange(len(x), device=x.device)[:, None, None]
+    B, T, _ = x.shape
     selected = F.pad(chosen, (0, 1), value=-1).amax(-1, keepdim=True)  # (B, rows, 1), -1 if there is none
     token = torch.where(chosen < 0, selected, chosen).clamp(min=0).long()  # (B, rows, K)
-    return x[batch, token]
+    token = token + T * torch.arange(B, device=x.device)[:, None, None]  # among those of all sequences
+    return F.embedding(token, x.flatten(0, 1))
 
 
 def over_rows(function, S, elements_per_row):

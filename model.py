@@ -523,6 +523,7 @@ def _(h, weight, targets, dtype, backend, learn_h, learn_weight):
 
 
 def keep_gradients(ctx, inputs, output):
+    """For the backward of `sliced_loss`: the gradients that it made."""
     h, weight, targets, dtype, backend, ctx.learn_h, ctx.learn_weight = inputs
     ctx.dtypes = (h.dtype, weight.dtype)
     ctx.tokens = len(h)
@@ -530,6 +531,7 @@ def keep_gradients(ctx, inputs, output):
 
 
 def scale_gradients(ctx, grad, *_):
+    """The backward of `sliced_loss`: its gradients times grad (), that of the loss."""
     dh, dweight = ctx.saved_tensors
     grad = grad / ctx.tokens
     dh = (dh * grad).to(ctx.dtypes[0]) if ctx.learn_h else None

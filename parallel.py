@@ -91,6 +91,7 @@ class Ranks:
 
     @property
     def data_rank(self):
+        """The number of this rank's group."""
         return self.rank // self.context
 
     def turns(self, count):
@@ -107,6 +108,7 @@ class Ranks:
         return Split(self, length, start) if self.context > 1 else None
 
     def reduced(self, values, how):
+        """Numbers of this rank, combined with those of all others by a dist.ReduceOp -> list of float."""
         x = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(x, how)

@@ -111,10 +111,12 @@ def family_of(values):
 
 
 def refuse(key, value, supported):
+    """Raise the ValueError of a key with a value that does not run here."""
     raise ValueError(f"{key}={value!r} is not supported, only {supported}")
 
 
 def require(values, keys, why):
+    """ValueError, naming the first, if one of the keys is not in the dict."""
     for key in keys:
         if key not in values:
             raise ValueError(f"{key} is missing; {why}")
@@ -331,6 +333,7 @@ class Stored(NamedTuple):
 
     @property
     def shape(self):
+        """Its dimensions; nothing is read."""
         return tuple(self.file.get_slice(self.name).get_shape())
 
     @property
@@ -339,9 +342,11 @@ class Stored(NamedTuple):
         return self.file.get_slice(self.name).get_dtype()
 
     def rows(self, start, stop):
+        """Read a slice of its first dimension."""
         return self.file.get_slice(self.name)[start:stop]
 
     def read(self):
+        """Read all of it."""
         return self.file.get_tensor(self.name)
 
 
@@ -634,6 +639,7 @@ def published_tensors(model):
 
 
 def nbytes(x):
+    """Bytes of a tensor's numbers."""
     return x.numel() * x.element_size()
 
 

@@ -2,6 +2,7 @@
 line, exit 2, nothing half-written)."""
 import json
 import os
+import platform
 import re
 import resource
 import shutil
@@ -485,6 +486,24 @@ def test_devices_that_are_not_there(name):
     with pytest.raises(ValueError, match=f"--device={name}: not available") as error:
         cli.device(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_cpu_keeps_freed_memory(tmp_path):
+    """Pages that a freed tensor of 64 MB leaves behind hold the next one of 32, which the system need not
+    bring: 8192 pages, or 16 huge ones."""
+    code = """
+import resource, torch
+from support import cli
+cli.device("cpu")
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**23)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), check=True,
+                            capture_output=True, text=True)
+    assert int(result.stdout) < 8
 
 
 def without_e4m3(monkeypatch):
