@@ -159,7 +159,7 @@ def device(name):
 def keep_freed_memory():
     """Let this process keep the memory that it frees, for its next tensors, where the C library is glibc: a
     training step on a CPU takes and frees hundreds of MB, and getting them from the system page by page takes
-    up to two fifths of its time."""
+    up to a third of its time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError):  # another C library; Windows

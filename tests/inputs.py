@@ -11,6 +11,7 @@ big = pytest.mark.skipif(not CUDA, reason="real shapes need a GPU")
 
 
 def random(*shape, dtype=torch.float32, grad=False):
+    """Normal random numbers of these dimensions, rounded to dtype, on the device of the tests."""
     return torch.randn(*shape, device=DEVICE).to(dtype).requires_grad_(grad)
 
 

@@ -147,6 +147,7 @@ def compare_checkpoints(ranks):
 
 
 def main():
+    """Every case on this rank; the command line: ranks that share a sequence, device."""
     context = int(sys.argv[1])
     ranks = parallel.start(parallel.device(sys.argv[2]), context)
     for number, case in enumerate(CASES):

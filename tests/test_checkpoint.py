@@ -227,6 +227,13 @@ def test_from_scratch(index_topk, tmp_path):
 
 # ---- config.json ----
 
+def test_new_weights_where_config_json_says_nothing():
+    """Indexers beside published weights begin with the usual deviation, not with that of our small models."""
+    values = {key: value for key, value in V3.items() if key != "initializer_range"}
+    assert checkpoint.config_of(values).initializer_range == 0.02 != Config.initializer_range
+    assert checkpoint.config_of(values | dict(initializer_range=0.3)).initializer_range == 0.3
+
+
 def test_hub_and_v5_forms_of_config(tmp_path):
     """rope_theta + rope_scaling as on the hub, and rope_parameters as transformers 5 writes it, mean the
     same, alone or together; absent optional keys too."""

@@ -333,6 +333,7 @@ def _(q, k, w, topk, k_scale, first, last, block, candidates, recent):
 @torch.no_grad()
 def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, block=16, candidates=0,
                      recent=RECENT):
+    """What kernels.select_by_blocks promises: shapes, dtypes and errors stand there."""
     B, S = q.shape[:2]
     T = k.shape[1]
     check_two_levels(topk, block, candidates, recent)

@@ -372,12 +372,14 @@ def _(dout, q, k, v, out, lse, scale, first, last):
 
 
 def keep_flash_attention(ctx, inputs, output):
+    """For the backward: what the forward read and gave, and its scale."""
     q, k, v, ctx.scale, first, last = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, first, last)
 
 
 def differentiate_flash_attention(ctx, dout, dlse):
+    """Gradients of dout (B,S,H,V) to q, k, v; lse has none."""
     q, k, v, out, lse, first, last = ctx.saved_tensors
     dq, dk, dv = flash_attention_backward(dout, q, k, v, out, lse, ctx.scale, first, last)
     return dq, dk, dv, None, None, None
@@ -424,6 +426,7 @@ def check_heads(q, k, v):
 
 
 def dense_attention(q, k, v, scale, first=None, last=None):
+    """What kernels.dense_attention promises: shapes, dtypes and errors stand there."""
     B, S = q.shape[:2]
     check_heads(q, k, v)
     causal = first is None and last is None and S == v.shape[1] and S >= 2
@@ -513,11 +516,13 @@ def _(dout, q, k, v, out, lse, scale, early, late):
 
 
 def keep_split(ctx, inputs, output):
+    """For the backward: what the forward read and gave, its scale, and where the chunks begin."""
     q, k, v, ctx.scale, ctx.early, ctx.late = inputs
     ctx.save_for_backward(q, k, v, *output)
 
 
 def differentiate_split(ctx, dout, dlse):
+    """Gradients of dout (B,S,H,V) to q, k, v; lse has none."""
     grads = split_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.early, ctx.late)
     return *grads, None, None, None
 
@@ -526,6 +531,7 @@ split_attention_pieces.register_autograd(differentiate_split, setup_context=keep
 
 
 def split_attention(q, k, v, scale, early, late):
+    """What kernels.split_attention promises: shapes, dtypes and errors stand there."""
     B, S = q.shape[:2]
     check_heads(q, k, v)
     half = S // 2

@@ -185,6 +185,7 @@ def _(x, block, rotate, ue8m0):
 
 @torch.no_grad()
 def quantise(x, block=128, rotate=False, ue8m0=True):
+    """What kernels.quantise promises: shapes, dtypes and errors stand there."""
     D = x.shape[-1]
     if rotate and D & (D - 1):
         raise ValueError(f"index_head_dim={D} is not a power of two, which the Hadamard rotation needs; "
@@ -452,6 +453,7 @@ def _(q, k, w, k_scale, first, last):
 
 @torch.no_grad()
 def index_scores(q, k, w, k_scale=None, first=None, last=None):
+    """What kernels.index_scores promises: shapes, dtypes and errors stand there."""
     check_inputs(q, k, w, k_scale)
     B, S = q.shape[:2]
     return index_scores_operation(q, k, w, k_scale, full_bounds(first, B, S), full_bounds(last, B, S))
@@ -844,6 +846,7 @@ def _(scores, topk, first, last):
 
 @torch.no_grad()
 def topk(scores, topk, first=None, last=None):
+    """What kernels.topk promises: shapes, dtypes and errors stand there."""
     if topk < 1:
         raise ValueError(f"topk={topk}: select at least one token")
     B, S, _ = scores.shape
@@ -1171,6 +1174,7 @@ def _(q, k, w, topk, k_scale, first, last):
 
 @torch.no_grad()
 def select(q, k, w, topk, k_scale=None, first=None, last=None):
+    """What kernels.select promises: shapes, dtypes and errors stand there."""
     if topk < 1:
         raise ValueError(f"index_topk={topk}: select at least one token")
     check_inputs(q, k, w, k_scale)

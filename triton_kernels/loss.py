@@ -515,12 +515,14 @@ def _(dkl, q, k, lse, scale, q_index, k_index, w, first, last, dq, dk, dw):
 
 
 def keep_indexer_loss_dense(ctx, inputs, output):
+    """For the backward: what the forward read, and the gradients that it made already."""
     q, k, lse, ctx.scale, q_index, k_index, w, first, last, _ = inputs
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
     ctx.save_for_backward(q, k, lse, q_index, k_index, w, first, last, *output[2:])
 
 
 def differentiate_indexer_loss_dense(ctx, dkl, *_):
+    """Gradients of dkl (B,S) to q_index, k_index and w."""
     q, k, lse, q_index, k_index, w, first, last, dq, dk, dw = ctx.saved_tensors
     gradients = indexer_loss_dense_backward(
         dkl, q, k, lse, ctx.scale, q_index, k_index, w, first, last, dq, dk, dw)
@@ -532,6 +534,7 @@ indexer_loss_dense_operation.register_autograd(
 
 
 def indexer_loss_dense(q, k, lse, scale, q_index, k_index, w, first=None, last=None):
+    """What kernels.indexer_loss_dense promises: shapes, dtypes and errors stand there."""
     B, S, H, D = q.shape
     T, Hk = k.shape[1:3]
     HI, DI = q_index.shape[2:]
@@ -843,12 +846,14 @@ def _(dkl, indices, q_index, k_index, w, g):
 
 
 def keep_indexer_loss_sparse(ctx, inputs, output):
+    """For the backward: the indexer's inputs, the selection, and g, see loss_row_kernel."""
     _, _, _, indices, _, q_index, k_index, w, _ = inputs
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
     ctx.save_for_backward(indices, q_index, k_index, w, output[2])
 
 
 def differentiate_indexer_loss_sparse(ctx, dkl, *_):
+    """Gradients of dkl (B,S) to q_index, k_index and w."""
     gradients = indexer_loss_sparse_backward(dkl, *ctx.saved_tensors)
     return None, None, None, None, None, *gradients, None
 
@@ -858,6 +863,7 @@ indexer_loss_sparse_operation.register_autograd(
 
 
 def indexer_loss_sparse(q, latents, lse, indices, scale, q_index, k_index, w):
+    """What kernels.indexer_loss_sparse promises: shapes, dtypes and errors stand there."""
     B, S, H, D = q.shape
     T = latents.shape[1]
     HI, DI = q_index.shape[2:]

@@ -808,11 +808,13 @@ def _(q, latents, indices, out, lse, dout, scale):
 
 
 def keep_sparse_attention(ctx, inputs, output):
+    """For the backward: what the forward read and gave, and its scale."""
     q, latents, indices, ctx.scale, _ = inputs
     ctx.save_for_backward(q, latents, indices, *output)
 
 
 def differentiate_sparse_attention(ctx, dout, _):
+    """Gradients of dout (B,S,H,V) to q and latents; lse has none."""
     dq, dlatents = sparse_attention_backward(*ctx.saved_tensors, dout, ctx.scale)
     return dq, dlatents, None, None, None
 
@@ -1039,6 +1041,7 @@ def check_arguments(q, latents, indices, value_dim):
 
 
 def sparse_attention(q, latents, indices, scale, value_dim):
+    """What kernels.sparse_attention promises: shapes, dtypes and errors stand there."""
     check_arguments(q, latents, indices, value_dim)
     if latents.dtype == torch.uint8:
         out, lse = sparse_attention_fp8_operation(q, latents, indices, scale, value_dim)
