@@ -615,7 +615,7 @@ def stage_objective(model, compiled):
     forward = torch.compile(model, dynamic=False) if compiled else model
 
     def objective(x, y):
-        _, losses = forward(x, y, index_loss=model.attention == "sparse", return_logits=False)
+        _, losses = forward(x, y, index_loss=model.attention == "sparse", logits_of=None)
         return losses["lm"] + losses.get("kl", 0)
 
     return objective
@@ -833,7 +833,7 @@ def bench_graft(table):
 
         def step():
             with torch.autocast(DEVICE, BF16):
-                _, losses = model(x[:, :-1], targets, index_loss=True, return_logits=False)
+                _, losses = model(x[:, :-1], targets, index_loss=True, logits_of=None)
             (losses["kl"] + losses.get("lm", 0)).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -857,7 +857,7 @@ def bench_million(table):
     x = torch.randint(0, VOCABULARY, (1, SMALL_CONFIG.max_position_embeddings), device=DEVICE)
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad(), torch.autocast(DEVICE, BF16):
-        seconds = seconds_of(lambda: model(x, return_logits=False))
+        seconds = seconds_of(lambda: model(x, logits_of=None))
     memory = torch.cuda.max_memory_allocated() / 1e9
     table.add("forward, 124M, 1M tokens, sparse", 1000 * seconds, memory, "GB peak")
 

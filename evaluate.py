@@ -336,7 +336,7 @@ def predict(model, x, y, first, attention, dtype):
         before = model.attention
         model.attention = attention
         with model.model["norm"].register_forward_hook(keep):
-            model(x, first=first, return_logits=False)
+            model(x, first=first, logits_of=None)
         model.attention = before
         weight = parallel.whole_tensor(model.lm_head.weight)  # (vocab, hidden)
         return indexer.over_rows(compare, n, x.shape[0] * model.config.vocab_size)

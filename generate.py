@@ -200,7 +200,7 @@ def share_prompt(model, idx, first, caches, chunk, ranks):
         bounds = None if first is None else split.part(first)
         position = torch.arange(begin, end, device=idx.device)
         model(
-            split.part(idx), first=bounds, caches=caches, position=position, return_logits=False, split=split)
+            split.part(idx), first=bounds, caches=caches, position=position, logits_of=None, split=split)
     return shared
 
 
@@ -249,7 +249,7 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         bounds = first[:, position] if packed else None
         chosen = [] if decoder.traced else None
         logits, _ = model(
-            idx[:, position], first=bounds, caches=caches, position=position, return_logits="last",
+            idx[:, position], first=bounds, caches=caches, position=position, logits_of="last",
             selections=chosen)
         if decoder.traced:
             trace.selections.append(chosen)

@@ -25,12 +25,12 @@ import baselines
 import generate
 import indexer
 import sparse_attn
+from lm_loss import next_token_loss
 from moe import MLP, MoE
 from precision import exact, product_dtype
 
 RECALL_QUERIES = 16  # of a sequence, for the recall that training reports
 DECODE_QUERIES = 16  # up to so many new queries read the latents themselves: expanding a cache costs more
-LOSS_SLICE = 2**28  # logits that the language-model loss holds at a time
 
 
 # ---- norms and positions ----
@@ -472,86 +472,6 @@ def remembering(block, offload):
     return run
 
 
-# ---- the language-model loss ----
-
-def cross_entropy(logits, targets, grad):
-    """logits (N,vocab), targets (N,) int64 below vocab -> (N,) float32, -log softmax(logits)[target], in
-    nats; with grad its gradient softmax(logits) - [s = target] takes the logits' place."""
-    log_p = torch.log_softmax(logits, -1, dtype=torch.float32)  # (N, vocab)
-    nats = -log_p.gather(-1, targets[:, None])  # (N, 1)
-    if grad:
-        of_target = torch.expm1(-nats).to(logits.dtype)  # p - 1, also near 1
-        torch.exp(log_p, out=logits).scatter_(-1, targets[:, None], of_target)
-    return nats[:, 0]
-
-
-@torch.library.custom_op("dsa::next_token_loss", mutates_args=())
-def sliced_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, backend: str, learn_h: bool,
-                learn_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments as `next_token_loss`, computed in dtype -> the loss (), and N times its gradients: dh
-    (N,hidden) in dtype, dweight (vocab,hidden) float32, each empty unless learnt. One slice of logits at a
-    time: those of 32K tokens over 160K words are 21 GB."""
-    entropy = cross_entropy
-    if backend == "triton":
-        from kernels import cross_entropy as entropy
-    N = len(h)
-    h = h.to(dtype)
-    w = weight.to(dtype)
-    grad = learn_h or learn_weight
-    dh = torch.empty_like(h) if learn_h else h.new_empty(0)
-    dweight = torch.zeros(weight.shape if learn_weight else 0, dtype=torch.float32, device=h.device)
-    nats = torch.zeros((), dtype=torch.float32, device=h.device)
-    rows = max(1, LOSS_SLICE // len(weight))
-    with exact(h):
-        for start in range(0, N, rows):
-            part = h[start:start + rows]  # (rows, hidden)
-            logits = part @ w.T  # (rows, vocab)
-            nats = nats + entropy(logits, targets[start:start + rows], grad).sum()
-            # from here on `logits` holds its own gradient
-            if learn_h:
-                torch.mm(logits, w, out=dh[start:start + rows])
-            if learn_weight:
-                dweight += logits.T @ part
-    return nats / N, dh, dweight
-
-
-@sliced_loss.register_fake
-def _(h, weight, targets, dtype, backend, learn_h, learn_weight):
-    dh = torch.empty_like(h, dtype=dtype) if learn_h else h.new_empty(0, dtype=dtype)
-    dweight = torch.empty(weight.shape if learn_weight else 0, dtype=torch.float32, device=h.device)
-    return h.new_empty((), dtype=torch.float32), dh, dweight
-
-
-def keep_gradients(ctx, inputs, output):
-    """For the backward of `sliced_loss`: the gradients that it made."""
-    h, weight, targets, dtype, backend, ctx.learn_h, ctx.learn_weight = inputs
-    ctx.dtypes = (h.dtype, weight.dtype)
-    ctx.tokens = len(h)
-    ctx.save_for_backward(*output[1:])
-
-
-def scale_gradients(ctx, grad, *_):
-    """The backward of `sliced_loss`: its gradients times grad (), that of the loss."""
-    dh, dweight = ctx.saved_tensors
-    grad = grad / ctx.tokens
-    dh = (dh * grad).to(ctx.dtypes[0]) if ctx.learn_h else None
-    dweight = (dweight * grad).to(ctx.dtypes[1]) if ctx.learn_weight else None
-    return dh, dweight, None, None, None, None, None
-
-
-sliced_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
-
-
-def next_token_loss(h, weight, targets, backend):
-    """h (N,hidden), weight (vocab,hidden), targets (N,) int64 -> mean cross entropy of the logits h weight^T
-    in nats, () float32. Differentiable in h and weight; the gradients are made with the loss. backend:
-    "torch" or "triton"."""
-    grad = torch.is_grad_enabled()
-    learn_h = grad and h.requires_grad
-    learn_weight = grad and weight.requires_grad
-    return sliced_loss(h, weight, targets, product_dtype(h), backend, learn_h, learn_weight)[0]
-
-
 class Transformer(nn.Module):
     """Decoder-only language model.
 
@@ -612,7 +532,7 @@ class Transformer(nn.Module):
         return [p for name, p in self.named_parameters() if ".indexer." in name]
 
     def forward(self, idx, targets=None, first=None, index_loss=False, caches=None, position=None, last=None,
-                return_logits=True, split=None, selections=None):
+                logits_of="all", split=None, selections=None):
         """idx (B,S) int64, targets (B,S) int64 or None, first (B,S) int32 or None: first visible position
         (packed documents).
 
@@ -621,7 +541,7 @@ class Transformer(nn.Module):
         all layers, each by the indexer whose selection it uses) and "recall" (share of dense attention mass
         selected, 0..1, mean over all layers); of the layers that select in two levels also "index_recall"
         (share of exact selection that is selected).
-        return_logits=False gives None for them, see `next_token_loss`; "last": the last token's alone.
+        logits_of=None gives None for them, see `next_token_loss`; "last": the last token's alone.
         caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
         With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
         process has a part of the sequence, others the rest; idx, targets, first, selections and the results
@@ -662,10 +582,10 @@ class Transformer(nn.Module):
                     losses[name] = torch.stack(layers).mean()
         if targets is not None:
             losses["lm"] = next_token_loss(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), backend)
-        if return_logits == "last":
+        if logits_of == "last":
             h = h[:, -1:]
         logits = None
-        if return_logits:
+        if logits_of is not None:
             with exact(h):  # as exact as the weights: two logits in bf16 between 4 and 8 are 0.03 apart
                 logits = self.lm_head(h.to(self.lm_head.weight.dtype))  # (B, S or 1, vocab)
         return logits, losses

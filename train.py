@@ -634,7 +634,7 @@ def evaluate(run, attention):
     for number, counts in run.ranks.turns(run.options.eval_steps):
         x, y, first = run.batch(run.validation, number)
         with run.autocast():
-            loss = model(x, y, first, return_logits=False, split=run.split)[1]["lm"]
+            loss = model(x, y, first, logits_of=None, split=run.split)[1]["lm"]
         losses.append(loss if counts else torch.zeros_like(loss))
     model.attention = trained_with
     [total] = run.ranks.total([sum(torch.stack(losses).tolist())])
@@ -702,7 +702,7 @@ def train_stage(run, stage, caught):
             targets = None if stage == "warmup" else y
             with run.autocast():
                 micro = run.forward(
-                    x, targets, first, index_loss=indexing, return_logits=False, split=run.split)[1]
+                    x, targets, first, index_loss=indexing, logits_of=None, split=run.split)[1]
             objective = micro.get("lm", 0) + micro.get("kl", 0)
             (objective / len(numbers)).backward()
             losses.append({name: loss.detach() for name, loss in micro.items()})

@@ -208,7 +208,7 @@ def read(model, ids, layers, missed, by_head):
                 packed[layer] = pack(layer_reads(selecting, attending, missed, by_head, bar.update))
 
         with watching(model, record):
-            model(idx, return_logits=False)
+            model(idx, logits_of=None)
     return packed
 
 

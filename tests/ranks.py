@@ -50,7 +50,7 @@ def steps(model, batches, stage, ranks=None, split=None, forward=None):
         parallel.synchronise(model, n == len(batches) - 1)
         targets = None if stage == "warmup" else y
         _, losses = forward(x, targets, first, index_loss=stage in ("warmup", "sparse"),
-                            return_logits=False, split=split)
+                            logits_of=None, split=split)
         (sum(losses[name] for name in ("lm", "kl") if name in losses) / len(batches)).backward()
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.item() / len(batches)

@@ -791,7 +791,7 @@ def test_graft(family, case, saved_as, tmp_path):
     kls = []
     for _ in range(20):
         model.zero_grad()
-        losses = model(idx, index_loss=True, return_logits=False)[1]
+        losses = model(idx, index_loss=True, logits_of=None)[1]
         losses["kl"].backward()
         kls.append(losses["kl"].item())
         assert all((p.grad is not None) == any(p is q for q in index) for p in model.parameters())
@@ -847,7 +847,7 @@ def test_shared_layers_train_and_cache(tmp_path):
         results.append([losses["kl"].item(), losses["lm"].item(), *norms])
     assert results[0] == pytest.approx(results[1], rel=1e-4)
     assert sum(".indexer." in name for name, _ in model.named_parameters()) == 10
-    loss = model(tokens(), tokens(), return_logits=False)[1]["lm"].item()
+    loss = model(tokens(), tokens(), logits_of=None)[1]["lm"].item()
     assert loss == pytest.approx(results[0][1], rel=1e-5)
     model.generate(tokens(length=4), 2)
     entry = (24 + 8) * 4

@@ -1,14 +1,14 @@
-"""The loss of a slice of logits, reference (model.cross_entropy) and kernel
+"""The loss of a slice of logits, reference (lm_loss.cross_entropy) and kernel
 (triton_kernels/cross_entropy.py), against float64."""
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
-import model
+import lm_loss
 from tests.inputs import DEVICE, DTYPES, EPS, big, random
 
-BACKENDS = [model.cross_entropy, kernels.cross_entropy]
+BACKENDS = [lm_loss.cross_entropy, kernels.cross_entropy]
 BOTH = pytest.mark.parametrize("cross_entropy", BACKENDS, ids=["torch", "triton"])
 SHAPES = [(1, 1), (5, 37), (3, 5000), (2, 4096), pytest.param((300, 50304), marks=big)]
 

@@ -35,7 +35,7 @@ def trained():
         starts = torch.randint(len(TEXT) - T, (8,)).tolist()
         x = torch.stack([TEXT[start:start + T + 1] for start in starts]).to(DEVICE)  # (8, T + 1)
         warmup = step >= 200
-        losses = model(x[:, :-1], x[:, 1:], index_loss=warmup, return_logits=False)[1]
+        losses = model(x[:, :-1], x[:, 1:], index_loss=warmup, logits_of=None)[1]
         losses["kl" if warmup else "lm"].backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -273,7 +273,7 @@ def test_recomputation_does_not_select_again(changes, selecting, offload, monkey
     def selected_whole():
         return sum(scorer.q.shape[1] == x.shape[1] for scorer in selected)
 
-    found = model(x, y, first, index_loss=True, return_logits=False)[1]
+    found = model(x, y, first, index_loss=True, logits_of=None)[1]
     assert selected_whole() == selecting and len(attended) == 3
     (found["lm"] + found["kl"]).backward()
     assert selected_whole() == selecting and len(attended) == 6
@@ -321,7 +321,7 @@ def test_offloaded_are_the_inputs_of_blocks_alone(attention, changes, monkeypatc
     for model.recompute, model.offload in ((False, False), (True, True)):
         inputs.clear()
         memory.clear()
-        found = model(x, y, first, index_loss=True, return_logits=False)[1]
+        found = model(x, y, first, index_loss=True, logits_of=None)[1]
         model.zero_grad(set_to_none=True)
         if model.offload:
             assert len(packed) == len(inputs) == 3 and all(storage.expired() for storage in memory)
@@ -344,7 +344,7 @@ def test_offloading_frees_the_gpu():
     gradients = []
     for model.recompute, model.offload in ((True, False), (True, False), (True, True)):  # the first compiles
         model.zero_grad(set_to_none=True)
-        found = model(x, y, first, index_loss=True, return_logits=False)[1]
+        found = model(x, y, first, index_loss=True, logits_of=None)[1]
         kept.append(torch.cuda.memory_allocated())
         (found["lm"] + found["kl"]).backward()
         gradients.append([p.grad.cpu() for p in model.parameters()])

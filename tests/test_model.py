@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import indexer
-import model as reference
+import lm_loss
 import sparse_attn
 from config import Config
-from model import Transformer, next_token_loss, rope_frequencies
+from lm_loss import next_token_loss
+from model import Transformer, rope_frequencies
 from tests.common import FLOAT32, assert_close, device_of, packed_batch, tiny_model
 
 SMALL = dict(num_hidden_layers=1, num_attention_heads=2, index_n_heads=2, index_topk=3)  # for the interpreter
@@ -149,7 +150,7 @@ def loss_inputs(backend, frozen, N=9):
 def test_next_token_loss_in_slices(frozen, backend, monkeypatch):
     """(T18) Value and gradients of cross entropy, times the incoming gradient, slice by slice; a frozen head
     gets none."""
-    monkeypatch.setattr(reference, "LOSS_SLICE", 100)  # 2 tokens of 37 logits
+    monkeypatch.setattr(lm_loss, "LOSS_SLICE", 100)  # 2 tokens of 37 logits
     h, weight, targets = loss_inputs(backend, frozen)
     exact_h = h.detach().double().requires_grad_()
     exact_weight = weight.detach().double().requires_grad_()
@@ -195,7 +196,7 @@ def test_next_token_loss_is_a_sound_operation(learn_h, learn_weight, backend):
     h.requires_grad_(learn_h)
     for dtype in (torch.float32, torch.float16):
         arguments = (h, weight, targets, dtype, backend, learn_h, learn_weight)
-        torch.library.opcheck(reference.sliced_loss, arguments)
+        torch.library.opcheck(lm_loss.sliced_loss, arguments)
 
 
 # ---- precision ----
@@ -332,7 +333,7 @@ def test_compiled_training_is_eager_training(backend, stage, recompute):
     targets = None if stage == "warmup" else y
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        losses = forward(x, targets, first, index_loss=stage != "dense", return_logits=False)[1]
+        losses = forward(x, targets, first, index_loss=stage != "dense", logits_of=None)[1]
         objective = sum(losses[name] for name in ("lm", "kl") if name in losses)
         results.append((losses, gradients(model, objective)))
     (losses, expected), (compiled_losses, compiled) = results
@@ -353,7 +354,7 @@ def test_compiled_training_under_autocast():
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         with torch.autocast("cpu", torch.bfloat16):
-            losses = forward(x, y, first, index_loss=True, return_logits=False)[1]
+            losses = forward(x, y, first, index_loss=True, logits_of=None)[1]
         results.append((losses, gradients(model, losses["lm"] + losses["kl"])))
     (losses, expected), (compiled_losses, compiled) = results
     for name in losses:
@@ -394,12 +395,12 @@ def test_a_weight_that_is_not_finite_shows_in_the_loss(attention, bad):
         kept = entry.clone()
         entry.fill_(bad)
         with torch.no_grad():
-            losses = model(x, y, first, index_loss=True, return_logits=False)[1]
+            losses = model(x, y, first, index_loss=True, logits_of=None)[1]
         entry.copy_(kept)
         loss = losses["kl" if ".indexer." in name else "lm"]
         assert not loss.isfinite(), name
     with torch.no_grad():
-        losses = model(x, y, first, index_loss=True, return_logits=False)[1]
+        losses = model(x, y, first, index_loss=True, logits_of=None)[1]
     assert losses["lm"].isfinite() and losses["kl"].isfinite()
 
 
@@ -413,7 +414,7 @@ def test_kernels_hide_no_nan(attention, name):
     x, y, first = packed_batch("triton", B=1, S=10)
     model.get_submodule(f"model.layers.0.self_attn.{name}").weight.data[0, 0] = math.nan
     with torch.no_grad():
-        losses = model(x, y, first, index_loss=True, return_logits=False)[1]
+        losses = model(x, y, first, index_loss=True, logits_of=None)[1]
     assert losses["kl"].isnan()
     assert losses["lm"].isnan() == ("indexer" not in name)
 

@@ -400,6 +400,6 @@ def test_sweep_is_the_loss_of_each_model(own):
             config.index_block = before["index_block"] if name == own else 0
             model.attention = "dense" if name == "dense" else "sparse"
             with torch.no_grad():
-                expected = sum(model(x, y, first, return_logits=False)[1]["lm"].item()
+                expected = sum(model(x, y, first, logits_of=None)[1]["lm"].item()
                                for x, y, first in map(batches.batch, range(2))) / 2
             assert value == pytest.approx(expected, rel=1e-5), (name, k)

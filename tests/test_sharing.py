@@ -220,7 +220,7 @@ def test_recomputing_changes_no_bit(attention, changes):
     x, y, first = packed_batch(S=LENGTH if "index_block" in changes else 32)
     results = []
     for model.recompute, model.offload in ((False, False), (True, False), (True, True)):
-        found = model(x, y if attention == "sparse" else None, first, index_loss=True, return_logits=False)[1]
+        found = model(x, y if attention == "sparse" else None, first, index_loss=True, logits_of=None)[1]
         names = [name for name in ("lm", "kl") if name in found]
         results.append((found, gradients(model, sum(found[name] for name in names))))
     want, want_gradients = results[0]
@@ -244,7 +244,7 @@ def test_compiled(attention):
     tracer = "aot_eager" if attention == "sparse" else "eager"  # the backward traced, too: slow, so once
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, backend=tracer)):
-        found = forward(x, targets, first, index_loss=True, return_logits=False)[1]
+        found = forward(x, targets, first, index_loss=True, logits_of=None)[1]
         results.append((found, gradients(model, found["kl"] + found.get("lm", 0))))
     (want, want_gradients), (got, got_gradients) = results
     assert got_gradients.keys() == want_gradients.keys()

@@ -144,7 +144,7 @@ def counted(model, stage, x):
     targets = None if stage == "warmup" else x
     mapping = {torch.ops.dsa.next_token_loss: count_next_token_loss}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        _, losses = model(x, targets, index_loss=stage in ("warmup", "sparse"), return_logits=False)
+        _, losses = model(x, targets, index_loss=stage in ("warmup", "sparse"), logits_of=None)
         sum(losses[name] for name in ("lm", "kl") if name in losses).backward()
     return counter.get_total_flops() / x.numel()
 

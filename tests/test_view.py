@@ -74,7 +74,7 @@ def operations_of(model, idx):
         return ops._replace(select=select, sparse_attention=sparse_attention)
 
     with watched(model, wrap), torch.no_grad():
-        model(idx, return_logits=False)
+        model(idx, logits_of=None)
     return seen
 
 

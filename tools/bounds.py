@@ -98,7 +98,7 @@ def measure(model, ids, blocks, rows):
 
     model.attention = "sparse"
     with watching(model, record):
-        model(ids, return_logits=False)
+        model(ids, logits_of=None)
     return found
 
 

@@ -164,7 +164,7 @@ def recorded(model, tokens, dtype=None):
         for attention in ("dense", "sparse"):
             model.attention = attention
             with torch.no_grad(), torch.autocast(tokens.device.type, dtype, enabled=dtype is not None):
-                model(tokens[:, :-1], tokens[:, 1:], index_loss=True, return_logits=False)
+                model(tokens[:, :-1], tokens[:, 1:], index_loss=True, logits_of=None)
     return calls
 
 

@@ -143,7 +143,7 @@ def measure(name, case, ranks):
     def step():
         with torch.autocast(ranks.device.type, torch.bfloat16):
             _, losses = model(x, None if case.stage == "warmup" else y, index_loss=case.stage != "dense",
-                              return_logits=False, split=split)
+                              logits_of=None, split=split)
         (losses.get("lm", 0) + losses.get("kl", 0)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

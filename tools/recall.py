@@ -120,7 +120,7 @@ def measure(model, ids, candidates, block, rows):
     ops = operations(model.backend_on(ids.device))
     model.attention = "sparse"
     with watching(model, record):
-        model(ids, return_logits=False)
+        model(ids, logits_of=None)
     return found
 
 

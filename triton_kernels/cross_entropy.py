@@ -56,11 +56,13 @@ def cross_entropy_kernel(
 
 
 class CrossEntropyTiles(NamedTuple):
+    """Of cross_entropy_kernel."""
     block: int  # logits
     num_warps: int
 
 
 def cross_entropy_tiles(vocab):
+    """Tiles for rows of so many logits."""
     return CrossEntropyTiles(block=min(4096, triton.next_power_of_2(vocab)), num_warps=8)
 
 

@@ -246,6 +246,7 @@ def flash_dq_kernel(
 
 
 class DenseTiles(NamedTuple):
+    """Of flash_forward_kernel, flash_dkdv_kernel or flash_dq_kernel."""
     block_kept: int  # of the side that a program keeps: rows, in the dkdv kernel keys
     block_streamed: int  # of a step along the other side
     num_stages: int

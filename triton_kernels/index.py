@@ -355,6 +355,7 @@ def scores_kernel(
 
 
 class IndexTiles(NamedTuple):
+    """Of scores_kernel."""
     block_s: int  # queries
     block_h: int  # heads of each
     block_d: int
@@ -775,6 +776,7 @@ def topk_kernel(
 
 
 class TopkTiles(NamedTuple):
+    """Of topk_kernel."""
     direct: bool  # all of a row are candidates
     cap: int  # candidates
     sample: int  # scores that a threshold is guessed from
@@ -975,6 +977,7 @@ def collect_kernel(
 
 
 class FilterTiles(NamedTuple):
+    """Of threshold_kernel and collect_kernel."""
     stride: int  # every so many-th key is sampled
     sample: int  # a power of two that holds them
     sample_warps: int

@@ -286,6 +286,7 @@ class LossTiles(NamedTuple):
 
 
 def loss_target_tiles(dtype, device):
+    """LossTiles of loss_target_kernel, for the dtype that `loss_dtype` gives."""
     if dtype == torch.float32:
         return LossTiles(block_s=32, block_t=32, num_stages=2, num_warps=4)
     if shared_memory(device) > H100_SHARED_MEMORY:
@@ -294,6 +295,7 @@ def loss_target_tiles(dtype, device):
 
 
 def loss_scores_tiles(dtype, device):
+    """LossTiles of loss_scores_kernel, for the same."""
     if dtype == torch.float32:
         return LossTiles(block_s=32, block_t=32, num_stages=1, num_warps=4)
     if shared_memory(device) > H100_SHARED_MEMORY:
@@ -315,6 +317,7 @@ def loss_dq_tiles(head_pairs, queries, dtype, device):
 
 
 def loss_dk_tiles(dtype, device):
+    """LossTiles of loss_dk_kernel, for the same."""
     if dtype == torch.float32:
         return LossTiles(block_s=32, block_t=32, num_stages=0, num_warps=4)
     if shared_memory(device) > H100_SHARED_MEMORY:

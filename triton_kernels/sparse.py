@@ -354,6 +354,7 @@ def flash_kernel(
 
 
 class FlashTiles(NamedTuple):
+    """Of flash_kernel."""
     block_n: int  # rows
     block_u: int  # tokens
     num_stages: int
@@ -367,6 +368,7 @@ def is_blackwell(device):
 
 
 def flash_tiles(H, V, dtype, device):
+    """FlashTiles for H heads and values of V columns."""
     if dtype == torch.float32 or V > LARGE_VALUE:
         return FlashTiles(block_n=16, block_u=16, num_stages=1, num_warps=4, maxnreg=None)
     if shared_memory(device) > A100_SHARED_MEMORY:
@@ -668,6 +670,7 @@ def latent_kernel(
 
 
 class FusedTiles(NamedTuple):
+    """Of fused_kernel."""
     block_u: int  # tokens
     num_stages: int
     num_warps: int
@@ -696,6 +699,7 @@ def fused_tiles(V, dtype, device):
 
 
 def score_tiles(H, V, dtype, device):
+    """ProductTiles of score_kernel, for H heads and values of V columns."""
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
     if shared_memory(device) > A100_SHARED_MEMORY:
@@ -705,6 +709,7 @@ def score_tiles(H, V, dtype, device):
 
 
 def query_tiles(V, dtype, device):
+    """ProductTiles of query_kernel."""
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
     if shared_memory(device) > A100_SHARED_MEMORY:
@@ -713,6 +718,7 @@ def query_tiles(V, dtype, device):
 
 
 def latent_tiles(V, dtype, device):
+    """ProductTiles of latent_kernel."""
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
     if shared_memory(device) > A100_SHARED_MEMORY:
@@ -942,6 +948,7 @@ def fp8_kernel(
 
 
 class Fp8Tiles(NamedTuple):
+    """Of fp8_kernel."""
     block_n: int  # rows
     block_u: int  # tokens
     num_stages: int
@@ -949,6 +956,7 @@ class Fp8Tiles(NamedTuple):
 
 
 def fp8_tiles(H, V, dtype, device):
+    """Fp8Tiles for H heads and values of V columns."""
     if dtype == torch.float32:
         return Fp8Tiles(block_n=16, block_u=16, num_stages=1, num_warps=4)
     if shared_memory(device) > A100_SHARED_MEMORY:
