@@ -702,7 +702,7 @@ def main():
     ranks = parallel.start(device, 1, vars(options))
     options.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     backend = cli.backend(options.backend, device)
-    prepared = ranks.first(validation_batches, options, config)
+    prepared = ranks.on_rank_0(validation_batches, options, config)
     validation, batches = prepared or validation_batches(options, config)  # the others find the text prepared
     prepare = functools.partial(parallel.shard, ranks=ranks) if options.shard else None
     model = Transformer.from_pretrained(
@@ -727,7 +727,7 @@ def main():
     if options.sweep:
         results["sweep"] = measure_sweep(model, batches, options, ranks)
 
-    ranks.first(write, results, k, Path(options.out_dir))
+    ranks.on_rank_0(write, results, k, Path(options.out_dir))
     print_tables(results, k, options.out_dir)
     return 0
 

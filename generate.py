@@ -9,6 +9,7 @@ from sparse_attn import Cache
 
 SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
 LARGE_CHUNK = 32768  # beyond, nothing is gained
+GREEDY = 1e-6  # temperatures below it take the most likely token
 CHUNK_SHARE = 8  # a chunk's tensors in one layer take at most 1 / CHUNK_SHARE of a GPU's free memory
 
 
@@ -31,7 +32,7 @@ def restrict(logits, temperature=1.0, top_k=None, top_p=None):
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """logits (B,vocab) -> (B,) int64 sampled tokens, from the top_k most likely ones and the smallest set of
     probability top_p. temperature 0 takes the most likely one. Of equal logits the lower ids come first."""
-    if temperature < 1e-6:
+    if temperature < GREEDY:
         return logits.argmax(-1)
     p = restrict(logits, temperature, top_k, top_p).softmax(-1)  # (B, vocab)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
@@ -86,8 +87,8 @@ class Decoder:
     With the Triton kernels on a GPU the first step is captured as a CUDA graph: lengths are read on the
     device, so one graph serves every position and no time goes to launches. No graph is used, and the host
     launches every step anew, where a step needs the host: by the PyTorch reference, which takes lengths from
-    it; by a model with experts, where but in bf16 it reads how many tokens each expert got, to loop over
-    those that got any; by a sharded model, whose blocks are gathered one by one.
+    it; by a model with experts, which in any dtype but bf16 reads how many tokens each expert got, to loop
+    over those that got any; by a sharded model, whose blocks are gathered one by one.
 
     compiled: by torch.compile first. traced: the selections of a step are kept in `selections`, (B,1,k) for
     each layer."""
@@ -127,7 +128,7 @@ class Decoder:
         return self.logits
 
     def forward(self, last):
-        """-> logits (B,S,vocab) of self.token; last: see Transformer.forward."""
+        """-> logits (B,1,vocab) of self.token; last: see Transformer.forward."""
         self.selections = []
         logits, _ = self.model(
             self.token, first=self.first, caches=self.caches, position=self.position, last=last,
@@ -183,7 +184,7 @@ def default_chunk(config, B, device):
     width = 8 * config.hidden_size + 3 * config.intermediate_size + attention  # elements per token
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    tokens = free // CHUNK_SHARE // (2 * width * B)
+    tokens = free // CHUNK_SHARE // (2 * width * B)  # 2 bytes an element
     return max(SMALL_CHUNK, min(LARGE_CHUNK, tokens))
 
 
@@ -226,7 +227,7 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     config = model.config
     device = idx.device
     check(T, n, temperature, top_k, top_p, chunk, config)
-    if trace is not None and temperature < 1e-6:
+    if trace is not None and temperature < GREEDY:
         raise ValueError(f"temperature={temperature}: a trace holds log-probabilities, which the most likely "
                          "token taken always has none of; sample above 0")
     if trace is not None and ranks is not None and ranks.context > 1:

@@ -1,4 +1,4 @@
-"""The lightning indexer: which k past tokens does each query read? (DeepSeek-V3.2-Exp, section 2.1)
+"""The lightning indexer: which k past tokens does each query read? (DeepSeek-V3.2-Exp, section 1)
 
 A few small heads score every past token, I[t,s] = sum_j w[t,j] relu(q[t,j] . k[s]), and the k best are
 attended to. Scoring is still quadratic, but with one key per token, a handful of heads and e4m3 operands it
@@ -7,11 +7,11 @@ softmax(I)), where p is what the main attention looked at.
 
 Functions first, in the order of the paper; those that model.Operations lists have Triton twins in kernels.py,
 of the same name and signature. Letters: B sequences, S queries, T keys, K slots of a selection, H attention
-heads, HI and DI the indexer's heads and their dimensions. Equations keep the paper's indices, t a query and s
-a token that it may see; code counts queries by s < S and keys by t < T. `first`, `last` (B, S) int32 are the
-first and last key position that a query may see; None means 0 and T - S + i, causal with the queries at the
-end. They express packed documents (first), caches that are longer than what they hold (last), and padding
-(first > last: nothing is visible).
+heads of D dimensions, HI and DI the indexer's heads and their dimensions. Equations keep the paper's indices,
+t a query and s a token that it may see; code counts queries by s < S and keys by t < T. `first`, `last` (B,
+S) int32 are the first and last key position that a query may see; None means 0 and T - S + i, causal with the
+queries at the end. They express packed documents (first), caches that are longer than what they hold (last),
+and padding (first > last: nothing is visible).
 """
 import torch
 import torch.nn.functional as F
@@ -68,9 +68,7 @@ def hadamard(x):
     little more than one product, with its FP8 rounding; rotated, it is d products of about one size, whose
     roundings average out: sqrt(d) less error. ValueError: a dimension that is not a power of two."""
     d = x.shape[-1]
-    if d & (d - 1):
-        raise ValueError(f"index_head_dim={d} is not a power of two, which the Hadamard rotation needs; "
-                         "choose 32, 64 or 128")
+    check_rotation(d)
     y = x.float()
     stride = 1
     while stride < d:
@@ -78,6 +76,13 @@ def hadamard(x):
         y = torch.stack((a + b, a - b), -2).flatten(-3)  # (..., d)
         stride *= 2
     return (y * d**-0.5).to(x.dtype)
+
+
+def check_rotation(d):
+    """ValueError: `hadamard` cannot rotate d dimensions."""
+    if d & (d - 1):
+        raise ValueError(f"index_head_dim={d} is not a power of two, which the Hadamard rotation needs; "
+                         "choose 32, 64 or 128")
 
 
 def power_of_two_above(x):
@@ -160,10 +165,10 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
 
 def mixed_heads(q, w):
     """The heads of q (B,S,HI,DI) mixed into two by their weights w (B,S,HI), those of positive weight and
-    those of negative -> q (B,S,2,DI), w (B,S,2): q[0] = sum_j max(w_j, 0) q_j and q[1] = sum_j max(-w_j, 0)
+    those of negative -> m (B,S,2,DI), w (B,S,2): m[0] = sum_j max(w_j, 0) q_j and m[1] = sum_j max(-w_j, 0)
     q_j, of weights 1 and -1, but for a positive factor of each query, which changes no order.
 
-    What several heads look for at once, relu(q[0] . k) - relu(q[1] . k) finds as sum_j w_j relu(q_j . k)
+    What several heads look for at once, relu(m[0] . k) - relu(m[1] . k) finds as sum_j w_j relu(q_j . k)
     does, at the cost of two heads; where only some of them match, each relu is less than the sum that it
     stands for. In q's dtype, e4m3 being quantised anew. Summed in float32, head after head: the same bits
     everywhere."""
@@ -206,7 +211,7 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, block=1
     to blocks).
 
     Other arguments, results, ties and NaN as `select`, which this is as soon as all blocks are candidates.
-    ValueError: topk or recent < 1, a block that is no power of two up to 64."""
+    ValueError: topk or recent < 1, candidates < 0, a block that is no power of two up to 64."""
     check_two_levels(topk, block, candidates, recent)
     B, S, HI, _ = q.shape
     T = k.shape[1]

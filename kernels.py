@@ -2,12 +2,12 @@
 same results, which tests hold.
 
 This page is the table of contents: what each operation promises, and the file that holds it. Equations are
-those of DeepSeek-V3.2-Exp, section 2. Registered with torch.library as torch.ops.dsa.* (dense_attention as
+those of DeepSeek-V3.2-Exp. Registered with torch.library as torch.ops.dsa.* (dense_attention as
 flash_attention, beside cuDNN's own), so that torch.compile(model, fullgraph=True) passes through them.
 
 Which kernel runs
-    select               on up to 2048 keys a row is its own list of candidates; on more, two passes over the
-                         scores find them: guess a threshold from a sample, gather what is above it
+    select               on up to 2048 keys a row is its own list of candidates; on more, guess a threshold
+                         from a sample of the scores, then gather in one pass what is above it
       256K keys and      filter: a bit per key says whether it may be among the best, and no score is kept,
       more, 4 heads      as scores of so few heads are bound by memory
     select_by_blocks     scores of two mixed heads by the kernel of `index_scores`, two top-k as in `select`,
@@ -20,7 +20,8 @@ Which kernel runs
                          warps that gather beside warps that multiply
       up to 32 heads     flash over the union of neighbouring queries' selections: one gather serves several
       up to 8 queries    flash, each list in parts: decoding fills the GPU, and no kernel runs before it
-      FP8 cache          flash over pieces of 128 values: their scale goes into S and P, nothing is decoded
+      FP8 cache          the published shape on Hopper, unless programs are few: Gluon; else flash over
+                         pieces of 128 values, whose scale goes into S and P: nothing is decoded
       backward           latents up to 128: P, dS and dq in one kernel; wider: a kernel each
     indexer_loss_dense   the target by Gluon on Hopper (bf16, 16 heads and more of 64, 128 or 192), else by
                          Triton; the rest by Triton
@@ -37,6 +38,7 @@ Letters
     Equations keep the paper's indices, t a query and s a token that it may see; code counts queries by s < S
     and keys by t < T.
 """
+from indexer import RECENT
 from triton_kernels import cross_entropy as _cross_entropy
 from triton_kernels import blocks, dense, index, loss, sparse
 
@@ -65,7 +67,7 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 
 
 def select(q, k, w, topk, k_scale=None, first=None, last=None):
-    """S_t = the topk visible keys with the highest index score   (section 2.1)
+    """S_t = the topk visible keys with the highest index score   (section 1)
     -> (B,S,K) int32, K = topk: ascending positions, then -1 in unused slots.
 
     Arguments as `index_scores`. Equal scores go to the lower position (-0.0 equals 0.0), NaN ranks above all,
@@ -85,15 +87,15 @@ def topk(scores, topk, first=None, last=None):
 # ---- the same in two levels, beyond 128K: triton_kernels/blocks.py ----
 
 def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, block=16, candidates=0,
-                     recent=256):
+                     recent=RECENT):
     """`select` in two levels, see docs/LONG.md: among what a query's document begins with (its first block of
     tokens), its `recent` last tokens, and of the blocks between those whose best token scores highest by two
     mixed heads (indexer.mixed_heads), `candidates` tokens of them (0: max(8 topk, T / 32)) -> (B,S,K) int32
 
     Other arguments, ties, NaN and -inf as `select`, which runs in place of this where all blocks are
     candidates. Memory: the result and some 1 GB of scores. The same bits in every run; the host reads
-    nothing. Not differentiable. ValueError: topk or recent < 1, a block that is no power of two up to 64,
-    types or shapes that do not fit."""
+    nothing. Not differentiable. ValueError: topk or recent < 1, candidates < 0, a block that is no
+    power of two up to 64, types or shapes that do not fit."""
     return blocks.select_by_blocks(q, k, w, topk, k_scale, first, last, block, candidates, recent)
 
 
@@ -126,8 +128,9 @@ def sparse_attention(q, latents, indices, scale, value_dim):
     (B,T,bytes) uint8 (forward only), indices (B,S,K) int32, -1 = empty slot -> out (B,S,H,value_dim) in q's
     dtype, lse (B,S,H) float32, natural logarithm, not differentiated. A row with nothing selected: out 0, lse
     -inf, gradient 0. Differentiable in q and latents; dlatents is summed in float32 by atomics, so its last
-    bits vary from run to run. Memory beyond outputs: 8 bytes x B S K (lists), scratch of the lists, some 150
-    MB, at most 1 GB for P and dS, 4 bytes x B T D (dlatents). ValueError: shapes or dtypes that do not fit.
+    bits vary from run to run. Memory beyond outputs: 8 bytes x B S K (lists), scratch of the lists (133 MB
+    at 128K with 16 heads, up to some 600 MB), at most 1 GB for P and dS, 4 bytes x B T D (dlatents).
+    ValueError: shapes or dtypes that do not fit.
 
     Not finite: NaN in q, or in a token that a query selected, makes its rows NaN, out and lse. A token that
     nobody selected is not read, given that empty slots come last, as `select` leaves them. Queries that share

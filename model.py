@@ -1,7 +1,7 @@
 """A DeepSeek-V3.2 transformer: multi-head latent attention (MLA) with the lightning indexer and sparse
 attention.
 
-Read in this order: config.py, Attention (the paper's section 2.1 in one forward), Transformer; then
+Read in this order: config.py, Attention (the paper's section 1 in one forward), Transformer; then
 indexer.py and sparse_attn.py, whose functions Attention calls through one switch, `backend`: "torch" is the
 reference, "triton" the kernels that tests hold equal to it. Parameters and config keys carry the names of the
 published checkpoints, of which four families run here: deepseek_v2, deepseek_v3 (dense attention; `index` of
@@ -174,7 +174,7 @@ class ForwardState:
     ops: Operations
     cos: Tensor  # (S, 1, rope / 2) float32, as sin
     sin: Tensor
-    position: Tensor  # (S,) int64, of what enters the caches: the tokens of all ranks that share a sequence
+    position: Tensor  # (S,) int64, of what enters the caches; with split the tokens of all its ranks
     length: int  # tokens in the caches, these included
     first: Tensor | None  # (B, S) int32
     last: Tensor | None  # (B, S) int32
@@ -255,7 +255,7 @@ class IndexLoss(NamedTuple):
 
 class Attention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, section 2.1) with DeepSeek sparse attention on top (V3.2-Exp,
-    section 2.1)."""
+    section 1; the same in V3.2, arXiv 2512.02556, section 2.1)."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -297,7 +297,8 @@ class Attention(nn.Module):
         """MQA mode: q^T (W^UK c) = (W^UK^T q)^T c; q_nope (B,S,H,nope), q_rope (B,S,H,rope) -> (B,S,H,rank +
         rope), a query against latents."""
         w_uk, _ = self.kv_b(q_nope.dtype)
-        return torch.cat((torch.einsum("bshn,hnr->bshr", q_nope, w_uk), q_rope), -1)
+        q_latent = torch.einsum("bshn,hnr->bshr", q_nope, w_uk)  # (B, S, H, rank)
+        return torch.cat((q_latent, q_rope), -1)  # (B, S, H, rank + rope)
 
     def expand(self, latents):
         """MHA mode: latents (B,T,rank + rope) -> k (B,T,H,nope + rope), v (B,T,H,value); the rope key is the
@@ -305,7 +306,8 @@ class Attention(nn.Module):
         kv = self.kv_b_proj(latents[..., :self.rank])  # (B, T, H (nope + value))
         k_nope, v = kv.unflatten(-1, (self.heads, -1)).split([self.nope, self.value], -1)
         k_rope = latents[:, :, None, self.rank:].expand(-1, -1, self.heads, -1)  # (B, T, H, rope)
-        return torch.cat((k_nope, k_rope.to(k_nope.dtype)), -1), v
+        k = torch.cat((k_nope, k_rope.to(k_nope.dtype)), -1)  # (B, T, H, nope + rope)
+        return k, v
 
     def forward(self, h, state, selection=Selection(), cache=None):
         """h (B,S,hidden), state: the ForwardState; selection: that of the layer before, used if there is no
@@ -321,7 +323,8 @@ class Attention(nn.Module):
         else:
             q_latent = h
             q = self.q_proj(h)
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
+        q = q.unflatten(-1, (self.heads, -1))  # (B, S, H, nope + rope)
+        q_nope, q_rope = q.split([self.nope, self.rope], -1)
         q_rope = state.rope(q_rope, interleaved=True)  # (B, S, H, rope)
         c_kv, k_rope = self.kv_a_proj_with_mqa(h).split([self.rank, self.rope], -1)
         k_rope = state.rope(k_rope[:, :, None], interleaved=True).squeeze(2)  # (B, S, rope)
@@ -335,7 +338,7 @@ class Attention(nn.Module):
             # one dtype for the kernels, also where a float32 indexer sits in a bf16 model
             q_index = q_index.to(latents.dtype)
             k_index = state.gather(k_index.to(latents.dtype))
-            scorer = self.scorer(q_index, k_index, w, state, cache)
+            scorer = self.make_scorer(q_index, k_index, w, state, cache)
             if state.index_loss:
                 selection = Selection(selection.indices, q_index, k_index, w, scorer)
         latents = state.gather(latents)
@@ -362,8 +365,8 @@ class Attention(nn.Module):
         with exact(h):
             if sparse:
                 if self.indexer and not state.replay:
-                    scorer = scorer.attending(q, latents, self.scale, self.rank)
-                    indices = scorer.select(state.ops, self.config.index_topk, state.first, state.last)
+                    attending = scorer.attending(q, latents, self.scale, self.rank)
+                    indices = attending.select(state.ops, self.config.index_topk, state.first, state.last)
                     selection = selection._replace(indices=indices)  # (B, S, k)
                 out, lse = state.ops.sparse_attention(q, latents, selection.indices, self.scale, self.rank)
             else:
@@ -385,10 +388,10 @@ class Attention(nn.Module):
 
         if absorbed:
             _, w_uv = self.kv_b(out.dtype)
-            out = torch.einsum("bshr,hvr->bshv", out, w_uv)
-        return self.o_proj(out.flatten(2)), selection, index_loss  # out (B, S, H, value)
+            out = torch.einsum("bshr,hvr->bshv", out, w_uv)  # (B, S, H, value)
+        return self.o_proj(out.flatten(2)), selection, index_loss  # (B, S, hidden)
 
-    def scorer(self, q, k, w, state, cache):
+    def make_scorer(self, q, k, w, state, cache):
         """What tokens are selected by: the indexer's q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) without gradient,
         quantised if state.index_fp8; with a cache, k of everything in it."""
         q = q.detach()
@@ -542,7 +545,8 @@ class Transformer(nn.Module):
         selected, 0..1, mean over all layers); of the layers that select in two levels also "index_recall"
         (share of exact selection that is selected).
         logits_of=None gives None for them, see `next_token_loss`; "last": the last token's alone.
-        caches: one Cache per layer; `position` (S,) int64 of these tokens, all earlier ones being cached.
+        caches: one Cache per layer; `position` (S,) int64 of these tokens (with split: of those of all its
+        ranks), all earlier ones being cached.
         With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
         process has a part of the sequence, others the rest; idx, targets, first, selections and the results
         are those of the part. selections: (B,S,k) int32 for each layer, to attend to instead of what the
@@ -635,8 +639,8 @@ class Transformer(nn.Module):
             replay=bool(selections))
 
     def generate(self, idx, n, **options):
-        """idx (B,T) -> (B,T+n): the prompts and up to n sampled tokens each; options as generate.stream,
-        which yields them one by one. Rows that ended before the others are filled up with end_ids[0]."""
+        """idx (B,T) -> (B, T + up to n): the prompts and the tokens sampled for each; options as
+        generate.stream, which yields them one by one. Rows that ended before the others are filled up with end_ids[0]."""
         return generate.complete(self, idx, n, **options)
 
     @classmethod

@@ -75,8 +75,8 @@ def check_context(context, length):
 
 @dataclass
 class Ranks:
-    """This process among those that torchrun started. What they tell each other here are numbers and objects
-    on the host, by gloo, which notices when one of them has died."""
+    """This process among those that torchrun started. What they tell each other here, but for `same`, are
+    numbers and objects on the host, by gloo, which notices when one of them has died."""
     device: torch.device
     rank: int = 0
     world: int = 1
@@ -134,7 +134,7 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def first(self, function, *args):
+    def on_rank_0(self, function, *args):
         """Rank 0 alone calls function(*args), and all wait until it is done: for what is written and printed
         -> on rank 0 its result, elsewhere None. The OSError or ValueError that it raises is raised by all."""
         result = None
@@ -175,7 +175,8 @@ def start(device, context=1, options=None):
     ranks.mesh = init_device_mesh(device.type, (world,))
     ranks.group = dist.new_subgroups(context)[0]
     if ranks.rank:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr
     return ranks
 
 
@@ -303,7 +304,8 @@ class Split:
         """x (B,length / C,D), each rank's -> (B,length,D) in the order of the sequence. Its gradient is the
         sum over all ranks of what they send back, each rank's own rows."""
         rows = x.transpose(0, 1).contiguous()  # (length / C, B, D)
-        learns = torch.is_grad_enabled() and x.requires_grad  # before 2.13 the other one needs autograd
+        # before torch 2.13 all_gather_autograd takes nothing that needs no gradient
+        learns = torch.is_grad_enabled() and x.requires_grad
         gather = all_gather_autograd if learns else all_gather
         rows = gather(rows, 0, self.group)  # (length, B, D), rank by rank
         lower, upper = rows.unflatten(0, (self.context, 2, self.chunk)).unbind(1)  # (C, chunk, B, D) each

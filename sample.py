@@ -170,10 +170,11 @@ def chat_task(options, text):
 def talk(options, model, tokens_of, task, ranks):
     """Answer a task: the conversation to standard output as it comes, turns by their names, the checker's
     word to standard error."""
-    names = {token: name for name, token in chat.turns_of(options.checkpoint).items()}
-    if {name: token for token, name in names.items()} != tasks.TURNS:
-        raise ValueError(f"{options.checkpoint}: its turn tokens are {names}, those of tasks.py are "
+    turn_ids = chat.turns_of(options.checkpoint)
+    if turn_ids != tasks.TURNS:
+        raise ValueError(f"{options.checkpoint}: its turn tokens are {turn_ids}, those of tasks.py are "
                          f"{tasks.TURNS}")
+    names = {token: name for name, token in turn_ids.items()}
     ids = task.prompt()
     prompt = torch.tensor([ids], device=ranks.device)  # (1, tokens)
     generator = torch.Generator(ranks.device).manual_seed(options.seed)
@@ -211,7 +212,7 @@ def main():
     tokens_of = tokenizer.load_tokenizer(options.checkpoint)
     if options.chat:
         task = chat_task(options, text)
-        chat.turns_of(options.checkpoint)
+        chat.turns_of(options.checkpoint)  # raises before the weights are read
     else:
         ids = prompt_ids(options, text, tokens_of, config.vocab_size)
     model = Transformer.from_pretrained(

@@ -6,9 +6,9 @@ query and W^UV into the output and attends to the latents themselves, one (kv_lo
 token shared by all heads: little to gather per token, right when each query reads only the tokens that the
 indexer selected (sparse stage), and for decoding.
 
-dense_attention and sparse_attention have Triton twins in kernels.py; letters as in indexer.py, and V the
-dimensions of a value: of a head in MHA mode, of the latent (kv_lora_rank) in MQA mode. lse is the natural
-logarithm.
+dense_attention, split_attention and sparse_attention have Triton twins in kernels.py; letters as in
+indexer.py, and V the dimensions of a value: of a head in MHA mode, of the latent (kv_lora_rank) in MQA mode.
+lse is the natural logarithm.
 """
 import torch
 

@@ -5,7 +5,7 @@ attention.
     python train.py --stage=warmup --init_from=DIR      # put sparse attention on a model that exists
     torchrun --standalone --nproc-per-node=4 train.py   # on four GPUs, see parallel.py
 
-Stages (DeepSeek-V3.2-Exp, section 2.1.1; each starts from the checkpoint of the one before):
+Stages (DeepSeek-V3.2-Exp, section 2.1; each starts from the checkpoint of the one before):
   dense    ordinary language-model training with full attention; stands in for the base model
   warmup   everything frozen but the indexer, which learns to predict where the dense attention looks (KL)
   sparse   every query reads only its top-k tokens; the model learns from the language-model loss, the indexer
@@ -109,14 +109,14 @@ GPU = dict(
     hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
     q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
     index_n_heads=8, index_head_dim=64, index_topk=512, initializer_range=0.02)
-# No property of the weights
+# Of a Config, what may differ from the checkpoint's: weights do not depend on it
 SELECTION = ("index_topk", "index_block", "index_candidates", "index_exact_layers", "selector")
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
 TRAINING = tuple(field.name for field in fields(Options))
-MODEL_FIELDS = [f for f in fields(Config) if f.type in (int, float, bool) or f.metadata.get("choices")]
-MODEL_FIELDS = [f for f in MODEL_FIELDS if f.name != "vocab_size"]
+CONFIG_FIELDS = [f for f in fields(Config) if f.name != "vocab_size"]
+MODEL_FIELDS = [f for f in CONFIG_FIELDS if f.type in (int, float, bool) or f.metadata.get("choices")]
 # What a run being resumed cannot change: its batches, its weights, or what they learn would be others
 FIXED = {"stage", "init_from", "train", "detach", "share_selection", "yarn_factor", "data", "tokenizer",
          "seed", "block_size", "batch_size", "gradient_accumulation_steps",
@@ -474,7 +474,7 @@ def set_up(options, sizes, device):
     for stage in stages:
         files.destination(out / stage)  # raises if it is a link that leads nowhere
 
-    prepared = ranks.first(data.prepare, options.data, options.tokenizer)
+    prepared = ranks.on_rank_0(data.prepare, options.data, options.tokenizer)
     prepared = prepared or data.prepare(options.data, options.tokenizer)  # the others find it done
     training_file, validation_file = prepared
     eot = training_file.header["eot"]
@@ -590,13 +590,13 @@ def save_stage(run, stage, summary):
         if p.dtype != dtype:
             p.data.copy_(p.data.to(dtype))  # as it will be saved
     plain = parallel.whole_model(run.model, run.ranks)
-    run.ranks.first(write_stage, run, plain, stage, dtype)
+    run.ranks.on_rank_0(write_stage, run, plain, stage, dtype)
     attentions = ("dense",)
     if stage in ("warmup", "sparse"):
         attentions = ("dense", "sparse")
     for attention in attentions:
         summary[f"val_loss, {attention} attention, after {stage}"] = evaluate(run, attention)
-    run.ranks.first(write_summary, run, summary)
+    run.ranks.on_rank_0(write_summary, run, summary)
 
 
 def trained(model):
@@ -638,6 +638,7 @@ def evaluate(run, attention):
         losses.append(loss if counts else torch.zeros_like(loss))
     model.attention = trained_with
     [total] = run.ranks.total([sum(torch.stack(losses).tolist())])
+    # each rank of a group has the mean over its own part of a batch
     return total / run.ranks.context / run.options.eval_steps
 
 
@@ -653,10 +654,12 @@ def read(losses, norms):
     the one time in a step that the host waits for the device's numbers."""
     names = list(losses[0])
     values = torch.stack([micro[name] for micro in losses for name in names] + norms).tolist()
+    *values, grad_norm, index_grad_norm = values
     means = dict.fromkeys(names, 0)
-    for n, value in enumerate(values[:-2]):
-        means[names[n % len(names)]] += value / len(losses)
-    return means | dict(grad_norm=values[-2], index_grad_norm=values[-1])
+    for start in range(0, len(values), len(names)):  # of a micro-batch
+        for name, value in zip(names, values[start:]):
+            means[name] += value / len(losses)
+    return means | dict(grad_norm=grad_norm, index_grad_norm=index_grad_norm)
 
 
 def gradient_norm(parameters, options, device):
@@ -675,8 +678,8 @@ def train_stage(run, stage, caught):
     peak_lr = getattr(options, f"{like}_lr")
     indexing = stage in ("warmup", "sparse")
     model.attention = "sparse" if stage == "sparse" else "dense"
-    main, index = trainable(model, stage, options.train)
-    optimizer = adamw(main, index, options, run.device)
+    groups = trainable(model, stage, options.train)
+    optimizer = adamw(*groups, options, run.device)
     resumed = run.saved and stage == run.saved["stage"]
     start = runs.restore(optimizer, run.saved, parallel.sharded_state) if resumed else 0
     tokens_per_step = options.batch_size * options.block_size * options.gradient_accumulation_steps
@@ -698,7 +701,7 @@ def train_stage(run, stage, caught):
         numbers = batches[run.ranks.data_rank::run.ranks.data]  # of this rank
         for number in numbers:
             parallel.synchronise(model, number == numbers[-1])
-            x, y, first = run.batch(run.batches, number)  # (batch_size, block_size) each
+            x, y, first = run.batch(run.batches, number)  # (batch_size, block_size) each, or this rank's part
             targets = None if stage == "warmup" else y
             with run.autocast():
                 micro = run.forward(
@@ -708,7 +711,7 @@ def train_stage(run, stage, caught):
             losses.append({name: loss.detach() for name, loss in micro.items()})
 
         # Clip the model and the indexers apart: one norm over both would couple their objectives
-        norms = [gradient_norm(group, options, run.device) for group in (main, index)]
+        norms = [gradient_norm(group, options, run.device) for group in groups]
 
         # Stop before a step by something that is not finite
         values = run.ranks.means(read(losses, norms))
@@ -737,14 +740,14 @@ def train_stage(run, stage, caught):
         if (step + 1) % options.eval_interval == 0 or step + 1 == steps:
             record["val_loss"] = evaluate(run, model.attention)
             tqdm.write(report.line(record))
-        run.ranks.first(write_record, run, record, batches[0] // options.gradient_accumulation_steps)
+        run.ranks.on_rank_0(write_record, run, record, batches[0] // options.gradient_accumulation_steps)
 
         # Save what --resume goes on from. A signal to one rank stops all
         [stop] = run.ranks.largest([caught[0] if caught else 0])
         if stop or (step + 1) % options.save_interval == 0 or step + 1 == steps:
             save_state(run, optimizer, stage, step + 1)
         if stop:
-            run.ranks.first(print_stop, run, stage, step + 1)
+            run.ranks.on_rank_0(print_stop, run, stage, step + 1)
             return 130 if stop == signal.SIGINT else 143
     bar.close()
     return 0
@@ -764,7 +767,7 @@ def save_state(run, optimizer, stage, step):
     plain = parallel.whole_model(run.model, run.ranks)
     moments = parallel.whole(optimizer.state_dict(), run.ranks)
     corpus = run.training_file.header["sha256"]
-    run.ranks.first(runs.save_state, run.out, plain, moments, stage, step, corpus)
+    run.ranks.on_rank_0(runs.save_state, run.out, plain, moments, stage, step, corpus)
 
 
 def print_stop(run, stage, step):
@@ -799,14 +802,14 @@ def main():
     run = set_up(*resolve(sys.argv[1:]))
     again = tuple(f"after {stage}" for stage in run.replaced)
     summary = {name: loss for name, loss in runs.read_summary(run.out).items() if not name.endswith(again)}
-    run.ranks.first(begin, run)
+    run.ranks.on_rank_0(begin, run)
     with cli.interruptible() as caught, closing(run.log):
         for stage in run.stages:
             code = train_stage(run, stage, caught)
             if code:
                 return code
             save_stage(run, stage, summary)
-    run.ranks.first(runs.remove_states, run.out)
+    run.ranks.on_rank_0(runs.remove_states, run.out)
 
     print("\n".join(f"{name}: {loss:.4f}" for name, loss in summary.items()))
     print_sample(run, stage)

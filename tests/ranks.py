@@ -117,7 +117,7 @@ def compare_checkpoints(ranks):
     folder = ranks.gathered(tempfile.mkdtemp())[0]
     torch.manual_seed(2)
     plain = tiny_model("torch", **EXPERTS, tie_word_embeddings=True, vocab_size=63).bfloat16()
-    ranks.first(plain.save_pretrained, folder)
+    ranks.on_rank_0(plain.save_pretrained, folder)
 
     def prepare(model):
         train.trainable(model, "sparse", "attention")
@@ -140,7 +140,7 @@ def compare_checkpoints(ranks):
         assert torch.equal(x.to(whole.dtype), whole), name
 
     saved = parallel.whole_model(sharded, ranks)
-    ranks.first(lambda: saved.save_pretrained(folder + "-again"))
+    ranks.on_rank_0(lambda: saved.save_pretrained(folder + "-again"))
     again = Transformer.from_pretrained(folder + "-again", "torch")
     for name, x in plain.named_parameters():
         assert torch.equal(again.state_dict()[name].to(x.dtype), x), name

@@ -18,7 +18,7 @@ BOUNDS = 512  # queries of a program of bounds_kernel
 
 # ---- mixed_heads ----
 # in PyTorch  indexer.mixed_heads
-# equation    q[0] = sum_j max(w_j, 0) q_j,  q[1] = sum_j max(-w_j, 0) q_j, w divided by a power of two; then
+# equation    m[0] = sum_j max(w_j, 0) q_j,  m[1] = sum_j max(-w_j, 0) q_j, w divided by a power of two; then
 #             `quantise`, its scales with the sign of the side
 # tiling      a program takes BLOCK_ROWS queries with all dimensions, and adds head after head, without fused
 #             multiply-adds: the reference's bits
@@ -92,7 +92,8 @@ def mixed_heads(q, w):
 # contract    kernels.select_by_blocks
 # in PyTorch  indexer.select_by_blocks
 # equation    S_t = the K highest of I[t, s], s in the first block, in the last `recent` tokens, or in one of
-#             the M = C / BLOCK blocks with the highest max of relu(q[0] . k) - relu(q[1] . k) by mixed heads
+#             the M = C / BLOCK blocks (C: candidates) with the highest max of relu(m[0] . k) - relu(m[1] . k)
+#             by mixed heads m
 # tiling      rows of queries in chunks, of each:
 #             rank     scores of mixed heads by scores_kernel, of a block the highest; their top-k by
 #                      topk_kernel, which gives a list of blocks, ascending

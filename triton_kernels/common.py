@@ -15,8 +15,8 @@ LOWEST_LSE = tl.constexpr(-1e30)  # the same for log-sum-exps, and on Hopper
 SCALE_BLOCK = tl.constexpr(128)  # e4m3 values of an FP8 cache entry to a scale
 QUERIES_AT_ONCE = tl.constexpr(1024)  # whose bounds `queries_seeing` compares in one step
 DELTA_ROWS = 16  # of a program of `delta_kernel`
-A100_SHARED_MEMORY = 160_000  # bytes, which A100, H100 and B200 exceed, and no smaller GPU
-H100_SHARED_MEMORY = 200_000  # which H100 and B200 exceed, and A100 does not
+BELOW_A100 = 160_000  # bytes of shared memory: A100, H100 and B200 have more, smaller GPUs less
+BELOW_H100 = 200_000  # H100 and B200 have more, an A100 less
 PARTS_AT_ONCE = tl.constexpr(8)  # that `combine_kernel` adds up in one step
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from indexer import check_rotation
 from triton_kernels.common import (
     e4m3_to_fp16, fit, full_bounds, has_fp8, load_bounds, multiprocessors, operation, power_of_two,
     shared_memory, unit_stride, visible_range)
@@ -32,7 +33,7 @@ FLOAT_TILE_BYTES = 140 * 1024  # of shared memory, that a float32 tile of 64 key
 
 # topk
 DIRECT_ROW = 2048  # scores up to which all of a row are candidates
-ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to TILE: 64 bytes
+ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to LARGE_TILE: 64 bytes
 SHORT_ROW = 16384  # up to which a row is sampled, and scanned, in smaller pieces
 MIDDLE_ROW = 65536
 LEAST_CAP = 1024  # candidates that a program has room for
@@ -42,7 +43,7 @@ SKEWNESS = tl.constexpr(3)  # hits more than sigmas say, where few are expected
 SAMPLE_RUN = tl.constexpr(8)  # neighbouring scores of a sample, as many as memory reads at once
 LARGEST_RANK = tl.constexpr(0.9)  # of the sample
 SMALL_TILE = 2048  # scores that are compared at once: few candidates
-TILE = 4096  # else
+LARGE_TILE = 4096  # the same, of many
 
 # select
 SELECT_CHUNK = 2**28  # scores that are held at a time, 1 GB; processors idle at the end of each chunk
@@ -187,9 +188,8 @@ def _(x, block, rotate, ue8m0):
 def quantise(x, block=128, rotate=False, ue8m0=True):
     """What kernels.quantise promises: shapes, dtypes and errors stand there."""
     D = x.shape[-1]
-    if rotate and D & (D - 1):
-        raise ValueError(f"index_head_dim={D} is not a power of two, which the Hadamard rotation needs; "
-                         "choose 32, 64 or 128")
+    if rotate:
+        check_rotation(D)
     block = min(block, D)
     if block < D and block & (block - 1):
         raise ValueError(f"block={block} is not a power of two and smaller than d={D}; choose 32, 64 or 128")
@@ -381,8 +381,8 @@ def index_tiles(HI, DI, rows, dtype, device):
 
 
 def keys_per_program(pairs, block_t, device):
-    """How many of the keys a program scores for its tile of queries, of so many pairs of a tile and a key in
-    all."""
+    """Keys that one program scores for its tile of queries; pairs: of a tile and a key, in the whole
+    launch."""
     span = triton.cdiv(pairs, PROGRAMS * multiprocessors(device))
     return min(max(triton.cdiv(span, block_t) * block_t, LEAST_SPAN), LONGEST_SPAN)
 
@@ -462,6 +462,7 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 
 # ---- topk ----
 # contract    kernels.topk
+# letters     v scores as ordered integers, t a threshold of them (elsewhere a key), p positions, n scores
 # in PyTorch  scores.sort(-1, descending=True, stable=True).indices[..., :K].sort(-1), but -1 for -inf
 # tiling      a program per row, several rows one after the other, finds the K best in one reading:
 #             guess   a threshold from a sample spread over the row, such that K..CAP scores reach it, mostly
@@ -510,7 +511,7 @@ def kth_value(v, k, lo, hi, at_lo, slack):
 
     Given at_lo = count(v >= lo) >= k, and no v above hi. If at_lo < k: lo."""
     above_hi = at_lo * 0
-    turn = at_lo * 0
+    bisect = at_lo * 0
 
     # zero first, where relu makes ties; besides, hi - lo fits an int32 afterwards
     if (lo < 1) & (hi >= 1):
@@ -534,7 +535,7 @@ def kth_value(v, k, lo, hi, at_lo, slack):
         hi = lo
     while lo < hi:
         step = (hi - lo) >> 1
-        if turn == 0:
+        if bisect == 0:
             share = (at_lo - k).to(tl.float32) / (at_lo - above_hi).to(tl.float32)
             step = ((hi - lo).to(tl.float32) * share).to(tl.int32)
         mid = lo + 1 + tl.minimum(step, hi - lo - 1)
@@ -547,7 +548,7 @@ def kth_value(v, k, lo, hi, at_lo, slack):
         else:
             hi = mid - 1
             above_hi = count
-        turn = 1 - turn
+        bisect = 1 - bisect
     return lo, at_lo
 
 
@@ -693,8 +694,8 @@ def topk_kernel(
     # an odd distance: every layout then holds single elements, and nothing is converted between layouts
     scratch_row_ptr = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
     bitmap_ptr = scratch_row_ptr + CAP
-    for turn in range(tl.cdiv(total - tl.program_id(0), tl.num_programs(0))):
-        row = tl.program_id(0) + turn * tl.num_programs(0)
+    for step in range(tl.cdiv(total - tl.program_id(0), tl.num_programs(0))):
+        row = tl.program_id(0) + step * tl.num_programs(0)
         b = (row // rows).to(tl.int64)
         s = first_row + row % rows
         first, last = load_bounds(first_ptr, last_ptr, b, s, S, T)
@@ -795,7 +796,7 @@ def topk_tiles(T, K, rows, device):
         num_warps = max(1, cap // 1024)
         programs = min(rows, processors * (32 // num_warps))
         return TopkTiles(
-            direct=True, cap=cap, sample=1024, words=512, tile=TILE, num_warps=num_warps, maxnreg=64,
+            direct=True, cap=cap, sample=1024, words=512, tile=LARGE_TILE, num_warps=num_warps, maxnreg=64,
             programs=programs)
     if T <= SHORT_ROW:
         sample = 1024
@@ -811,7 +812,7 @@ def topk_tiles(T, K, rows, device):
     num_warps = 4 if small else max(8, min(32, cap // 512))
     programs = min(rows, processors * (32 // num_warps))
     return TopkTiles(
-        direct=False, cap=cap, sample=sample, words=words, tile=SMALL_TILE if small else TILE,
+        direct=False, cap=cap, sample=sample, words=words, tile=SMALL_TILE if small else LARGE_TILE,
         num_warps=num_warps, maxnreg=64, programs=programs)
 
 
@@ -926,8 +927,8 @@ def collect_kernel(
     h = tl.arange(0, BLOCK_H)
     # positions, then scores; an odd distance, as in topk_kernel
     scratch_row_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * CAP + 1)
-    for turn in range(tl.cdiv(total - tl.program_id(0), tl.num_programs(0))):
-        row = tl.program_id(0) + turn * tl.num_programs(0)
+    for step in range(tl.cdiv(total - tl.program_id(0), tl.num_programs(0))):
+        row = tl.program_id(0) + step * tl.num_programs(0)
         b = (row // rows).to(tl.int64)
         r = row % rows
         s = first_row + r
@@ -1000,7 +1001,7 @@ def filter_tiles(HI, DI, T, K, dtype):
     (SKEWNESS for that of a small m, 17/16 as the threshold is taken only so exactly); the expected
     candidates are rank * stride. The second is met by a large enough CAP, the first by definition: some 8 of
     10^6 rows fail. A longer stride saves scores, but lets more candidates through, 2 K with m near 32
-    (SAMPLED_HITS). At K 512 and 64K keys: stride 17, m 30, rank 57, 970 candidates, CAP 2048; at 2^20 keys,
+    (SAMPLED_HITS). At K 512 and 256K keys: stride 17, m 30, rank 57, 970 candidates, CAP 2048; at 2^20 keys,
     where the sample must not exceed LARGEST_SAMPLE: stride 33, m 15.5, rank 36, 1190 candidates, CAP 4096,
     the largest of any T and K that are filtered."""
     # odd: what is aligned in the keys must not be sampled alone
@@ -1035,7 +1036,7 @@ def chunks(B, S, elements):
 
 def padded_row(n):
     """-> the width of a row of n scores as `launch_topk` reads it."""
-    multiple = ALIGNED_ROW if n <= DIRECT_ROW else TILE
+    multiple = ALIGNED_ROW if n <= DIRECT_ROW else LARGE_TILE
     return triton.cdiv(n, multiple) * multiple
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.common import (
-    H100_SHARED_MEMORY, LOG2E, LOWEST, check_indices, fit, full_bounds, is_hopper, load_bounds, load_tile,
+    BELOW_H100, LOG2E, LOWEST, check_indices, fit, full_bounds, is_hopper, load_bounds, load_tile,
     matmul, multiprocessors, operation, power_of_two, queries_seeing, shared_memory, store_tile,
     tile_of_program, two_powers, unit_stride, visible_range)
 from triton_kernels.sparse import union, union_tokens
@@ -289,7 +289,7 @@ def loss_target_tiles(dtype, device):
     """LossTiles of loss_target_kernel, for the dtype that `loss_dtype` gives."""
     if dtype == torch.float32:
         return LossTiles(block_s=32, block_t=32, num_stages=2, num_warps=4)
-    if shared_memory(device) > H100_SHARED_MEMORY:
+    if shared_memory(device) > BELOW_H100:
         return LossTiles(block_s=128, block_t=128, num_stages=4, num_warps=8)
     return LossTiles(block_s=128, block_t=64, num_stages=3, num_warps=8)
 
@@ -298,7 +298,7 @@ def loss_scores_tiles(dtype, device):
     """LossTiles of loss_scores_kernel, for the same."""
     if dtype == torch.float32:
         return LossTiles(block_s=32, block_t=32, num_stages=1, num_warps=4)
-    if shared_memory(device) > H100_SHARED_MEMORY:
+    if shared_memory(device) > BELOW_H100:
         return LossTiles(block_s=128, block_t=128, num_stages=3, num_warps=8)
     return LossTiles(block_s=128, block_t=64, num_stages=2, num_warps=8)
 
@@ -307,7 +307,7 @@ def loss_dq_tiles(head_pairs, queries, dtype, device):
     """Tiles for so many pairs of heads and padded queries; few: smaller ones, to fill the device."""
     if dtype == torch.float32:
         tiles = LossTiles(block_s=32, block_t=32, num_stages=1, num_warps=4)
-    elif shared_memory(device) > H100_SHARED_MEMORY:
+    elif shared_memory(device) > BELOW_H100:
         tiles = LossTiles(block_s=128, block_t=64, num_stages=3, num_warps=8)
     else:
         tiles = LossTiles(block_s=128, block_t=64, num_stages=2, num_warps=8)
@@ -320,7 +320,7 @@ def loss_dk_tiles(dtype, device):
     """LossTiles of loss_dk_kernel, for the same."""
     if dtype == torch.float32:
         return LossTiles(block_s=32, block_t=32, num_stages=0, num_warps=4)
-    if shared_memory(device) > H100_SHARED_MEMORY:
+    if shared_memory(device) > BELOW_H100:
         return LossTiles(block_s=32, block_t=128, num_stages=2, num_warps=8)
     return LossTiles(block_s=32, block_t=64, num_stages=1, num_warps=8)
 
@@ -712,13 +712,13 @@ def list_tokens(dtype, device):
     """Tokens of a list at a time."""
     if dtype.itemsize != 2:
         return 16
-    return 64 if shared_memory(device) > H100_SHARED_MEMORY else 32
+    return 64 if shared_memory(device) > BELOW_H100 else 32
 
 
 def loss_sparse_target_tiles(S, H, HI, D1, dtype, device):
     """Tiles for S queries of H heads, whose first D1 columns are one product, and HI indexer heads."""
     block_s = list_queries(S, max(H, HI), dtype)
-    large = dtype.itemsize == 2 and shared_memory(device) > H100_SHARED_MEMORY and D1 <= 256
+    large = dtype.itemsize == 2 and shared_memory(device) > BELOW_H100 and D1 <= 256
     block_h = max(16 // block_s, min(128 if large else 64, power_of_two(H, 1)))
     return SparseLossTiles(
         block_s=block_s, block_h=block_h, block_u=list_tokens(dtype, device),

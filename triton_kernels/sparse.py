@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.common import (
-    A100_SHARED_MEMORY, LN2, LOG2E, SCALE_BLOCK, check_indices, e4m3_to_fp16, fit, has_fp8, is_hopper,
+    BELOW_A100, LN2, LOG2E, SCALE_BLOCK, check_indices, e4m3_to_fp16, fit, has_fp8, is_hopper,
     launch_combine, launch_delta, matmul, multiprocessors, operation, power_of_two, shared_memory,
     token_rows)
 
@@ -45,8 +45,8 @@ P_SCALE = tl.constexpr(256.0)  # brings P times a scale near the largest of 128 
 
 class SharedLists(NamedTuple):
     """What the blocks of neighbouring queries selected; see `union`."""
-    tokens: Tensor  # (B * blocks, width) int32
-    bits: Tensor  # (B * blocks, width) int32: who selected them
+    tokens: Tensor  # (B * blocks, width) int32, or the indices themselves, (B, S, K)
+    bits: Tensor  # who selected them: int32 of the same shape, or the indices again
     length: Tensor | None  # (B * blocks,) int32; None: all lists are as wide as the selection
 
 
@@ -59,7 +59,7 @@ def union_kernel(
     PER_WORD: tl.constexpr = 32 // BLOCK_S  # tokens
     program = tl.program_id(0)
     scratch_row_ptr = scratch_ptr + program.to(tl.int64) * row_words
-    # words that are not zero: their numbers, then they
+    # words that are not zero: `width` places for their positions, then as many for the words
     found_ptr = words_ptr + program.to(tl.int64) * 2 * width
     k = tl.arange(0, BLOCK_K)
     w = tl.arange(0, BLOCK_W)
@@ -371,7 +371,7 @@ def flash_tiles(H, V, dtype, device):
     """FlashTiles for H heads and values of V columns."""
     if dtype == torch.float32 or V > LARGE_VALUE:
         return FlashTiles(block_n=16, block_u=16, num_stages=1, num_warps=4, maxnreg=None)
-    if shared_memory(device) > A100_SHARED_MEMORY:
+    if shared_memory(device) > BELOW_A100:
         if V <= MEDIUM_VALUE:
             maxnreg = 168 if V <= SMALL_VALUE else None  # three programs per multiprocessor
             return FlashTiles(block_n=64, block_u=64, num_stages=3, num_warps=4, maxnreg=maxnreg)
@@ -688,12 +688,12 @@ def backward_rows(H, dtype, device):
     """-> rows (query, head) of a tile, the same in all kernels of the backward, which share P and dS."""
     if dtype == torch.float32:
         return 16
-    return 128 if shared_memory(device) > A100_SHARED_MEMORY and H > MANY_HEADS else 64
+    return 128 if shared_memory(device) > BELOW_A100 and H > MANY_HEADS else 64
 
 
 def fused_tiles(V, dtype, device):
     """-> FusedTiles, or None where scores and queries take a kernel each."""
-    if dtype == torch.float32 or V > SMALL_VALUE or shared_memory(device) <= A100_SHARED_MEMORY:
+    if dtype == torch.float32 or V > SMALL_VALUE or shared_memory(device) <= BELOW_A100:
         return None
     return FusedTiles(block_u=64, num_stages=2, num_warps=4)
 
@@ -702,7 +702,7 @@ def score_tiles(H, V, dtype, device):
     """ProductTiles of score_kernel, for H heads and values of V columns."""
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
-    if shared_memory(device) > A100_SHARED_MEMORY:
+    if shared_memory(device) > BELOW_A100:
         num_warps = 8 if H > MANY_HEADS else 4
         return ProductTiles(block_v=min(32, V), block_u=128, num_stages=4, num_warps=num_warps)
     return ProductTiles(block_v=min(32, V), block_u=64, num_stages=3, num_warps=4)
@@ -712,7 +712,7 @@ def query_tiles(V, dtype, device):
     """ProductTiles of query_kernel."""
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
-    if shared_memory(device) > A100_SHARED_MEMORY:
+    if shared_memory(device) > BELOW_A100:
         return ProductTiles(block_v=min(128, V), block_u=64, num_stages=3, num_warps=4)
     return ProductTiles(block_v=min(128, V), block_u=32, num_stages=2, num_warps=4)
 
@@ -721,7 +721,7 @@ def latent_tiles(V, dtype, device):
     """ProductTiles of latent_kernel."""
     if dtype == torch.float32:
         return ProductTiles(block_v=min(32, V), block_u=16, num_stages=1, num_warps=4)
-    if shared_memory(device) > A100_SHARED_MEMORY:
+    if shared_memory(device) > BELOW_A100:
         return ProductTiles(block_v=min(128, V), block_u=64, num_stages=3, num_warps=4)
     return ProductTiles(block_v=min(64, V), block_u=32, num_stages=2, num_warps=4)
 
@@ -959,7 +959,7 @@ def fp8_tiles(H, V, dtype, device):
     """Fp8Tiles for H heads and values of V columns."""
     if dtype == torch.float32:
         return Fp8Tiles(block_n=16, block_u=16, num_stages=1, num_warps=4)
-    if shared_memory(device) > A100_SHARED_MEMORY:
+    if shared_memory(device) > BELOW_A100:
         block_n = min(64, power_of_two(H))
         if H <= FEW_HEADS:
             return Fp8Tiles(block_n=block_n, block_u=64, num_stages=2, num_warps=4)
