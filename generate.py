@@ -10,6 +10,7 @@ from sparse_attn import Cache
 SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
 LARGE_CHUNK = 32768  # beyond, nothing is gained
 GREEDY = 1e-6  # temperatures below it take the most likely token
+LEAST_TOP_P = 1e-9  # below it rounding may leave no token at all
 CHUNK_SHARE = 8  # a chunk's tensors in one layer take at most 1 / CHUNK_SHARE of a GPU's free memory
 
 
@@ -163,8 +164,8 @@ def check(T, n, temperature, top_k, top_p, chunk, config):
         raise ValueError(f"temperature={temperature}: must be at least 0")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: a probability above 0 and up to 1")
+    if top_p is not None and not LEAST_TOP_P <= top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must lie between {LEAST_TOP_P} and 1")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: must be at least 1")
     longest = config.max_position_embeddings

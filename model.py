@@ -640,7 +640,8 @@ class Transformer(nn.Module):
 
     def generate(self, idx, n, **options):
         """idx (B,T) -> (B, T + up to n): the prompts and the tokens sampled for each; options as
-        generate.stream, which yields them one by one. Rows that ended before the others are filled up with end_ids[0]."""
+        generate.stream, which yields them one by one. Rows that ended before the others are filled up with
+        end_ids[0]."""
         return generate.complete(self, idx, n, **options)
 
     @classmethod

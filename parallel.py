@@ -40,8 +40,13 @@ PATIENCE = timedelta(hours=2)  # of a rank that waits, such as for rank 0 to wri
 # ---- the ranks ----
 
 def world_size():
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Processes that torchrun started; 1 without it. ValueError: the environment names their number, but not
+    which of them this is."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and not (size.isdigit() and os.environ.get("RANK", "").isdigit()):
+        raise ValueError(f"WORLD_SIZE={size} in the environment, without a RANK beside it: start processes "
+                         "by torchrun, or unset it")
+    return int(size)
 
 
 def device(name):

@@ -175,6 +175,8 @@ def resolve(argv):
         raise ValueError("--resume with --overwrite: choose one")
     if (given.get("resume") or not begins_anew(given)) and (out / "run.json").is_file():
         earlier = files.run_options(out)
+        if "domains" not in earlier:
+            raise ValueError(f"{out / 'run.json'}: is of a run of another script; choose another --out_dir")
         cli.check_stored(out / "run.json", earlier, (*fields(Options), *MODEL_FIELDS))
         for name in sorted(FIXED & given.keys()):
             if given[name] != earlier.get(name):
@@ -710,6 +712,10 @@ def check_start(options, stages):
     for stage in stages:
         for job in plan(options, stage):
             folder = Path(options.out_dir) / job.name
+            start = options.init_from
+            if options.overwrite and start and Path(start).resolve() == folder.resolve():
+                raise ValueError(f"--init_from={start} is what --overwrite would replace; choose another "
+                                 "--out_dir")
             if files.locate(folder).exists() and not (options.resume or options.overwrite):
                 raise ValueError(f"{folder} exists: continue with --resume, replace it with --overwrite, or "
                                  "choose another --out_dir")
@@ -787,4 +793,5 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, closed="standard output was closed, and training stopped: go on with --resume, without the "
+                         "pipe")

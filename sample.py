@@ -17,7 +17,7 @@ import torch
 
 import parallel
 import tasks
-from generate import stream
+from generate import LEAST_TOP_P, stream
 from model import Transformer
 from rollout import Turns
 from support import chat, checkpoint, cli, files, tokenizer
@@ -83,8 +83,8 @@ def parse(argv):
     for name in ("top_k", "chunk"):
         if getattr(options, name) is not None:
             cli.check_ranges(options, (name, 1, math.inf))
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise ValueError(f"--top_p={options.top_p}: a probability above 0 and up to 1")
+    if options.top_p is not None:
+        cli.check_ranges(options, ("top_p", LEAST_TOP_P, 1))
     return options
 
 
@@ -92,6 +92,8 @@ def prompt_text(options):
     """The text to continue, "" for none. FileNotFoundError, ValueError: a file that is not there or no
     UTF-8."""
     if options.stdin:
+        if sys.stdin is None:
+            raise ValueError("-: standard input is closed; use --prompt or --prompt_file")
         return files.text_of(sys.stdin.buffer.read(), "standard input")
     if options.prompt_file:
         return files.read_text(options.prompt_file)

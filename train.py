@@ -112,6 +112,7 @@ GPU = dict(
 # Of a Config, what may differ from the checkpoint's: weights do not depend on it
 SELECTION = ("index_topk", "index_block", "index_candidates", "index_exact_layers", "selector")
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
+TEXT_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
 TRAINING = tuple(field.name for field in fields(Options))
@@ -233,9 +234,9 @@ def check_options(options, device):
         raise ValueError(f"--gradient_accumulation_steps={options.gradient_accumulation_steps}: the "
                          f"micro-batches of a step go to {groups} groups of processes; use a multiple of "
                          f"{groups}, or another number of processes")
-    if options.yarn_factor and not 1 < options.yarn_factor < math.inf:
-        raise ValueError(f"--yarn_factor={options.yarn_factor}: must be above 1, or 0 to leave positions as "
-                         "they are")
+    if options.yarn_factor and not 1 < options.yarn_factor <= 2**20:
+        raise ValueError(f"--yarn_factor={options.yarn_factor}: must be above 1 and at most {2**20}, or 0 to "
+                         "leave positions as they are")
     if options.yarn_factor and not options.init_from:
         raise ValueError(f"--yarn_factor={options.yarn_factor}: extends a checkpoint; name it, "
                          "--init_from=DIR")
@@ -308,6 +309,14 @@ def build(options, sizes, device, stages, vocab_size, prepare):
     model = Transformer.from_pretrained(
         folder, device=device, index=index, indexer_types=types, yarn=yarn, dtype=dtype, prepare=prepare,
         **switches)
+    if options.tokenizer != tokenizer_of(folder):  # of another text than the ids that the checkpoint names
+        other = model.config.other or {}
+        model.config.other = {key: value for key, value in other.items() if key not in TEXT_ENDS}
+    for name, p in model.named_parameters():
+        rows = p.to_local() if hasattr(p, "to_local") else p
+        if not rows.isfinite().all():
+            raise ValueError(f"{folder}: {name} holds numbers that are not finite; copy the checkpoint "
+                             "again, or take an earlier one")
     fit(model.config, sizes, folder)
     if model.config.vocab_size < vocab_size:
         raise ValueError(f"--tokenizer={options.tokenizer} has {vocab_size} tokens, the checkpoint {folder} "
@@ -523,9 +532,10 @@ def earlier_folders(out, stages):
 def check_earlier(options, earlier):
     """ValueError if the run would replace what is there without being told to, or what it starts from."""
     replaced = [path.resolve() for path in earlier]
-    if options.overwrite and options.init_from and Path(options.init_from).resolve() in replaced:
-        raise ValueError(f"--init_from={options.init_from} is what --overwrite would replace; choose another "
-                         "--out_dir")
+    for name in ("init_from", "tokenizer"):
+        value = getattr(options, name)
+        if options.overwrite and value and Path(value).resolve() in replaced:
+            raise ValueError(f"--{name}={value} is what --overwrite would replace; choose another --out_dir")
     if earlier and not (options.resume or options.overwrite):
         raise ValueError(f"{earlier[-1]} exists: continue with --resume, replace it with --overwrite, or "
                          "choose another --out_dir")
@@ -534,20 +544,20 @@ def check_earlier(options, earlier):
 def begin(run):
     """The first writes: remove what the run replaces, note its options, cut the log where it goes on."""
     records = [record for record in runs.read_records(run.out) if stays(record, run)]
-    if run.options.overwrite:
-        for path in run.earlier:
-            runs.clear(files.locate(path))
-    run.out.mkdir(parents=True, exist_ok=True)
     config = run.model.config
     sizes = {field.name: getattr(config, field.name) for field in MODEL_FIELDS}
     options = asdict(run.options) | dict(resume=False, overwrite=False) | sizes
+    run.out.mkdir(parents=True, exist_ok=True)
+    run.log = logs.start(run.options.log, run.out, options)  # may fail, for want of an account
+    run.live = logs.LivePlot(run.out, run.options.compare)
+    if run.options.overwrite:
+        for path in run.earlier:
+            runs.clear(files.locate(path))
     command = " ".join(sys.argv)
     facts = dict(options=options, command=command, commit=cli.commit(), **report.machine(run.device))
     runs.write_text(run.out / "run.json", json.dumps(facts, indent=2) + "\n")
     runs.write_text(run.out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     describe(run, facts)
-    run.log = logs.start(run.options.log, run.out, options)
-    run.live = logs.LivePlot(run.out, run.options.compare)
 
 
 def stays(record, run):
@@ -824,4 +834,5 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, closed="standard output was closed, and training stopped: go on with --resume, without the "
+                         "pipe")

@@ -74,6 +74,9 @@ def parse(argv):
     place = Path(options.out).absolute()
     if place.is_dir() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
         raise ValueError(f"--out={options.out}: cannot be written; name a file in a folder that exists")
+    if os.path.realpath(options.out) == os.path.realpath(options.text):
+        raise ValueError(f"--out={options.out}: is the text itself, which the page would replace; name "
+                         "another file")
     return options
 
 

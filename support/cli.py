@@ -22,6 +22,10 @@ from support import files
 
 # ---- options ----
 
+# files and folders, in which ~ is the user's home: a shell leaves it alone behind an =
+PLACES = ("out_dir", "init_from", "data", "tokenizer", "config", "checkpoint", "prompt_file", "text", "out")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line, with the nearest known option named, and
     exit 2."""
@@ -29,6 +33,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.source = ""  # of the options, where that is no command line; stands before an error
 
     def parse_args(self, args=None):
         known, unknown = self.parse_known_args(args)
@@ -36,10 +41,14 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
             advice = f"; did you mean {near[0]}?" if near else "; --help lists them"
             self.error(f"unknown option {unknown[0]}{advice}")
+        for name in PLACES:
+            value = getattr(known, name, None)
+            if isinstance(value, str):
+                setattr(known, name, os.path.expanduser(value))
         return known
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+        self.exit(2, f"{self.prog}: {self.source}{one_line(message)}\n")
 
 
 def one_line(message):
@@ -71,14 +80,15 @@ def add_field(parser, field, gpu):
 
 def config_lines(path):
     """The lines `name = value` of a config file -> ["--name=value", ...]; # begins a comment, at the start of
-    a line or behind a space. FileNotFoundError; ValueError names the line."""
-    if not Path(path).is_file():
+    a line or behind a space, and quotes around a value are no part of it. FileNotFoundError; ValueError names
+    the line."""
+    if not Path(path).exists():
         raise FileNotFoundError(f"--config={path}: no such file")
     lines = []
     for number, line in enumerate(files.read_text(Path(path)).splitlines(), 1):
         name, equals, value = re.sub(r"(^|\s)#.*", "", line).partition("=")
         name = name.strip()
-        value = value.strip()
+        value = re.sub(r"""^(["'])(.*)\1$""", r"\2", value.strip())
         if equals and name.isidentifier() and value:
             lines.append(f"--{name}={value}")
         elif name or equals:
@@ -103,10 +113,13 @@ def parse_fields(parser, fields, gpu, argv):
     def given(args):
         return {name: value for name, value in vars(parser.parse_args(args)).items() if value is not None}
 
+    if sum(argument.partition("=")[0] == "--config" for argument in argv) > 1:
+        raise ValueError("--config is given twice; put the lines of both into one file")
     options = given(argv)
     path = options.pop("config", None)
     if path is None:
         return options
+    parser.source = f"--config={path}: "
     return given(config_lines(path)) | options
 
 
@@ -236,13 +249,19 @@ def interruptible():
             signal.signal(number, previous)
 
 
-def run(main):
+def run(main, closed=None):
     """sys.exit(main()); what functions raise about bad input becomes one line and exit 2, Ctrl-C exit 130.
-    Under torchrun, see `fail`."""
+    closed: what to say, with exit 1, if standard output is closed before the end (None: nothing, and exit 0,
+    as its reader has seen enough). Under torchrun, see `fail`."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its shell commands inherit, may not be there
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of what the terminal's encoding cannot say
     try:
         sys.exit(main())
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if closed:
+            fail(closed, 1)
         sys.exit(0)
     except (ValueError, OSError) as error:
         fail(error, 2)

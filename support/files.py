@@ -23,9 +23,11 @@ def text_of(content, name):
 
 
 def read_text(path):
-    """The text of a file by the rule above. FileNotFoundError; ValueError: no UTF-8."""
+    """The text of a file or pipe by the rule above. FileNotFoundError; ValueError: a folder, or no UTF-8."""
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file")
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     return text_of(path.read_bytes(), path)
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,11 @@ class Tokenizer:
     def encode_ordinary_batch(self, texts):
         """-> a list of ids per text, nothing added: what spells a special or added token stays text."""
         raise NotImplementedError
+
+    def lost(self):
+        """-> the printable ASCII characters, without the space, of which it makes no token, and says
+        nothing."""
+        return ""
 
     def encode_documents(self, texts, begins=None):
         """-> an array of ids per text, BOS first where the tokenizer begins texts with it.
@@ -296,10 +302,12 @@ class FolderTokenizer(Tokenizer):
         bos = self.added_bos(folder)
         if bos is not None and bos not in begin:
             begin = [bos, *begin]
+        self.path = path
         ids = self.inner.get_vocab(with_added_tokens=True).values()
         n_vocab = max(ids, default=-1) + 1
         name = f"folder-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
-        super().__init__(name, n_vocab, begin, folder_end_ids(folder))
+        ends = folder_end_ids(folder) if (folder / "config.json").is_file() else self.stored_end(folder)
+        super().__init__(name, n_vocab, begin, ends)
         if self.eot is not None and self.eot >= n_vocab:
             raise ValueError(f"{folder / 'config.json'}: eos_token_id={self.eot} is beyond the largest id of "
                              f"{path.name}, {n_vocab - 1}; they belong to different models")
@@ -317,8 +325,28 @@ class FolderTokenizer(Tokenizer):
                              "tokenizer.json; name the one that begins texts")
         return bos
 
+    def stored_end(self, folder):
+        """-> a tuple of the id of eos_token, of a folder that holds a tokenizer alone; empty if none is
+        named."""
+        token = setting(folder / "tokenizer_config.json", "eos_token", str)
+        eos = self.inner.token_to_id(token) if token else None
+        return () if eos is None else (eos,)
+
     def encode_ordinary_batch(self, texts):
-        return [x.ids for x in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [x.ids for x in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises nothing more specific
+            said = " ".join(str(error).split())
+            raise ValueError(f"{self.path}: cannot encode this text ({said}); give the tokenizer the token "
+                             "that it names for what it does not know") from None
+
+    def lost(self):
+        found = []
+        for code in range(33, 127):
+            with suppress(ValueError):  # where it says so, nothing is lost
+                if not self.encode_ordinary_batch([chr(code)])[0]:
+                    found.append(chr(code))
+        return "".join(found)
 
     def encode_pieces(self, texts, begins):
         """Some tokenizers put a space before what they are given. Within a document that would be a space too
@@ -336,6 +364,7 @@ class FolderTokenizer(Tokenizer):
         return [np.array(ids, dtype=np.int64) for ids in pieces]
 
     def encode_special(self, text):
+        self.encode_ordinary_batch([text])  # raises what it cannot encode
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode_known(self, ids):

@@ -304,7 +304,8 @@ def test_refused_before_anything_starts(options, monkeypatch):
     import train as script
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with mock.patch.dict(os.environ, dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", LOCAL_RANK="0")):
+    ranks = dict(WORLD_SIZE="4", RANK="0", LOCAL_WORLD_SIZE="4", LOCAL_RANK="0")
+    with mock.patch.dict(os.environ, ranks):
         with pytest.raises(ValueError, match=REFUSED[options].split(":")[0]) as error:
             script.resolve(["--data=text.txt", "--out_dir=refused", *SIZES, *SHORT, *options.split()])
     assert REFUSED[options] in str(error.value) and "\n" not in str(error.value)

@@ -156,6 +156,13 @@ def test_a_stage_is_not_replaced_unasked(home, chain):
     refused(again, "mixed-base exists", "--overwrite")
 
 
+def test_overwrite_keeps_what_the_run_starts_from(home, chain):
+    args = [arg for arg in TINY if arg not in SIZES]
+    refused(call(home, "post_train.py", "--out_dir=chain", "--init_from=chain/base", *args, "--stage=base",
+                 "--overwrite", "--domains=math,writing"), "is what --overwrite would replace")
+    assert (chain[0] / "base" / "config.json").is_file()
+
+
 def test_what_a_later_stage_cannot_change(home, chain):
     for change in ("--page=13", "--seed=1", "--hidden_size=64"):
         result = call(home, "post_train.py", "--out_dir=chain", "--stage=mixed", "--overwrite", change)
@@ -171,6 +178,22 @@ def test_evaluation_goes_on(home, chain):
     found = json.loads(path.read_text())
     assert found["base, level 1, math/think"]["ok at 1"] == 0.125
     assert "mixed, level 2, math/direct" in found
+
+
+def test_evaluation_keeps_what_it_does_not_measure(home, chain):
+    """Another call, without --resume, measures what it is asked for anew, and leaves the rest."""
+    path = chain[0] / "evaluation.json"
+    before = json.loads(path.read_text())
+    edit_json(path, lambda found: found["base, level 1, math/think"].update({"ok at 1": 0.375}))
+    code, _, err = call(home, "post_train.py", "--out_dir=chain", "--stage=evaluate", "--level=3")
+    assert code == 0, err
+    found = json.loads(path.read_text())
+    assert found["base, level 1, math/think"]["ok at 1"] == 0.375
+    assert found.keys() > before.keys() and "base, level 3, math/think" in found
+    code, _, err = call(home, "post_train.py", "--out_dir=chain", "--stage=evaluate")
+    assert code == 0, err
+    measured = json.loads(path.read_text())["base, level 1, math/think"]["ok at 1"]
+    assert measured in (0, 0.25, 0.5, 0.75, 1)  # of two tasks, two answers each
 
 
 def spoil(found):
@@ -356,9 +379,11 @@ def test_what_a_stage_needs_is_found_missing_before_it_starts(home):
     assert not (home / "needs" / "specialist-math").exists()
 
 
-def test_torchrun_is_refused(home, monkeypatch):
+def test_torchrun_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(post(home, "bad"), "2 processes", "start it with python")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="2 processes of torchrun.*start it with python"):
+        post_train.resolve([])
 
 
 def test_checkpoints_that_cannot_be_started_from(home, run):

@@ -64,7 +64,7 @@ def load(options):
     device = cli.device(options.device)
     folder = files.locate(options.checkpoint)
     run = files.run_options(folder.parent)
-    name = run.get("tokenizer") or tokenizer.tokenizer_name(folder)
+    name = tokenizer.tokenizer_name(folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = Transformer.from_pretrained(
         options.checkpoint, cli.backend(options.backend, device), "sparse", device=device, dtype=dtype)
