@@ -17,7 +17,8 @@ import torch
 import indexer
 import sparse_attn
 from config import Config
-from model import apply_rope, cross_entropy, operations, rope_frequencies
+from lm_loss import cross_entropy
+from model import apply_rope, operations, rope_frequencies
 from tests.common import FLOAT32, assert_close, device_of, packed_batch, relative_errors, tiny_model
 
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1,
