@@ -175,8 +175,8 @@ def resolve(argv):
         raise ValueError("--resume with --overwrite: choose one")
     if (given.get("resume") or not begins_anew(given)) and (out / "run.json").is_file():
         earlier = files.run_options(out)
-        if "domains" not in earlier:
-            raise ValueError(f"{out / 'run.json'}: is of a run of another script; choose another --out_dir")
+        if "data" in earlier:  # an option of train.py
+            raise ValueError(f"{out / 'run.json'}: is of a run of train.py; choose another --out_dir")
         cli.check_stored(out / "run.json", earlier, (*fields(Options), *MODEL_FIELDS))
         for name in sorted(FIXED & given.keys()):
             if given[name] != earlier.get(name):

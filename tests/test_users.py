@@ -177,7 +177,7 @@ def test_a_moved_run_has_its_tokenizer(place, run, copied):
 
 def test_a_run_of_another_script(place, copied):
     refused(call(place, "post_train.py", "--stage=specialists", f"--out_dir={copied.name}", "--quick",
-                 "--domains=math"), "run.json", "is of a run of another script")
+                 "--domains=math"), "run.json", "is of a run of train.py")
 
 
 # ---- streams and the environment ----
