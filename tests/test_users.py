@@ -113,6 +113,21 @@ def test_a_tokenizer_without_its_unknown_token(place, model, tmp_path):
         tokenizer.load_tokenizer(folder).encode("zebra", special=True)
 
 
+def test_a_prompt_of_known_tokens_needs_no_unknown_token(place, run, tmp_path):
+    """With --special `<e>` is its token, which as text the tokenizer could not say."""
+    shutil.copytree(run[0] / "sparse", tmp_path / "sparse")
+    (tmp_path / "sparse" / "tokenizer_config.json").unlink()
+    edit_json(tmp_path / "sparse" / "config.json", lambda values: values.update(eos_token_id=0))
+    inner = tokenizers.Tokenizer(models.WordLevel({"<e>": 0, "line": 1}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["<e>"])
+    inner.save(str(tmp_path / "sparse" / "tokenizer.json"))
+    asked = ("sample.py", f"--checkpoint={tmp_path / 'sparse'}", "--prompt=<e> line", "--num_tokens=1")
+    code, out, err = call(place, *asked, "--special")
+    assert code == 0 and out.startswith("<e> line") and "prompt 2 tokens" in err, err
+    refused(call(place, *asked), "tokenizer.json: cannot encode this text")
+
+
 def test_a_folder_with_a_tokenizer_alone(tmp_path):
     """Its end of text stands in tokenizer_config.json."""
     model = models.WordLevel({"?": 0, "a": 1, "<e>": 2}, unk_token="?")
