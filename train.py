@@ -352,13 +352,12 @@ def indexer_types(config, group, folder=""):
 def extension(old, factor, folder):
     """-> rope_scaling that extends a checkpoint of this Config to `factor` times the context of its run, or,
     where no run.json names one, of its config; as DeepSeek-V3 was (arXiv 2412.19437, section 4.3; the keys of
-    V3.2's config.json). ValueError: it has been extended."""
+    V3.2's config.json). ValueError: it has been extended, or run.json names no number."""
     if old.rope_scaling:
         raise ValueError(f"--yarn_factor={factor}: the checkpoint {folder} has rope_scaling="
                          f"{old.rope_scaling} already; leave the option out")
-    trained = files.run_options(files.locate(folder).parent).get("block_size")
-    if not isinstance(trained, int):
-        trained = old.max_position_embeddings
+    run = files.run_options(files.locate(folder).parent, block_size=int)
+    trained = run.get("block_size", old.max_position_embeddings)
     print(f"YaRN extends {folder} from {trained} to {int(factor * trained)} tokens")
     return dict(
         type="yarn", factor=factor, original_max_position_embeddings=trained, beta_fast=32.0, beta_slow=1.0,

@@ -177,11 +177,21 @@ def test_what_is_not_finite_is_no_result(place, copied):
             "model.norm.weight holds numbers that are not finite")
 
 
-@pytest.mark.parametrize("name,value", [
-    ("block_size", "32"), ("batch_size", 2.0), ("data", None), ("data", ["text.txt"]), ("index_fp8", "no")])
-def test_a_value_of_the_wrong_type_in_run_json(place, copied, name, value):
+OF_A_CHECKPOINT = ("--checkpoint={}/sparse",)
+VIEWED = (*OF_A_CHECKPOINT, "--text=text.txt")
+EXTENDED = ("--init_from={}/sparse", "--stage=sparse", "--yarn_factor=2", "--data=text.txt", "--out_dir=far")
+
+
+@pytest.mark.parametrize("script,options,name,value", [
+    ("evaluate.py", OF_A_CHECKPOINT, "block_size", "32"), ("evaluate.py", OF_A_CHECKPOINT, "batch_size", 2.0),
+    ("evaluate.py", OF_A_CHECKPOINT, "data", None), ("evaluate.py", OF_A_CHECKPOINT, "data", ["text.txt"]),
+    ("evaluate.py", OF_A_CHECKPOINT, "index_fp8", "no"), ("view.py", VIEWED, "index_fp8", 1),
+    ("view.py", VIEWED, "block_size", True), ("sample.py", OF_A_CHECKPOINT, "block_size", "32"),
+    ("train.py", EXTENDED, "block_size", [32]), ("tools/recall.py", OF_A_CHECKPOINT, "data", 3)])
+def test_a_value_of_the_wrong_type_in_run_json(place, copied, script, options, name, value):
     edit_json(copied / "run.json", lambda values: values["options"].update({name: value}))
-    refused(call(place, "evaluate.py", f"--checkpoint={copied}/sparse"), "run.json", f"{name}={value!r}")
+    result = call(place, script, *(option.format(copied) for option in options))
+    refused(result, "run.json", f"{name}={value!r} is not of type")
 
 
 def test_a_moved_run_has_its_tokenizer(place, run, copied):
