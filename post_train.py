@@ -712,13 +712,8 @@ def check_start(options, stages):
     for stage in stages:
         for job in plan(options, stage):
             folder = Path(options.out_dir) / job.name
-            start = options.init_from
-            if options.overwrite and start and Path(start).resolve() == folder.resolve():
-                raise ValueError(f"--init_from={start} is what --overwrite would replace; choose another "
-                                 "--out_dir")
-            if files.locate(folder).exists() and not (options.resume or options.overwrite):
-                raise ValueError(f"{folder} exists: continue with --resume, replace it with --overwrite, or "
-                                 "choose another --out_dir")
+            if files.locate(folder).exists():
+                runs.check_earlier(options, [folder], ("init_from",))
             if job.start and job.start not in made and not files.locate(job.start).is_dir():
                 raise FileNotFoundError(f"{job.name} starts from {job.start}, which does not exist; run the "
                                         "stage before")

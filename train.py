@@ -478,7 +478,7 @@ def set_up(options, sizes, device):
         saved = runs.read_trainer(runs.latest_state(out, stages[-1]), stages)
         stages = stages[stages.index(saved["stage"]):]
         replaced = stages
-    check_earlier(options, earlier)
+    runs.check_earlier(options, earlier, ("init_from", "tokenizer"))
     for stage in stages:
         files.destination(out / stage)  # raises if it is a link that leads nowhere
 
@@ -526,18 +526,6 @@ def earlier_folders(out, stages):
         if files.locate(out / stage).exists():
             found.append(out / stage)
     return found
-
-
-def check_earlier(options, earlier):
-    """ValueError if the run would replace what is there without being told to, or what it starts from."""
-    replaced = [path.resolve() for path in earlier]
-    for name in ("init_from", "tokenizer"):
-        value = getattr(options, name)
-        if options.overwrite and value and Path(value).resolve() in replaced:
-            raise ValueError(f"--{name}={value} is what --overwrite would replace; choose another --out_dir")
-    if earlier and not (options.resume or options.overwrite):
-        raise ValueError(f"{earlier[-1]} exists: continue with --resume, replace it with --overwrite, or "
-                         "choose another --out_dir")
 
 
 def begin(run):
