@@ -43,6 +43,7 @@ import grpo
 import parallel
 import tasks
 from config import Config, option
+from generate import LEAST_TOP_P
 from model import Transformer
 from rewards import Judge, judge_agreement, rewards_of, subjective, summary
 from rollout import Roller, join, part, prompt_columns, rounded
@@ -151,8 +152,8 @@ RANGES = (
     ("answers", 1, math.inf), ("specialist_steps", 0, math.inf), ("mixed_steps", 0, math.inf),
     ("rows", 2, math.inf), ("group", 2, math.inf), ("live_groups", 1, math.inf), ("draws", 1, math.inf),
     ("rl_lr", 0, math.inf), ("updates", 1, math.inf), ("micro_rows", 1, math.inf), ("clip", 1e-9, 1),
-    ("kl_weight", 0, math.inf), ("drift_bound", 0, math.inf),
-    ("temperature", 1e-3, math.inf), ("top_p", 1e-9, 1), ("length_penalty", 0, 1), ("language_penalty", 0, 1),
+    ("kl_weight", 0, math.inf), ("drift_bound", 0, math.inf), ("temperature", 1e-3, math.inf),
+    ("top_p", LEAST_TOP_P, 1), ("length_penalty", 0, 1), ("language_penalty", 0, 1),
     ("eval_tasks", 1, math.inf), ("eval_samples", 1, math.inf), ("ramp_steps", 0, math.inf), ("min_lr", 0, 1),
     ("weight_decay", 0, math.inf), ("beta1", 0, 0.9999999), ("beta2", 0, 0.9999999),
     ("grad_clip", 1e-12, math.inf), ("save_interval", 1, math.inf))
