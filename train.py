@@ -650,8 +650,8 @@ def read(losses, norms):
     """Dicts of losses, one per micro-batch, and the two gradient norms -> dict of floats, losses as means;
     the one time in a step that the host waits for the device's numbers."""
     names = list(losses[0])
-    values = torch.stack([micro[name] for micro in losses for name in names] + norms).tolist()
-    *values, grad_norm, index_grad_norm = values
+    numbers = torch.stack([micro[name] for micro in losses for name in names] + norms).tolist()
+    *values, grad_norm, index_grad_norm = numbers
     means = dict.fromkeys(names, 0)
     for start in range(0, len(values), len(names)):  # of a micro-batch
         for name, value in zip(names, values[start:]):
