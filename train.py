@@ -313,8 +313,7 @@ def build(options, sizes, device, stages, vocab_size, prepare):
         other = model.config.other or {}
         model.config.other = {key: value for key, value in other.items() if key not in TEXT_ENDS}
     for name, p in model.named_parameters():
-        rows = p.to_local() if hasattr(p, "to_local") else p
-        if not rows.isfinite().all():
+        if not parallel.local_tensor(p).isfinite().all():
             raise ValueError(f"{folder}: {name} holds numbers that are not finite; copy the checkpoint "
                              "again, or take an earlier one")
     fit(model.config, sizes, folder)
