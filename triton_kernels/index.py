@@ -303,7 +303,7 @@ def scores_kernel(
 
     out_row_ptr = out_ptr + (b * rows + tile + r) * width
     if threshold_ptr is not None:
-        limit = tl.load(threshold_ptr + b * rows + tile + r, mask=ok, other=0.0)
+        threshold = tl.load(threshold_ptr + b * rows + tile + r, mask=ok, other=0.0)
         word = tl.arange(0, BLOCK_T // 16)
         tile_words_ptr = out_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * width * BLOCK_S
         words_ptr = tile_words_ptr + r[None, :] * (BLOCK_T // 16) + word[:, None]
@@ -331,12 +331,12 @@ def scores_kernel(
             ahead = t + BLOCK_T
             scale = tl.load(k_scale_ptr + ahead.to(tl.int64) * stride_st, mask=ahead < T, other=0.0)
         if threshold_ptr is not None:
-            # 16 keys a word: bit 16 + i says that key i is above the limit, bit i that it reaches it; NaN
-            # does both. t0 is a multiple of 16: t_tile stands for t
+            # 16 keys a word: bit 16 + i says that key i is above the threshold, bit i that it reaches it;
+            # NaN does both. t0 is a multiple of 16: t_tile stands for t
             reaches = (1 << (t_tile % 16))[:, None]
             bits = tl.where(
-                score <= limit[None, :],
-                tl.where(score < limit[None, :], 0, reaches),
+                score <= threshold[None, :],
+                tl.where(score < threshold[None, :], 0, reaches),
                 reaches | (reaches << 16))
             tl.store(
                 words_ptr + t0 // 16 * BLOCK_S,
@@ -617,7 +617,7 @@ def gather(
     BITS: tl.constexpr = 16 if TIES else 32  # positions of a word
     bit = tl.arange(0, BITS)[None, :]
     group = tl.arange(0, TILE // BITS)
-    limit = unordered(t)
+    score_at_t = unordered(t)
     higher = 0
     equal = 0
     for start in range(first // TILE * TILE, last + 1, BITS * WORDS):
@@ -632,7 +632,7 @@ def gather(
                 v = ordered(v)
                 flags = tl.where(v > t, 0x10000, tl.where(v == t, 1, 0))
             else:
-                flags = tl.where(v < limit, 0, 1)  # NaN is above any limit
+                flags = tl.where(v < score_at_t, 0, 1)  # NaN is above any
             tl.store(bitmap_ptr + (piece - start) // BITS + group, tl.sum(flags << bit, 1))
         tl.debug_barrier()
 
