@@ -293,22 +293,22 @@ def build(options, sizes, device, stages, vocab_size, prepare):
         config.indexer_types = indexer_types(config, options.share_selection)
         return prepare(Transformer(config, **switches).to(device))
     old = checkpoint.read_config(folder)
-    index = new_indexers(old, sizes, stages)
-    if index:
+    index_sizes = new_indexers(old, sizes, stages)
+    if index_sizes:
         there = "where there were none"
         if old.index_topk:
             there = f"instead of {old.index_n_heads} of {old.index_head_dim}"
-        print(f"indexers start anew: {index['index_n_heads']} heads of {index['index_head_dim']} {there} in "
-              f"{folder}")
-    if not (old.index_topk or index) and options.share_selection > 1:
+        print(f"indexers start anew: {index_sizes['index_n_heads']} heads of {index_sizes['index_head_dim']} "
+              f"{there} in {folder}")
+    if not (old.index_topk or index_sizes) and options.share_selection > 1:
         raise ValueError(f"--share_selection={options.share_selection}: {folder} has no indexers; give the "
                          "option to the stage that makes them, warmup")
     types = indexer_types(old, options.share_selection, folder)
     yarn = extension(old, options.yarn_factor, folder) if options.yarn_factor else None
     dtype = torch.float32 if options.dtype == "float32" else None
     model = Transformer.from_pretrained(
-        folder, device=device, index=index, indexer_types=types, yarn=yarn, dtype=dtype, prepare=prepare,
-        **switches)
+        folder, device=device, index=index_sizes, indexer_types=types, yarn=yarn, dtype=dtype,
+        prepare=prepare, **switches)
     if options.tokenizer != tokenizer_of(folder):  # of another text than the ids that the checkpoint names
         other = model.config.other or {}
         model.config.other = {key: value for key, value in other.items() if key not in TEXT_ENDS}
@@ -326,13 +326,13 @@ def build(options, sizes, device, stages, vocab_size, prepare):
 def new_indexers(old, sizes, stages):
     """-> sizes of the indexers that a checkpoint of this Config is given anew, or None if it keeps its own. A
     warm-up can replace indexers by others of another size."""
-    index = {}
+    index_sizes = {}
     for name, default in NEW_INDEXER.items():
-        index[name] = sizes.get(name, getattr(old, name) if old.index_topk else default)
+        index_sizes[name] = sizes.get(name, getattr(old, name) if old.index_topk else default)
     if old.index_topk:
-        resized = any(index[name] != getattr(old, name) for name in ("index_n_heads", "index_head_dim"))
-        return index if resized and "warmup" in stages else None
-    return index if "warmup" in stages or "sparse" in stages else None
+        resized = any(index_sizes[name] != getattr(old, name) for name in ("index_n_heads", "index_head_dim"))
+        return index_sizes if resized and "warmup" in stages else None
+    return index_sizes if "warmup" in stages or "sparse" in stages else None
 
 
 def indexer_types(config, group, folder=""):
@@ -808,10 +808,11 @@ def main():
     run.ranks.on_rank_0(runs.remove_states, run.out)
 
     print("\n".join(f"{name}: {loss:.4f}" for name, loss in summary.items()))
-    print_sample(run, stage)
-    folder = run.out / stage
+    last = run.stages[-1]
+    print_sample(run, last)
+    folder = run.out / last
     todo = f"python sample.py --checkpoint={folder}"
-    if stage in ("warmup", "sparse"):
+    if last in ("warmup", "sparse"):
         todo += f", python evaluate.py --checkpoint={folder}"
     else:
         todo += " --attention=dense"
