@@ -222,6 +222,14 @@ def test_a_folder_is_no_prompt(place, run):
             "is a folder")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="every name is UTF-8 here")
+def test_a_folder_whose_name_is_no_utf8(place, run, tmp_path):
+    """It is the name that is wrong, not the file."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9") / "sparse"
+    shutil.copytree(run[0] / "sparse", folder)
+    refused(call(place, "sample.py", f"--checkpoint={folder}"), "the folder's name is no UTF-8")
+
+
 def test_standard_input_closed(place, run):
     command = f"{sys.executable} {ROOT / 'sample.py'} --checkpoint={run[0]}/sparse - <&-"
     done = subprocess.run(command, shell=True, cwd=place, env=environment(place), capture_output=True,
