@@ -11,6 +11,7 @@ SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
 LARGE_CHUNK = 32768  # beyond, nothing is gained
 GREEDY = 1e-6  # temperatures below it take the most likely token
 LEAST_TOP_P = 1e-9  # below it rounding may leave no token at all
+FEWEST_ROWS = 8  # from which on none leave a batch: fewer are no faster
 CHUNK_SHARE = 8  # a chunk's tensors in one layer take at most 1 / CHUNK_SHARE of a GPU's free memory
 
 
@@ -52,13 +53,18 @@ class Trace:
         self.kept = []
         self.selections = []
 
-    def add_token(self, logits, token, temperature, top_k, top_p):
-        """The token (B,) taken where the model gave logits (B,vocab)."""
+    def add_token(self, rows, logits, token, temperature, top_k, top_p):
+        """The token (n,) taken where the model gave logits (n,vocab), of the Rows that are computed."""
         logits = restrict(logits, temperature, top_k, top_p)
-        logp = logits.log_softmax(-1).gather(-1, token[:, None])  # (B, 1)
-        self.logp.append(logp[:, 0])
+        logp = logits.log_softmax(-1).gather(-1, token[:, None])  # (n, 1)
+        self.logp.append(rows.everywhere(logp[:, 0], 0))
         if top_k is not None or top_p is not None:
-            self.kept.append(logits > float("-inf"))
+            self.kept.append(rows.everywhere(logits > float("-inf"), True))
+
+    def add_selections(self, rows, selections):
+        """Those of one forward, of the Rows that are computed. Copies: a CUDA graph writes the next step's to
+        the same place."""
+        self.selections.append([rows.everywhere(chosen, -1).clone() for chosen in selections])
 
 
 def document_starts(idx, end_ids):
@@ -105,6 +111,7 @@ class Decoder:
         self.captures = device.type == "cuda" and triton and not model.config.n_routed_experts
         if hasattr(model, "reshard"):  # of FSDP
             self.captures = False
+        self.rows_leave = not self.captures and not compiled  # see Rows
         self.graph = None
         self.logits = None
         self.traced = traced and model.attention == "sparse"
@@ -113,6 +120,10 @@ class Decoder:
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.first = torch.zeros(B, 1, dtype=torch.int32, device=device)
         self.last = torch.zeros(B, 1, dtype=torch.int32, device=device)
+
+    def part(self, rows):
+        """-> a Decoder of these rows (n,) int64 alone, on copies of their caches."""
+        return Decoder(self.model, [cache.part(rows) for cache in self.caches], traced=self.traced)
 
     def step(self, token, position, first):
         """token (B,) int64 at this position, which enters the caches; first (B,): where its document begins
@@ -156,6 +167,33 @@ def make_decoder(model, B, capacity, device, fp8_cache=False, compiled=False, tr
     dtype = product_dtype(model.lm_head.weight)
     caches = new_caches(model, B, capacity, device, dtype, fp8_cache)
     return Decoder(model, caches, compiled, traced)
+
+
+class Rows:
+    """The rows of a batch that are still computed. Where no CUDA graph wants one shape, rows that have ended
+    leave: once half of them have, the others go on without them.
+
+    at: (n,) int64, which of the B rows they are."""
+
+    def __init__(self, B, device):
+        self.B = B
+        self.at = torch.arange(B, device=device)
+
+    def everywhere(self, x, fill):
+        """x (n,...) of these rows -> (B,...), `fill` in the others."""
+        if len(x) == self.B:
+            return x
+        out = x.new_full((self.B, *x.shape[1:]), fill)
+        out[self.at] = x
+        return out
+
+    def leaving(self, ended):
+        """ended (n,) bool -> (m,) int64, those of these rows that go on, or None: too few have ended."""
+        going = (~ended).nonzero()[:, 0]
+        if 2 * len(going) > len(ended) or len(ended) <= FEWEST_ROWS:
+            return None
+        self.at = self.at[going]
+        return going
 
 
 def check(T, n, temperature, top_k, top_p, chunk, config):
@@ -220,8 +258,8 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     ranks: parallel.Ranks that share the prompt, called on all of them, all yield the same. Sets
     model.cache_bytes_per_token. ValueError: see `check`.
 
-    For reinforcement learning: steer(token (B,)) -> (B,) sees what was sampled and says what is taken, such
-    as the reply of a tool. trace: a Trace to fill; its selections also cover prompts up to k tokens. It takes
+    For reinforcement learning: steer(token (B,)) -> (B,) sees what was sampled (-1: the row has ended) and
+    says what is taken, such as the reply of a tool. trace: a Trace to fill; its selections also cover prompts up to k tokens. It takes
     a temperature above 0 and a prompt that no ranks share. decoder: one of `make_decoder` for these rows and
     T + n tokens, traced with a trace, whose caches and CUDA graph serve call after call."""
     B, T = idx.shape
@@ -256,32 +294,37 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         if decoder.traced:
             trace.selections.append(chosen)
 
+    rows = Rows(B, device)
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
     start = first[:, -1]  # (B,) where the document of the last token begins
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    is_end = torch.isin(idx[:, -1], ends)  # (B,)
+    is_end = torch.isin(idx[:, -1], ends)  # (B,), and from here on all (n,), of the rows that are computed
     for t in range(T, T + n):
         if not logits[:, -1].isfinite().all():
             raise ValueError("the model's next token is not a number: its weights are damaged, or overflow "
                              "in this dtype")
         start = start.masked_fill(is_end, t)
-        token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
+        token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (n,)
         if ranks is not None:
             token = ranks.same(token)
         if steer is not None:
-            token = steer(token)
+            token = steer(rows.everywhere(token, -1))[rows.at]
         if trace is not None:
-            trace.add_token(logits[:, -1], token, temperature, top_k, top_p)
+            trace.add_token(rows, logits[:, -1], token, temperature, top_k, top_p)
         is_end = torch.isin(token, ends)
-        yield token.masked_fill(ended, -1)
+        yield rows.everywhere(token.masked_fill(ended, -1), -1)
         if end_ids and not go_on:
             ended = ended | is_end
             if ended.all():
                 return
+            going = rows.leaving(ended) if decoder.rows_leave else None
+            if going is not None:
+                decoder = decoder.part(going)
+                token, start, is_end, ended = (x[going] for x in (token, start, is_end, ended))
         if t + 1 < T + n:
             logits = decoder.step(token, t, start)
-            if decoder.traced:  # copies: a CUDA graph writes the next step's to the same place
-                trace.selections.append([x.clone() for x in decoder.selections])
+            if decoder.traced:
+                trace.add_selections(rows, decoder.selections)
 
 
 def complete(model, idx, n, end_ids=(), **options):

@@ -53,6 +53,7 @@ from train import MODEL_FIELDS, adamw, learning_rate, trainable
 STAGES = ("base", "specialists", "distillation", "mixed", "sequential", "evaluate")
 PROMPT_WEIGHT = 0.02  # of a prompt's tokens in supervised losses: enough to learn what prompts look like
 PACKERS = 6  # processes that pack batches for a GPU
+ANSWERS_AT_ONCE = 512  # for distillation: many steps of few rows are slower
 HARDER_SHARE = 0.2  # of the base's demonstrations that are of the next level
 
 
@@ -614,7 +615,7 @@ def answers_of(run, roller, judge, domain, mode):
     while len(lines) < options.answers and asked < 4 * options.answers:
         random, generator, _ = run.random(f"answers {domain} {mode}", draw)
         draw += 1
-        count = options.rows // samples
+        count = min(max(options.rows, ANSWERS_AT_ONCE) // samples, options.answers)
         prompts = [tasks.make(random, domain, mode, options.level, options.page) for _ in range(count)]
         batch = [task for task in prompts for _ in range(samples)]
         outs = roller(batch, generator=generator).outs

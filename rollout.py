@@ -91,10 +91,11 @@ class Rollout:
     offset: int = 0  # the position of column 0
 
     def first(self):
-        """(B, T - 1) int32, the first column that a token sees: padding, at both ends, sees itself alone."""
+        """(B, T - 1) int32, the first column that a token sees: padding, at both ends, and the last token, which
+        predicts nothing, see themselves alone."""
         at = torch.arange(self.ids.shape[1] - 1, device=self.ids.device)[None]  # (1, T - 1)
         first = torch.minimum(at, self.start[:, None])
-        return torch.where(at < self.end[:, None], first, at).int()
+        return torch.where(at < self.end[:, None] - 1, first, at).int()
 
 
 def assemble(tasks, prompts, turns, trace, device):
@@ -127,10 +128,10 @@ def assemble(tasks, prompts, turns, trace, device):
         before = kept.new_ones(B, columns, kept.shape[-1])
         rollout.kept = torch.cat((before, kept), 1)
 
-    # Selections; behind the end of a row a token sees itself alone, which teaches an indexer nothing
+    # selections; from a row's last token on a token sees itself alone, which teaches an indexer nothing
     if trace.selections:
         at = torch.arange(columns + steps - 1, device=device)
-        over = at[None] >= rollout.end[:, None]  # (B, T - 1)
+        over = at[None] >= rollout.end[:, None] - 1  # (B, T - 1)
         rollout.selections = []
         for parts in zip(*trace.selections):
             chosen = torch.cat(parts, 1)  # (B, T - 1, k)

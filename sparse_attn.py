@@ -10,6 +10,8 @@ dense_attention, split_attention and sparse_attention have Triton twins in kerne
 indexer.py, and V the dimensions of a value: of a head in MHA mode, of the latent (kv_lora_rank) in MQA mode.
 lse is the natural logarithm.
 """
+from copy import copy
+
 import torch
 
 from indexer import over_rows, quantise, read, visible
@@ -166,6 +168,15 @@ class Cache:
         self.index_keys.view(torch.uint8)[:, position] = keys.view(torch.uint8)  # indexed writes know no e4m3
         self.index_scales[:, position] = scales
         return self.index_keys[:, :length], self.index_scales[:, :length]
+
+    def part(self, rows):
+        """-> a Cache of these rows (n,) int64 alone, copied."""
+        part = copy(self)
+        for name in ("latents", "index_keys", "index_scales"):
+            x = getattr(self, name)
+            if x is not None:
+                setattr(part, name, x.view(torch.uint8)[rows].view(x.dtype))  # indexing knows no e4m3
+        return part
 
     @property
     def bytes_per_token(self):
