@@ -11,7 +11,7 @@ SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
 LARGE_CHUNK = 32768  # beyond, nothing is gained
 GREEDY = 1e-6  # temperatures below it take the most likely token
 LEAST_TOP_P = 1e-9  # below it rounding may leave no token at all
-FEWEST_ROWS = 8  # from which on none leave a batch: fewer are no faster
+FEWEST_ROWS = 8  # that a batch keeps, and multiples: a CPU sums products of other numbers in another order
 CHUNK_SHARE = 8  # a chunk's tensors in one layer take at most 1 / CHUNK_SHARE of a GPU's free memory
 
 
@@ -171,7 +171,7 @@ def make_decoder(model, B, capacity, device, fp8_cache=False, compiled=False, tr
 
 class Rows:
     """The rows of a batch that are still computed. Where no CUDA graph wants one shape, rows that have ended
-    leave: once half of them have, the others go on without them.
+    leave, half of the batch at a time.
 
     at: (n,) int64, which of the B rows they are."""
 
@@ -187,13 +187,14 @@ class Rows:
         out[self.at] = x
         return out
 
-    def leaving(self, ended):
-        """ended (n,) bool -> (m,) int64, those of these rows that go on, or None: too few have ended."""
-        going = (~ended).nonzero()[:, 0]
-        if 2 * len(going) > len(ended) or len(ended) <= FEWEST_ROWS:
+    def halve(self, ended):
+        """ended (n,) bool -> (m,) int64, which of these rows stay, or None: too few have ended."""
+        half = -(-len(ended) // (2 * FEWEST_ROWS)) * FEWEST_ROWS
+        if half >= len(ended) or int((~ended).sum()) > half:
             return None
-        self.at = self.at[going]
-        return going
+        staying = ended.int().argsort(stable=True)[:half].sort().values
+        self.at = self.at[staying]
+        return staying
 
 
 def check(T, n, temperature, top_k, top_p, chunk, config):
@@ -247,7 +248,7 @@ def share_prompt(model, idx, first, caches, chunk, ranks):
 @torch.inference_mode()
 def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=None,
            fp8_cache=False, end_ids=(), go_on=False, compiled=False, ranks=None, steer=None, trace=None,
-           decoder=None):
+           decoder=None, copies=1):
     """Yield up to n times the next token (B,) int64 after the prompts idx (B,T), sampled as by `sample`.
 
     end_ids: the ids that end a text. A row that has sampled one yields -1 from then on, and the stream stops
@@ -261,8 +262,10 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     For reinforcement learning: steer(token (B,)) -> (B,) sees what was sampled (-1: the row has ended) and
     says what is taken, such as the reply of a tool. trace: a Trace to fill; its selections also cover prompts up to k tokens. It takes
     a temperature above 0 and a prompt that no ranks share. decoder: one of `make_decoder` for these rows and
-    T + n tokens, traced with a trace, whose caches and CUDA graph serve call after call."""
-    B, T = idx.shape
+    T + n tokens, traced with a trace, whose caches and CUDA graph serve call after call. copies: rows that
+    continue each prompt, one behind the other; idx is then (B / copies,T), each prompt read once."""
+    T = idx.shape[1]
+    B = len(idx) * copies
     config = model.config
     device = idx.device
     check(T, n, temperature, top_k, top_p, chunk, config)
@@ -276,23 +279,28 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     if decoder is None:
         decoder = make_decoder(model, B, T + n, device, fp8_cache, compiled, traced=trace is not None)
     caches = decoder.caches
+    prompt_caches = [cache.part(slice(len(idx))) for cache in caches]
     model.cache_bytes_per_token = sum(cache.bytes_per_token for cache in caches)
 
-    first = document_starts(idx.cpu(), end_ids)  # (B, T)
+    first = document_starts(idx.cpu(), end_ids)  # (B / copies, T)
     packed = bool(first.any())  # one document needs no bounds
     first = first.to(device)
-    chunk = chunk or default_chunk(config, B, device)
+    chunk = chunk or default_chunk(config, len(idx), device)
     begin = 0
     if ranks is not None and ranks.context > 1:
-        begin = share_prompt(model, idx, first if packed else None, caches, chunk, ranks)
+        begin = share_prompt(model, idx, first if packed else None, prompt_caches, chunk, ranks)
     for position in torch.arange(begin, T, device=device).split(chunk):
         bounds = first[:, position] if packed else None
         chosen = [] if decoder.traced else None
         logits, _ = model(
-            idx[:, position], first=bounds, caches=caches, position=position, logits_of="last",
+            idx[:, position], first=bounds, caches=prompt_caches, position=position, logits_of="last",
             selections=chosen)
         if decoder.traced:
-            trace.selections.append(chosen)
+            trace.selections.append([x.repeat_interleave(copies, 0) for x in chosen])
+    if copies > 1:
+        for cache in caches:
+            cache.repeat(copies)
+        logits, first, idx = (x.repeat_interleave(copies, 0) for x in (logits, first, idx))
 
     rows = Rows(B, device)
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
@@ -317,10 +325,10 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
             ended = ended | is_end
             if ended.all():
                 return
-            going = rows.leaving(ended) if decoder.rows_leave else None
-            if going is not None:
-                decoder = decoder.part(going)
-                token, start, is_end, ended = (x[going] for x in (token, start, is_end, ended))
+            staying = rows.halve(ended) if decoder.rows_leave else None
+            if staying is not None:
+                decoder = decoder.part(staying)
+                token, start, is_end, ended = (x[staying] for x in (token, start, is_end, ended))
         if t + 1 < T + n:
             logits = decoder.step(token, t, start)
             if decoder.traced:

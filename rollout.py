@@ -146,6 +146,13 @@ def prompt_columns(tasks):
     return rounded(max(len(task.prompt()) for task in tasks))
 
 
+def repeats(tasks):
+    """How many times each task stands there, all of it one behind the other; 1 if they differ in that."""
+    n = next((i for i, task in enumerate(tasks) if task is not tasks[0]), len(tasks))
+    same = len(tasks) % n == 0 and all(task is tasks[i - i % n] for i, task in enumerate(tasks))
+    return n if same else 1
+
+
 class Roller:
     """Rolls out one model, whose weights may change in place from call to call: caches and CUDA graphs are
     kept, those of the MOST_DECODERS shapes that were used last.
@@ -168,8 +175,9 @@ class Roller:
         if self.device.type == "cuda":
             tasks = tasks + [tasks[-1]] * (rounded(real, ROW_ROUND) - real)
         columns = max(columns, prompt_columns(tasks))
-        prompts = torch.full((len(tasks), columns), EOT)
-        for row, task in zip(prompts, tasks):
+        copies = repeats(tasks)
+        prompts = torch.full((len(tasks) // copies, columns), EOT)
+        for row, task in zip(prompts, tasks[::copies]):
             prompt = task.prompt()
             row[columns - len(prompt):] = torch.tensor(prompt)
         prompts = prompts.to(self.device)
@@ -180,10 +188,10 @@ class Roller:
             decoder = self.decoder(len(tasks), columns + limit, traced)
             for _ in stream(self.model, prompts, limit, temperature=temperature, top_p=top_p,
                             generator=generator, chunk=chunk, end_ids=(EOT,), steer=turns, trace=trace,
-                            decoder=decoder):
+                            decoder=decoder, copies=copies):
                 if all(turns.over):
                     break
-        rollout = assemble(tasks, prompts, turns, trace, self.device)
+        rollout = assemble(tasks, prompts.repeat_interleave(copies, 0), turns, trace, self.device)
         return rollout if len(tasks) == real else part(rollout, torch.arange(real, device=self.device))
 
     def decoder(self, rows, capacity, traced):
