@@ -124,8 +124,8 @@ def mixed_heads(q, w):
 # contract    kernels.select_by_blocks
 # in PyTorch  indexer.select_by_blocks
 # equation    S_t = the K highest of I[t, s], s in the first block, in the last `recent` tokens, or in one of
-#             the M = C / BLOCK blocks (C: candidates) with the highest max of w[0] relu(m[0] . k) + w[1] relu(m[1] . k)
-#             by mixed heads m
+#             the M = C / BLOCK blocks (C: candidates) with the highest max of
+#             w[0] relu(m[0] . k) + w[1] relu(m[1] . k), by mixed heads m
 # tiling      rows of queries in chunks, of each:
 #             rank     scores of mixed heads by scores_kernel, of a block the highest; their top-k by
 #                      topk_kernel, which gives a list of blocks, ascending
