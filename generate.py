@@ -260,10 +260,11 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     model.cache_bytes_per_token. ValueError: see `check`.
 
     For reinforcement learning: steer(token (B,)) -> (B,) sees what was sampled (-1: the row has ended) and
-    says what is taken, such as the reply of a tool. trace: a Trace to fill; its selections also cover prompts up to k tokens. It takes
-    a temperature above 0 and a prompt that no ranks share. decoder: one of `make_decoder` for these rows and
-    T + n tokens, traced with a trace, whose caches and CUDA graph serve call after call. copies: rows that
-    continue each prompt, one behind the other; idx is then (B / copies,T), each prompt read once."""
+    says what is taken, such as the reply of a tool. trace: a Trace to fill; its selections also cover prompts
+    up to k tokens. It takes a temperature above 0 and a prompt that no ranks share. decoder: one of
+    `make_decoder` for these rows and T + n tokens, traced with a trace, whose caches and CUDA graph serve
+    call after call. copies: rows that continue each prompt, one behind the other; idx is then (B / copies,T),
+    each prompt read once."""
     T = idx.shape[1]
     B = len(idx) * copies
     config = model.config

@@ -91,8 +91,8 @@ class Rollout:
     offset: int = 0  # the position of column 0
 
     def first(self):
-        """(B, T - 1) int32, the first column that a token sees: padding, at both ends, and the last token, which
-        predicts nothing, see themselves alone."""
+        """(B, T - 1) int32, the first column that a token sees: padding, at both ends, and the last token,
+        which predicts nothing, see themselves alone."""
         at = torch.arange(self.ids.shape[1] - 1, device=self.ids.device)[None]  # (1, T - 1)
         first = torch.minimum(at, self.start[:, None])
         return torch.where(at < self.end[:, None] - 1, first, at).int()
