@@ -559,9 +559,10 @@ def build(source, encoding, paths, header, cache_dir, cut):
                 writer.finish(**header)
             if str(corpus.left_out):
                 print(f"--data={source}: left out {corpus.left_out}", file=sys.stderr)
-            if encoding.lost():
-                print(f"--data={source}: left out all {' '.join(encoding.lost())}, for which the tokenizer "
-                      "has no token, not even one for what it does not know", file=sys.stderr)
+            lost = encoding.lost()
+            if lost:
+                print(f"--data={source}: left out all {' '.join(lost)}, for which the tokenizer has no "
+                      "token, not even one for what it does not know", file=sys.stderr)
             return
     finally:
         for writer in writers:

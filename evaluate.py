@@ -118,14 +118,11 @@ def resolve(argv):
                          f"train.py --stage=warmup --init_from={options.checkpoint}")
     context = min(4 * config.index_topk, config.max_position_embeddings)
     run = dict(data="python", block_size=context, batch_size=8, index_fp8=True)
-    run |= files.run_options(folder.parent)
-    for name, kind in dict(data=str, block_size=int, batch_size=int, index_fp8=bool).items():
-        if type(run[name]) is not kind:
-            raise ValueError(f"{folder.parent / 'run.json'}: {name}={run[name]!r} is not of type "
-                             f"{kind.__name__}; mend the file")
+    kinds = dict(data=str, block_size=int, batch_size=int, index_fp8=bool)
+    run |= files.run_options(folder.parent, **kinds)
     options.tokenizer = options.tokenizer or tokenizer.tokenizer_name(folder)
     options.out_dir = options.out_dir or str(folder.parent / f"evaluation-{folder.name}")
-    for name in ("data", "block_size", "batch_size", "index_fp8"):
+    for name in kinds:
         if getattr(options, name) is None:
             setattr(options, name, run[name])
     check(options, config)

@@ -11,6 +11,7 @@ SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
 LARGE_CHUNK = 32768  # beyond, nothing is gained
 GREEDY = 1e-6  # temperatures below it take the most likely token
 LEAST_TOP_P = 1e-9  # below it rounding may leave no token at all
+FEWEST_ROWS = 8  # that a batch keeps, and multiples: a CPU sums products of other numbers in another order
 CHUNK_SHARE = 8  # a chunk's tensors in one layer take at most 1 / CHUNK_SHARE of a GPU's free memory
 
 
@@ -52,13 +53,18 @@ class Trace:
         self.kept = []
         self.selections = []
 
-    def add_token(self, logits, token, temperature, top_k, top_p):
-        """The token (B,) taken where the model gave logits (B,vocab)."""
+    def add_token(self, rows, logits, token, temperature, top_k, top_p):
+        """The token (n,) taken where the model gave logits (n,vocab), of the Rows that are computed."""
         logits = restrict(logits, temperature, top_k, top_p)
-        logp = logits.log_softmax(-1).gather(-1, token[:, None])  # (B, 1)
-        self.logp.append(logp[:, 0])
+        logp = logits.log_softmax(-1).gather(-1, token[:, None])  # (n, 1)
+        self.logp.append(rows.everywhere(logp[:, 0], 0))
         if top_k is not None or top_p is not None:
-            self.kept.append(logits > float("-inf"))
+            self.kept.append(rows.everywhere(logits > float("-inf"), True))
+
+    def add_selections(self, rows, selections):
+        """Those of one forward, of the Rows that are computed. Copies: a CUDA graph writes the next step's to
+        the same place."""
+        self.selections.append([rows.everywhere(chosen, -1).clone() for chosen in selections])
 
 
 def document_starts(idx, end_ids):
@@ -105,6 +111,7 @@ class Decoder:
         self.captures = device.type == "cuda" and triton and not model.config.n_routed_experts
         if hasattr(model, "reshard"):  # of FSDP
             self.captures = False
+        self.rows_leave = not self.captures and not compiled  # see Rows
         self.graph = None
         self.logits = None
         self.traced = traced and model.attention == "sparse"
@@ -113,6 +120,10 @@ class Decoder:
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.first = torch.zeros(B, 1, dtype=torch.int32, device=device)
         self.last = torch.zeros(B, 1, dtype=torch.int32, device=device)
+
+    def part(self, rows):
+        """-> a Decoder of these rows (n,) int64 alone, on copies of their caches."""
+        return Decoder(self.model, [cache.part(rows) for cache in self.caches], traced=self.traced)
 
     def step(self, token, position, first):
         """token (B,) int64 at this position, which enters the caches; first (B,): where its document begins
@@ -156,6 +167,34 @@ def make_decoder(model, B, capacity, device, fp8_cache=False, compiled=False, tr
     dtype = product_dtype(model.lm_head.weight)
     caches = new_caches(model, B, capacity, device, dtype, fp8_cache)
     return Decoder(model, caches, compiled, traced)
+
+
+class Rows:
+    """The rows of a batch that are still computed. Where no CUDA graph wants one shape, rows that have ended
+    leave, half of the batch at a time.
+
+    at: (n,) int64, which of the B rows they are."""
+
+    def __init__(self, B, device):
+        self.B = B
+        self.at = torch.arange(B, device=device)
+
+    def everywhere(self, x, fill):
+        """x (n,...) of these rows -> (B,...), `fill` in the others."""
+        if len(x) == self.B:
+            return x
+        out = x.new_full((self.B, *x.shape[1:]), fill)
+        out[self.at] = x
+        return out
+
+    def halve(self, ended):
+        """ended (n,) bool -> (m,) int64, which of these rows stay, or None: too few have ended."""
+        half = -(-len(ended) // (2 * FEWEST_ROWS)) * FEWEST_ROWS
+        if half >= len(ended) or int((~ended).sum()) > half:
+            return None
+        staying = ended.int().argsort(stable=True)[:half].sort().values
+        self.at = self.at[staying]
+        return staying
 
 
 def check(T, n, temperature, top_k, top_p, chunk, config):
@@ -209,7 +248,7 @@ def share_prompt(model, idx, first, caches, chunk, ranks):
 @torch.inference_mode()
 def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=None, chunk=None,
            fp8_cache=False, end_ids=(), go_on=False, compiled=False, ranks=None, steer=None, trace=None,
-           decoder=None):
+           decoder=None, copies=1):
     """Yield up to n times the next token (B,) int64 after the prompts idx (B,T), sampled as by `sample`.
 
     end_ids: the ids that end a text. A row that has sampled one yields -1 from then on, and the stream stops
@@ -220,11 +259,14 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     ranks: parallel.Ranks that share the prompt, called on all of them, all yield the same. Sets
     model.cache_bytes_per_token. ValueError: see `check`.
 
-    For reinforcement learning: steer(token (B,)) -> (B,) sees what was sampled and says what is taken, such
-    as the reply of a tool. trace: a Trace to fill; its selections also cover prompts up to k tokens. It takes
-    a temperature above 0 and a prompt that no ranks share. decoder: one of `make_decoder` for these rows and
-    T + n tokens, traced with a trace, whose caches and CUDA graph serve call after call."""
-    B, T = idx.shape
+    For reinforcement learning: steer(token (B,)) -> (B,) sees what was sampled (-1: the row has ended) and
+    says what is taken, such as the reply of a tool. trace: a Trace to fill; its selections also cover prompts
+    up to k tokens. It takes a temperature above 0 and a prompt that no ranks share. decoder: one of
+    `make_decoder` for these rows and T + n tokens, traced with a trace, whose caches and CUDA graph serve
+    call after call. copies: rows that continue each prompt, one behind the other; idx is then (B / copies,T),
+    each prompt read once."""
+    T = idx.shape[1]
+    B = len(idx) * copies
     config = model.config
     device = idx.device
     check(T, n, temperature, top_k, top_p, chunk, config)
@@ -238,50 +280,60 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     if decoder is None:
         decoder = make_decoder(model, B, T + n, device, fp8_cache, compiled, traced=trace is not None)
     caches = decoder.caches
+    prompt_caches = [cache.part(slice(len(idx))) for cache in caches]
     model.cache_bytes_per_token = sum(cache.bytes_per_token for cache in caches)
 
-    first = document_starts(idx.cpu(), end_ids)  # (B, T)
+    first = document_starts(idx.cpu(), end_ids)  # (B / copies, T)
     packed = bool(first.any())  # one document needs no bounds
     first = first.to(device)
-    chunk = chunk or default_chunk(config, B, device)
+    chunk = chunk or default_chunk(config, len(idx), device)
     begin = 0
     if ranks is not None and ranks.context > 1:
-        begin = share_prompt(model, idx, first if packed else None, caches, chunk, ranks)
+        begin = share_prompt(model, idx, first if packed else None, prompt_caches, chunk, ranks)
     for position in torch.arange(begin, T, device=device).split(chunk):
         bounds = first[:, position] if packed else None
         chosen = [] if decoder.traced else None
         logits, _ = model(
-            idx[:, position], first=bounds, caches=caches, position=position, logits_of="last",
+            idx[:, position], first=bounds, caches=prompt_caches, position=position, logits_of="last",
             selections=chosen)
         if decoder.traced:
-            trace.selections.append(chosen)
+            trace.selections.append([x.repeat_interleave(copies, 0) for x in chosen])
+    if copies > 1:
+        for cache in caches:
+            cache.repeat(copies)
+        logits, first, idx = (x.repeat_interleave(copies, 0) for x in (logits, first, idx))
 
+    rows = Rows(B, device)
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
     start = first[:, -1]  # (B,) where the document of the last token begins
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    is_end = torch.isin(idx[:, -1], ends)  # (B,)
+    is_end = torch.isin(idx[:, -1], ends)  # (B,), and from here on all (n,), of the rows that are computed
     for t in range(T, T + n):
         if not logits[:, -1].isfinite().all():
             raise ValueError("the model's next token is not a number: its weights are damaged, or overflow "
                              "in this dtype")
         start = start.masked_fill(is_end, t)
-        token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
+        token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (n,)
         if ranks is not None:
             token = ranks.same(token)
         if steer is not None:
-            token = steer(token)
+            token = steer(rows.everywhere(token, -1))[rows.at]
         if trace is not None:
-            trace.add_token(logits[:, -1], token, temperature, top_k, top_p)
+            trace.add_token(rows, logits[:, -1], token, temperature, top_k, top_p)
         is_end = torch.isin(token, ends)
-        yield token.masked_fill(ended, -1)
+        yield rows.everywhere(token.masked_fill(ended, -1), -1)
         if end_ids and not go_on:
             ended = ended | is_end
             if ended.all():
                 return
+            staying = rows.halve(ended) if decoder.rows_leave else None
+            if staying is not None:
+                decoder = decoder.part(staying)
+                token, start, is_end, ended = (x[staying] for x in (token, start, is_end, ended))
         if t + 1 < T + n:
             logits = decoder.step(token, t, start)
-            if decoder.traced:  # copies: a CUDA graph writes the next step's to the same place
-                trace.selections.append([x.clone() for x in decoder.selections])
+            if decoder.traced:
+                trace.add_selections(rows, decoder.selections)
 
 
 def complete(model, idx, n, end_ids=(), **options):

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from precision import exact
 
+NORM_STEPS = 2**20  # of the largest element, in which `mixed_heads` adds up norms: int32 holds 1024 of them
 E4M3_MAX = 448.0
 RECENT = 256  # last tokens that selection in two levels scores whatever their blocks say
 SLICE = 2**24  # elements of the largest tensor that the reference holds at once
@@ -164,22 +165,30 @@ def select(q, k, w, topk, k_scale=None, first=None, last=None):
 # ---- selection in two levels ----
 
 def mixed_heads(q, w):
-    """The heads of q (B,S,HI,DI) mixed into two by their weights w (B,S,HI), those of positive weight and
-    those of negative -> m (B,S,2,DI), w (B,S,2): m[0] = sum_j max(w_j, 0) q_j and m[1] = sum_j max(-w_j, 0)
-    q_j, of weights 1 and -1, but for a positive factor of each query, which changes no order.
+    """The heads of q (B,S,HI,DI) mixed into two by their weights w (B,S,HI) -> m (B,S,2,DI), w (B,S,2): m[0]
+    = |w_a| q_a of the head that can score highest, alone, of the sign of w_a, and m[1] = sum_{j != a} w_j q_j
+    of all others, of weight 1, but for a positive factor of each query, which changes no order. a is the head
+    with the largest w_j |q_j|, in the l1 norm.
 
-    What several heads look for at once, relu(m[0] . k) - relu(m[1] . k) finds as sum_j w_j relu(q_j . k)
-    does, at the cost of two heads; where only some of them match, each relu is less than the sum that it
-    stands for. In q's dtype, e4m3 being quantised anew. Summed in float32, head after head: the same bits
-    everywhere."""
+    What one head looks for m[0] finds as the head does; what several of the others look for at once
+    relu(m[1] . k) finds as sum_j w_j relu(q_j . k) does. Without a head apart, what one head alone finds is
+    lost among the others, which do not match it. In q's dtype, e4m3 being quantised anew. Norms are summed in
+    integers and heads in float32, one after the other: the same bits everywhere."""
     w = w / power_of_two_above(w.abs().amax(-1, keepdim=True).clamp(min=1e-30))  # (B, S, HI), at most 1
-    sides = torch.stack((w, -w), 2).clamp(min=0)[..., None]  # (B, S, 2, HI, 1)
+    size = q.float().abs()
+    size = torch.where(size.isfinite(), size, 0)
+    largest = power_of_two_above(size.amax((2, 3), keepdim=True).clamp(min=1e-30))  # (B, S, 1, 1)
+    norm = (size / largest * NORM_STEPS).int().sum(-1, dtype=torch.int32)  # (B, S, HI)
+    strength = (w * norm.float()).nan_to_num(nan=float("-inf"))
+    alone = strength.argmax(-1, keepdim=True) == torch.arange(q.shape[2], device=q.device)  # (B, S, HI)
+    shares = torch.stack((torch.where(alone, w.abs(), 0), torch.where(alone, 0, w)), 2)  # (B, S, 2, HI)
     mixed = torch.zeros(*q.shape[:2], 2, q.shape[3], device=q.device)
     for j in range(q.shape[2]):
-        mixed = mixed + sides[:, :, :, j] * q[:, :, None, j].float()  # (B, S, 2, DI)
-    signs = 1.0 - 2 * torch.arange(2, device=q.device)
+        mixed = mixed + shares[..., j, None] * q[:, :, None, j].float()  # (B, S, 2, DI)
+    negative = ((w < 0) & alone).any(-1)  # (B, S)
+    signs = torch.stack((torch.where(negative, -1.0, 1.0), torch.ones_like(w[..., 0])), -1)  # (B, S, 2)
     if q.dtype != torch.float8_e4m3fn:
-        return mixed.to(q.dtype), signs.expand(*q.shape[:2], 2)
+        return mixed.to(q.dtype), signs
     values, scale = quantise(mixed, block=q.shape[3])
     return values, scale.squeeze(-1) * signs
 

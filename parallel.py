@@ -250,6 +250,11 @@ def whole_tensor(x):
     return x.full_tensor() if is_sharded(x) else x
 
 
+def local_tensor(x):
+    """A tensor, sharded or not -> the part of it that this rank holds."""
+    return x.to_local() if is_sharded(x) else x
+
+
 def whole_model(model, ranks):
     """-> on rank 0 a model that can be saved, with all of the weights; None elsewhere."""
     if ranks.world == 1:

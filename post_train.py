@@ -43,6 +43,7 @@ import grpo
 import parallel
 import tasks
 from config import Config, option
+from generate import LEAST_TOP_P
 from model import Transformer
 from rewards import Judge, judge_agreement, rewards_of, subjective, summary
 from rollout import Roller, join, part, prompt_columns, rounded
@@ -52,6 +53,7 @@ from train import MODEL_FIELDS, adamw, learning_rate, trainable
 STAGES = ("base", "specialists", "distillation", "mixed", "sequential", "evaluate")
 PROMPT_WEIGHT = 0.02  # of a prompt's tokens in supervised losses: enough to learn what prompts look like
 PACKERS = 6  # processes that pack batches for a GPU
+ANSWERS_AT_ONCE = 512  # for distillation: many steps of few rows are slower
 HARDER_SHARE = 0.2  # of the base's demonstrations that are of the next level
 
 
@@ -151,8 +153,8 @@ RANGES = (
     ("answers", 1, math.inf), ("specialist_steps", 0, math.inf), ("mixed_steps", 0, math.inf),
     ("rows", 2, math.inf), ("group", 2, math.inf), ("live_groups", 1, math.inf), ("draws", 1, math.inf),
     ("rl_lr", 0, math.inf), ("updates", 1, math.inf), ("micro_rows", 1, math.inf), ("clip", 1e-9, 1),
-    ("kl_weight", 0, math.inf), ("drift_bound", 0, math.inf),
-    ("temperature", 1e-3, math.inf), ("top_p", 1e-9, 1), ("length_penalty", 0, 1), ("language_penalty", 0, 1),
+    ("kl_weight", 0, math.inf), ("drift_bound", 0, math.inf), ("temperature", 1e-3, math.inf),
+    ("top_p", LEAST_TOP_P, 1), ("length_penalty", 0, 1), ("language_penalty", 0, 1),
     ("eval_tasks", 1, math.inf), ("eval_samples", 1, math.inf), ("ramp_steps", 0, math.inf), ("min_lr", 0, 1),
     ("weight_decay", 0, math.inf), ("beta1", 0, 0.9999999), ("beta2", 0, 0.9999999),
     ("grad_clip", 1e-12, math.inf), ("save_interval", 1, math.inf))
@@ -613,7 +615,7 @@ def answers_of(run, roller, judge, domain, mode):
     while len(lines) < options.answers and asked < 4 * options.answers:
         random, generator, _ = run.random(f"answers {domain} {mode}", draw)
         draw += 1
-        count = options.rows // samples
+        count = min(max(options.rows, ANSWERS_AT_ONCE) // samples, options.answers)
         prompts = [tasks.make(random, domain, mode, options.level, options.page) for _ in range(count)]
         batch = [task for task in prompts for _ in range(samples)]
         outs = roller(batch, generator=generator).outs
@@ -712,13 +714,8 @@ def check_start(options, stages):
     for stage in stages:
         for job in plan(options, stage):
             folder = Path(options.out_dir) / job.name
-            start = options.init_from
-            if options.overwrite and start and Path(start).resolve() == folder.resolve():
-                raise ValueError(f"--init_from={start} is what --overwrite would replace; choose another "
-                                 "--out_dir")
-            if files.locate(folder).exists() and not (options.resume or options.overwrite):
-                raise ValueError(f"{folder} exists: continue with --resume, replace it with --overwrite, or "
-                                 "choose another --out_dir")
+            if files.locate(folder).exists():
+                runs.check_earlier(options, [folder], ("init_from",))
             if job.start and job.start not in made and not files.locate(job.start).is_dir():
                 raise FileNotFoundError(f"{job.name} starts from {job.start}, which does not exist; run the "
                                         "stage before")

@@ -91,10 +91,11 @@ class Rollout:
     offset: int = 0  # the position of column 0
 
     def first(self):
-        """(B, T - 1) int32, the first column that a token sees: padding, at both ends, sees itself alone."""
+        """(B, T - 1) int32, the first column that a token sees: padding, at both ends, and the last token,
+        which predicts nothing, see themselves alone."""
         at = torch.arange(self.ids.shape[1] - 1, device=self.ids.device)[None]  # (1, T - 1)
         first = torch.minimum(at, self.start[:, None])
-        return torch.where(at < self.end[:, None], first, at).int()
+        return torch.where(at < self.end[:, None] - 1, first, at).int()
 
 
 def assemble(tasks, prompts, turns, trace, device):
@@ -127,10 +128,10 @@ def assemble(tasks, prompts, turns, trace, device):
         before = kept.new_ones(B, columns, kept.shape[-1])
         rollout.kept = torch.cat((before, kept), 1)
 
-    # Selections; behind the end of a row a token sees itself alone, which teaches an indexer nothing
+    # selections; from a row's last token on a token sees itself alone, which teaches an indexer nothing
     if trace.selections:
         at = torch.arange(columns + steps - 1, device=device)
-        over = at[None] >= rollout.end[:, None]  # (B, T - 1)
+        over = at[None] >= rollout.end[:, None] - 1  # (B, T - 1)
         rollout.selections = []
         for parts in zip(*trace.selections):
             chosen = torch.cat(parts, 1)  # (B, T - 1, k)
@@ -143,6 +144,13 @@ def assemble(tasks, prompts, turns, trace, device):
 def prompt_columns(tasks):
     """How many columns their prompts take."""
     return rounded(max(len(task.prompt()) for task in tasks))
+
+
+def repeats(tasks):
+    """How many times each task stands there, all of it one behind the other; 1 if they differ in that."""
+    n = next((i for i, task in enumerate(tasks) if task is not tasks[0]), len(tasks))
+    same = len(tasks) % n == 0 and all(task is tasks[i - i % n] for i, task in enumerate(tasks))
+    return n if same else 1
 
 
 class Roller:
@@ -167,8 +175,9 @@ class Roller:
         if self.device.type == "cuda":
             tasks = tasks + [tasks[-1]] * (rounded(real, ROW_ROUND) - real)
         columns = max(columns, prompt_columns(tasks))
-        prompts = torch.full((len(tasks), columns), EOT)
-        for row, task in zip(prompts, tasks):
+        copies = repeats(tasks)
+        prompts = torch.full((len(tasks) // copies, columns), EOT)
+        for row, task in zip(prompts, tasks[::copies]):
             prompt = task.prompt()
             row[columns - len(prompt):] = torch.tensor(prompt)
         prompts = prompts.to(self.device)
@@ -179,10 +188,10 @@ class Roller:
             decoder = self.decoder(len(tasks), columns + limit, traced)
             for _ in stream(self.model, prompts, limit, temperature=temperature, top_p=top_p,
                             generator=generator, chunk=chunk, end_ids=(EOT,), steer=turns, trace=trace,
-                            decoder=decoder):
+                            decoder=decoder, copies=copies):
                 if all(turns.over):
                     break
-        rollout = assemble(tasks, prompts, turns, trace, self.device)
+        rollout = assemble(tasks, prompts.repeat_interleave(copies, 0), turns, trace, self.device)
         return rollout if len(tasks) == real else part(rollout, torch.arange(real, device=self.device))
 
     def decoder(self, rows, capacity, traced):

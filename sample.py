@@ -217,6 +217,7 @@ def main():
         chat.turns_of(options.checkpoint)  # raises before the weights are read
     else:
         ids = prompt_ids(options, text, tokens_of, config.vocab_size)
+        run = files.run_options(files.locate(options.checkpoint).parent, block_size=int)
     model = Transformer.from_pretrained(
         options.checkpoint, cli.backend(options.backend, device), options.attention, options.index_fp8,
         device=device, dtype=dtype,
@@ -250,10 +251,9 @@ def main():
           f"{times[0] - began:.2f} s, then {speed}; cache {model.cache_bytes_per_token:,} bytes per token "
           f"over {config.num_hidden_layers} layers]", file=sys.stderr)
     total = len(ids) + len(times)
-    trained = files.run_options(files.locate(options.checkpoint).parent).get("block_size")
-    if isinstance(trained, int) and total > trained:
-        print(f"[these are {total} tokens, and the model was trained on contexts of {trained}: beyond them "
-              "it may talk nonsense]", file=sys.stderr)
+    if total > run.get("block_size", total):
+        print(f"[these are {total} tokens, and the model was trained on contexts of {run['block_size']}: "
+              "beyond them it may talk nonsense]", file=sys.stderr)
     return 0
 
 

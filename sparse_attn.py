@@ -10,6 +10,8 @@ dense_attention, split_attention and sparse_attention have Triton twins in kerne
 indexer.py, and V the dimensions of a value: of a head in MHA mode, of the latent (kv_lora_rank) in MQA mode.
 lse is the natural logarithm.
 """
+from copy import copy
+
 import torch
 
 from indexer import over_rows, quantise, read, visible
@@ -166,6 +168,22 @@ class Cache:
         self.index_keys.view(torch.uint8)[:, position] = keys.view(torch.uint8)  # indexed writes know no e4m3
         self.index_scales[:, position] = scales
         return self.index_keys[:, :length], self.index_scales[:, :length]
+
+    def part(self, rows):
+        """-> a Cache of these rows alone: (n,) int64, copied, or a slice, the same memory."""
+        part = copy(self)
+        for name in ("latents", "index_keys", "index_scales"):
+            x = getattr(self, name)
+            if x is not None:
+                setattr(part, name, x.view(torch.uint8)[rows].view(x.dtype))  # indexing knows no e4m3
+        return part
+
+    def repeat(self, copies):
+        """What the first rows hold becomes what all hold, `copies` rows of each one behind the other."""
+        for x in (self.latents, self.index_keys, self.index_scales):
+            if x is not None:
+                x = x.view(torch.uint8)
+                x.copy_(x[:len(x) // copies].repeat_interleave(copies, 0))
 
     @property
     def bytes_per_token(self):

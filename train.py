@@ -293,28 +293,27 @@ def build(options, sizes, device, stages, vocab_size, prepare):
         config.indexer_types = indexer_types(config, options.share_selection)
         return prepare(Transformer(config, **switches).to(device))
     old = checkpoint.read_config(folder)
-    index = new_indexers(old, sizes, stages)
-    if index:
+    index_sizes = new_indexers(old, sizes, stages)
+    if index_sizes:
         there = "where there were none"
         if old.index_topk:
             there = f"instead of {old.index_n_heads} of {old.index_head_dim}"
-        print(f"indexers start anew: {index['index_n_heads']} heads of {index['index_head_dim']} {there} in "
-              f"{folder}")
-    if not (old.index_topk or index) and options.share_selection > 1:
+        print(f"indexers start anew: {index_sizes['index_n_heads']} heads of {index_sizes['index_head_dim']} "
+              f"{there} in {folder}")
+    if not (old.index_topk or index_sizes) and options.share_selection > 1:
         raise ValueError(f"--share_selection={options.share_selection}: {folder} has no indexers; give the "
                          "option to the stage that makes them, warmup")
     types = indexer_types(old, options.share_selection, folder)
     yarn = extension(old, options.yarn_factor, folder) if options.yarn_factor else None
     dtype = torch.float32 if options.dtype == "float32" else None
     model = Transformer.from_pretrained(
-        folder, device=device, index=index, indexer_types=types, yarn=yarn, dtype=dtype, prepare=prepare,
-        **switches)
+        folder, device=device, index=index_sizes, indexer_types=types, yarn=yarn, dtype=dtype,
+        prepare=prepare, **switches)
     if options.tokenizer != tokenizer_of(folder):  # of another text than the ids that the checkpoint names
         other = model.config.other or {}
         model.config.other = {key: value for key, value in other.items() if key not in TEXT_ENDS}
     for name, p in model.named_parameters():
-        rows = p.to_local() if hasattr(p, "to_local") else p
-        if not rows.isfinite().all():
+        if not parallel.local_tensor(p).isfinite().all():
             raise ValueError(f"{folder}: {name} holds numbers that are not finite; copy the checkpoint "
                              "again, or take an earlier one")
     fit(model.config, sizes, folder)
@@ -327,13 +326,13 @@ def build(options, sizes, device, stages, vocab_size, prepare):
 def new_indexers(old, sizes, stages):
     """-> sizes of the indexers that a checkpoint of this Config is given anew, or None if it keeps its own. A
     warm-up can replace indexers by others of another size."""
-    index = {}
+    index_sizes = {}
     for name, default in NEW_INDEXER.items():
-        index[name] = sizes.get(name, getattr(old, name) if old.index_topk else default)
+        index_sizes[name] = sizes.get(name, getattr(old, name) if old.index_topk else default)
     if old.index_topk:
-        resized = any(index[name] != getattr(old, name) for name in ("index_n_heads", "index_head_dim"))
-        return index if resized and "warmup" in stages else None
-    return index if "warmup" in stages or "sparse" in stages else None
+        resized = any(index_sizes[name] != getattr(old, name) for name in ("index_n_heads", "index_head_dim"))
+        return index_sizes if resized and "warmup" in stages else None
+    return index_sizes if "warmup" in stages or "sparse" in stages else None
 
 
 def indexer_types(config, group, folder=""):
@@ -352,13 +351,12 @@ def indexer_types(config, group, folder=""):
 def extension(old, factor, folder):
     """-> rope_scaling that extends a checkpoint of this Config to `factor` times the context of its run, or,
     where no run.json names one, of its config; as DeepSeek-V3 was (arXiv 2412.19437, section 4.3; the keys of
-    V3.2's config.json). ValueError: it has been extended."""
+    V3.2's config.json). ValueError: it has been extended, or run.json names no number."""
     if old.rope_scaling:
         raise ValueError(f"--yarn_factor={factor}: the checkpoint {folder} has rope_scaling="
                          f"{old.rope_scaling} already; leave the option out")
-    trained = files.run_options(files.locate(folder).parent).get("block_size")
-    if not isinstance(trained, int):
-        trained = old.max_position_embeddings
+    run = files.run_options(files.locate(folder).parent, block_size=int)
+    trained = run.get("block_size", old.max_position_embeddings)
     print(f"YaRN extends {folder} from {trained} to {int(factor * trained)} tokens")
     return dict(
         type="yarn", factor=factor, original_max_position_embeddings=trained, beta_fast=32.0, beta_slow=1.0,
@@ -479,7 +477,7 @@ def set_up(options, sizes, device):
         saved = runs.read_trainer(runs.latest_state(out, stages[-1]), stages)
         stages = stages[stages.index(saved["stage"]):]
         replaced = stages
-    check_earlier(options, earlier)
+    runs.check_earlier(options, earlier, ("init_from", "tokenizer"))
     for stage in stages:
         files.destination(out / stage)  # raises if it is a link that leads nowhere
 
@@ -527,18 +525,6 @@ def earlier_folders(out, stages):
         if files.locate(out / stage).exists():
             found.append(out / stage)
     return found
-
-
-def check_earlier(options, earlier):
-    """ValueError if the run would replace what is there without being told to, or what it starts from."""
-    replaced = [path.resolve() for path in earlier]
-    for name in ("init_from", "tokenizer"):
-        value = getattr(options, name)
-        if options.overwrite and value and Path(value).resolve() in replaced:
-            raise ValueError(f"--{name}={value} is what --overwrite would replace; choose another --out_dir")
-    if earlier and not (options.resume or options.overwrite):
-        raise ValueError(f"{earlier[-1]} exists: continue with --resume, replace it with --overwrite, or "
-                         "choose another --out_dir")
 
 
 def begin(run):
@@ -663,8 +649,8 @@ def read(losses, norms):
     """Dicts of losses, one per micro-batch, and the two gradient norms -> dict of floats, losses as means;
     the one time in a step that the host waits for the device's numbers."""
     names = list(losses[0])
-    values = torch.stack([micro[name] for micro in losses for name in names] + norms).tolist()
-    *values, grad_norm, index_grad_norm = values
+    numbers = torch.stack([micro[name] for micro in losses for name in names] + norms).tolist()
+    *values, grad_norm, index_grad_norm = numbers
     means = dict.fromkeys(names, 0)
     for start in range(0, len(values), len(names)):  # of a micro-batch
         for name, value in zip(names, values[start:]):
@@ -822,10 +808,11 @@ def main():
     run.ranks.on_rank_0(runs.remove_states, run.out)
 
     print("\n".join(f"{name}: {loss:.4f}" for name, loss in summary.items()))
-    print_sample(run, stage)
-    folder = run.out / stage
+    last = run.stages[-1]
+    print_sample(run, last)
+    folder = run.out / last
     todo = f"python sample.py --checkpoint={folder}"
-    if stage in ("warmup", "sparse"):
+    if last in ("warmup", "sparse"):
         todo += f", python evaluate.py --checkpoint={folder}"
     else:
         todo += " --attention=dense"

@@ -14,6 +14,7 @@ support/view.html.
 import base64
 import html
 import json
+import math
 import os
 import re
 import sys
@@ -69,8 +70,10 @@ def parse(argv):
     folder = files.locate(options.checkpoint)
     options.title = options.title or Path(options.text).name
     options.out = options.out or str(folder.parent / f"view-{Path(options.text).stem}.html")
+    run = files.run_options(folder.parent, index_fp8=bool, block_size=int)
+    options.trained = run.get("block_size", math.inf)
     if options.index_fp8 is None:
-        options.index_fp8 = files.run_options(folder.parent).get("index_fp8", True)
+        options.index_fp8 = run.get("index_fp8", True)
     place = Path(options.out).absolute()
     if place.is_dir() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
         raise ValueError(f"--out={options.out}: cannot be written; name a file in a folder that exists")
@@ -281,7 +284,6 @@ def main():
         options.checkpoint, "torch", "sparse", options.index_fp8, device=device, dtype=dtype)
 
     packed = read(model, ids, layers, options.missed, by_head)
-    trained = files.run_options(files.locate(options.checkpoint).parent).get("block_size")
     facts = dict(
         title=options.title,
         checkpoint=options.checkpoint,
@@ -292,7 +294,7 @@ def main():
         byHead=by_head,
         k=config.index_topk,
         missed=min(options.missed, len(ids)),
-        trained=trained if isinstance(trained, int) and len(ids) > trained else None)
+        trained=options.trained if len(ids) > options.trained else None)
     text = page(facts, packed)
     files.replace_text(options.out, text)
 
@@ -300,7 +302,7 @@ def main():
     print(f"{options.out}: {len(ids):,} tokens{cut}, {len(layers)} layers, {len(text) / 1e6:.1f} MB; open it "
           "in a browser")
     if facts["trained"]:
-        print(f"[these are {len(ids):,} tokens, and the model was trained on contexts of {trained}]",
+        print(f"[these are {len(ids):,} tokens, and the model was trained on contexts of {facts['trained']}]",
               file=sys.stderr)
     return 0
 

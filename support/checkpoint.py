@@ -374,6 +374,11 @@ def weight_files(folder):
 def open_tensors(folder):
     """-> {tensor name: Stored} of a folder's safetensors files, after a look at every header."""
     paths, weight_map = weight_files(folder)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder}: the folder's name is no UTF-8, and safetensors opens no file in it; "
+                         "rename the folder") from None
     tensors = {}
     for path in paths:
         if not path.is_file():

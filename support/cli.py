@@ -139,13 +139,7 @@ def check_stored(path, values, fields):
     not of its field's type and choices."""
     for field in fields:
         value = values.get(field.name, field.default)
-        kinds = (int, float) if field.type is float else field.type
-        typed = isinstance(value, kinds) and (field.type is bool or not isinstance(value, bool))
-        choices = field.metadata["choices"]
-        if not typed or (choices and value not in choices):
-            wanted = f"one of {', '.join(choices)}" if choices else f"of type {field.type.__name__}"
-            raise ValueError(f"{path}: {field.name}={value!r} is not {wanted}; mend the file, or start anew "
-                             "with --overwrite")
+        files.check_option(path, field.name, value, field.type, field.metadata["choices"])
 
 
 # ---- devices ----

@@ -65,13 +65,27 @@ def read_json(path):
     return values
 
 
-def run_options(folder):
-    """The options in the run.json of a run's folder, by name; {} where there is none. ValueError: they are no
-    object."""
+def check_option(path, name, value, kind, choices=None):
+    """ValueError naming a run.json, an option in it and its value, if that is not of this type, or not one of
+    the choices."""
+    kinds = (int, float) if kind is float else kind
+    typed = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+    if not typed or (choices and value not in choices):
+        wanted = f"one of {', '.join(choices)}" if choices else f"of type {kind.__name__}"
+        raise ValueError(f"{path}: {name}={value!r} is not {wanted}; mend the file, or start the run anew "
+                         "with --overwrite")
+
+
+def run_options(folder, **kinds):
+    """The options in the run.json of a run's folder, by name; {} where there is none. kinds: of those that
+    the caller uses, their types. ValueError names file, key and value: no object, or not of its type."""
     path = Path(folder) / "run.json"
     options = read_json(path).get("options", {}) if path.is_file() else {}
     if not isinstance(options, dict):
         raise ValueError(f"{path}: options={options!r} is no object of options by name; start the run anew")
+    for name, kind in kinds.items():
+        if name in options:
+            check_option(path, name, options[name], kind)
     return options
 
 

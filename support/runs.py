@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -96,6 +97,19 @@ def read_summary(out):
         if type(value) not in (int, float):
             raise ValueError(f"{path}: {name}={value!r} is not a loss; remove the file")
     return summary
+
+
+def check_earlier(options, earlier, names):
+    """ValueError if a run would replace the folders `earlier`, which are there, without being told to, or
+    with --overwrite one that the options of these names say it reads."""
+    replaced = [path.resolve() for path in earlier]
+    for name in names:
+        value = getattr(options, name)
+        if options.overwrite and value and Path(value).resolve() in replaced:
+            raise ValueError(f"--{name}={value} is what --overwrite would replace; choose another --out_dir")
+    if earlier and not (options.resume or options.overwrite):
+        raise ValueError(f"{earlier[-1]} exists: continue with --resume, replace it with --overwrite, or "
+                         "choose another --out_dir")
 
 
 # ---- writing ----

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -332,13 +332,19 @@ class FolderTokenizer(Tokenizer):
         eos = self.inner.token_to_id(token) if token else None
         return () if eos is None else (eos,)
 
-    def encode_ordinary_batch(self, texts):
+    @contextmanager
+    def one_line_errors(self):
+        """A block in which the library encodes. ValueError, one line, for whatever it raises there."""
         try:
-            return [x.ids for x in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+            yield
         except Exception as error:  # the library raises nothing more specific
             said = " ".join(str(error).split())
             raise ValueError(f"{self.path}: cannot encode this text ({said}); give the tokenizer the token "
                              "that it names for what it does not know") from None
+
+    def encode_ordinary_batch(self, texts):
+        with self.one_line_errors():
+            return [x.ids for x in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def lost(self):
         found = []
@@ -364,8 +370,8 @@ class FolderTokenizer(Tokenizer):
         return [np.array(ids, dtype=np.int64) for ids in pieces]
 
     def encode_special(self, text):
-        self.encode_ordinary_batch([text])  # raises what it cannot encode
-        return self.inner.encode(text, add_special_tokens=False).ids
+        with self.one_line_errors():
+            return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode_known(self, ids):
         return self.inner.decode(ids, skip_special_tokens=False)

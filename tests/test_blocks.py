@@ -111,15 +111,23 @@ def test_mixed_heads_bits(B, S, HI, DI, dtype):
 
 
 def test_mixed_heads():
-    """Sums by sign, but for a power of two of each query; of one head, its scores."""
+    """The head that can score highest and the sum of the others, but for a power of two of each query; of one
+    head, its scores."""
     q = rand(1, 5, 4, 16).float()
     w = rand(1, 5, 4, seed=1).float()
+    w[0, 0] = -w[0, 0].abs()
     mixed, signs = indexer.mixed_heads(q, w)
-    want = torch.stack([torch.einsum("bsh,bshd->bsd", side.clamp(min=0), q) for side in (w, -w)], 2)
+    weighted = w[..., None] * q  # (1, 5, 4, 16)
+    head = (w * q.abs().sum(-1)).argmax(-1)  # (1, 5)
+    apart = torch.arange(4, device=DEVICE) == head[..., None]  # (1, 5, 4)
+    sign = torch.where(w[apart].view(1, 5) < 0, -1.0, 1.0)
+    alone = weighted[apart].view(1, 5, 16) * sign[..., None]
+    want = torch.stack((alone, weighted.masked_fill(apart[..., None], 0).sum(2)), 2)  # (1, 5, 2, 16)
     factor = want.norm(dim=(2, 3)) / mixed.norm(dim=(2, 3))  # (1, 5)
     assert torch.allclose(mixed * factor[..., None, None], want, rtol=1e-5, atol=1e-6)
     assert torch.allclose(factor.log2(), factor.log2().round(), atol=1e-5)
-    assert signs.tolist() == [[[1, -1]] * 5]
+    assert torch.equal(signs, torch.stack((sign, torch.ones_like(sign)), -1))
+    assert sign[0, 0] == -1 and sign.max() == 1
 
     k = rand(1, 9, 16, seed=2).float()
     everything = torch.zeros(1, 5, device=DEVICE), torch.full((1, 5), 9, device=DEVICE)
@@ -128,6 +136,17 @@ def test_mixed_heads():
     factor = one.norm(dim=2) / indexer.index_scores(q_mixed, k, signs, None, *everything).norm(dim=2)
     again = indexer.index_scores(q_mixed, k, signs, None, *everything) * factor[..., None]
     assert torch.allclose(again, one, rtol=1e-5, atol=1e-6)
+
+
+def test_what_one_head_looks_for_is_found():
+    """Against what all others look for: their sum with it would score nothing."""
+    T = 512
+    k = rand(1, T, 32).float()
+    needle = k[0, 100]
+    q = torch.stack((needle, -0.4 * needle, -0.4 * needle, -0.4 * needle))[None, None]  # (1, 1, 4, 32)
+    w = torch.ones(1, 1, 4, device=DEVICE)
+    chosen = indexer.select_by_blocks(q, k, w, 4, block=16, candidates=16, recent=16)
+    assert 100 in indexer.select(q, k, w, 4) and 100 in chosen
 
 
 def operation(q, k, w, topk, k_scale, first, last, block, candidates, recent):

@@ -11,7 +11,7 @@ import tasks
 from config import Config
 from model import Transformer
 from parallel import Ranks
-from rollout import Roller, Turns, join, part, prompt_columns, rounded, trim
+from rollout import Roller, Turns, join, part, prompt_columns, repeats, rounded, trim
 from tasks import ANSWER, CALL, END, EOT, REPLY, encode, make
 from tests.common import device_of
 
@@ -170,8 +170,7 @@ def test_a_prompt_that_k_is_not_exceeded_by():
     assert torch.equal(anew, replayed)
     chosen = rollout.selections[0]
     at = torch.arange(chosen.shape[1])
-    seen = (at[None] - rollout.first() + 1).masked_fill(at[None] >= rollout.end[:, None], 1)
-    assert torch.equal((chosen >= 0).sum(-1), seen)
+    assert torch.equal((chosen >= 0).sum(-1), at[None] - rollout.first() + 1)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -227,6 +226,51 @@ def test_padding_changes_nothing():
     assert together == [Roller(model, CPU)([task], 0.0).outs[0] for task in batch]
 
 
+def test_rows_that_have_ended_leave(monkeypatch):
+    """Of 32 rows that end between 8 and 120 tokens from here: what the others take stays the same, so do
+    log-probabilities and selections, and the caches that the next rollout begins with are whole."""
+    model = tiny()
+    batch = tasks_of(*ALL * 4)
+    roller = Roller(model, CPU)
+    computed = []
+    step = generate.Decoder.step
+
+    def noted(decoder, token, position, first):
+        computed.append(len(token))
+        return step(decoder, token, position, first)
+
+    monkeypatch.setattr(generate.Decoder, "step", noted)
+    outs = roller(batch, 0.0).outs
+    assert set(computed) == {32, 16, 8} and sum(computed) < 0.75 * 32 * len(computed)
+    assert roller(batch, 0.0).outs == outs
+    assert gap(model, roller(batch, generator=seeded(), traced=True)) == 0
+    monkeypatch.setattr(generate, "FEWEST_ROWS", 32)
+    computed.clear()
+    assert roller(batch, 0.0).outs == outs and set(computed) == {32}
+
+
+@pytest.mark.parametrize("fp8_cache", [False, True])
+def test_a_prompt_of_several_answers_is_read_once(fp8_cache, monkeypatch):
+    """Four rows of each of eight tasks, read in chunks: answers, log-probabilities and selections are those
+    of rows that each read their prompt."""
+    model = tiny()
+    batch = [task for task in tasks_of(*ALL) for _ in range(4)]
+    options = dict(temperature=1.3, traced=True, chunk=5)
+    once = Roller(model, CPU, fp8_cache=fp8_cache)(batch, generator=seeded(), **options)
+    assert fp8_cache or gap(model, once, temperature=1.3) == 0
+    assert len({tuple(out) for out in once.outs}) > 24
+    monkeypatch.setattr("rollout.repeats", lambda tasks: 1)
+    each = Roller(model, CPU, fp8_cache=fp8_cache)(batch, generator=seeded(), **options)
+    assert once.outs == each.outs and torch.equal(once.logp, each.logp)
+    assert all(torch.equal(*chosen) for chosen in zip(once.selections, each.selections))
+
+
+def test_tasks_that_repeat():
+    a, b, c = tasks_of("math", "math", "search")
+    assert repeats([a, a, b, b]) == 2 and repeats([a, a, a]) == 3 and repeats([a, b, c]) == 1
+    assert repeats([a, a, b]) == repeats([a, a, b, c]) == repeats([a, b, b, a]) == repeats([a, b, b, b]) == 1
+
+
 def test_a_decoder_serves_again_after_the_weights_changed():
     model = tiny()
     batch = tasks_of(*ALL)
@@ -254,14 +298,15 @@ def test_decoders_of_the_last_shapes_are_kept(monkeypatch):
 
 
 def test_padding_sees_itself_alone():
-    """Before a row and behind it: without a selection to replay, nothing else says so."""
+    """Before a row and behind it, and so does its last token, which predicts nothing: without a selection to
+    replay, nothing else says so."""
     rollout = Roller(tiny(), CPU)(tasks_of("math", "agent", "code"), generator=seeded(), traced=True)
     first = rollout.first()
     for row in range(3):
         start = int(rollout.start[row])
         end = int(rollout.end[row])
         for at in range(first.shape[1]):
-            assert first[row, at] == (start if start <= at < end else at)
+            assert first[row, at] == (start if start <= at < end - 1 else at)
 
 
 def test_the_reference_replays_what_the_kernels_selected():

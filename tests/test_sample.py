@@ -135,14 +135,6 @@ def test_without_a_prompt_a_document_begins(ask):
     assert special[1] == "<|endoftext|>" + out
 
 
-def test_a_run_json_with_other_types_is_no_matter(place, run):
-    """sample.py reads one option of the run, for a remark."""
-    shutil.copytree(run[0], place / "odd", ignore=shutil.ignore_patterns("dense", "warmup"))
-    edit_json(place / "odd" / "run.json", lambda values: values["options"].update(block_size="32"))
-    code, out, err = call(place, "sample.py", "--checkpoint=odd/sparse", "--num_tokens=40")
-    assert code == 0 and "trained on contexts" not in err
-
-
 def test_in_a_process_of_its_own(place, run):
     """A prompt through a pipe; and a reader that closes it early is no error."""
     sample = ("sample.py", f"--checkpoint={run[0]}/sparse", "--num_tokens=10", "--temperature=0")

@@ -113,6 +113,21 @@ def test_a_tokenizer_without_its_unknown_token(place, model, tmp_path):
         tokenizer.load_tokenizer(folder).encode("zebra", special=True)
 
 
+def test_a_prompt_of_known_tokens_needs_no_unknown_token(place, run, tmp_path):
+    """With --special `<e>` is its token, which as text the tokenizer could not say."""
+    shutil.copytree(run[0] / "sparse", tmp_path / "sparse")
+    (tmp_path / "sparse" / "tokenizer_config.json").unlink()
+    edit_json(tmp_path / "sparse" / "config.json", lambda values: values.update(eos_token_id=0))
+    inner = tokenizers.Tokenizer(models.WordLevel({"<e>": 0, "line": 1}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["<e>"])
+    inner.save(str(tmp_path / "sparse" / "tokenizer.json"))
+    asked = ("sample.py", f"--checkpoint={tmp_path / 'sparse'}", "--prompt=<e> line", "--num_tokens=1")
+    code, out, err = call(place, *asked, "--special")
+    assert code == 0 and out.startswith("<e> line") and "prompt 2 tokens" in err, err
+    refused(call(place, *asked), "tokenizer.json: cannot encode this text")
+
+
 def test_a_folder_with_a_tokenizer_alone(tmp_path):
     """Its end of text stands in tokenizer_config.json."""
     model = models.WordLevel({"?": 0, "a": 1, "<e>": 2}, unk_token="?")
@@ -162,11 +177,21 @@ def test_what_is_not_finite_is_no_result(place, copied):
             "model.norm.weight holds numbers that are not finite")
 
 
-@pytest.mark.parametrize("name,value", [
-    ("block_size", "32"), ("batch_size", 2.0), ("data", None), ("data", ["text.txt"]), ("index_fp8", "no")])
-def test_a_value_of_the_wrong_type_in_run_json(place, copied, name, value):
+OF_A_CHECKPOINT = ("--checkpoint={}/sparse",)
+VIEWED = (*OF_A_CHECKPOINT, "--text=text.txt")
+EXTENDED = ("--init_from={}/sparse", "--stage=sparse", "--yarn_factor=2", "--data=text.txt", "--out_dir=far")
+
+
+@pytest.mark.parametrize("script,options,name,value", [
+    ("evaluate.py", OF_A_CHECKPOINT, "block_size", "32"), ("evaluate.py", OF_A_CHECKPOINT, "batch_size", 2.0),
+    ("evaluate.py", OF_A_CHECKPOINT, "data", None), ("evaluate.py", OF_A_CHECKPOINT, "data", ["text.txt"]),
+    ("evaluate.py", OF_A_CHECKPOINT, "index_fp8", "no"), ("view.py", VIEWED, "index_fp8", 1),
+    ("view.py", VIEWED, "block_size", True), ("sample.py", OF_A_CHECKPOINT, "block_size", "32"),
+    ("train.py", EXTENDED, "block_size", [32]), ("tools/recall.py", OF_A_CHECKPOINT, "data", 3)])
+def test_a_value_of_the_wrong_type_in_run_json(place, copied, script, options, name, value):
     edit_json(copied / "run.json", lambda values: values["options"].update({name: value}))
-    refused(call(place, "evaluate.py", f"--checkpoint={copied}/sparse"), "run.json", f"{name}={value!r}")
+    result = call(place, script, *(option.format(copied) for option in options))
+    refused(result, "run.json", f"{name}={value!r} is not of type")
 
 
 def test_a_moved_run_has_its_tokenizer(place, run, copied):
@@ -195,6 +220,14 @@ def test_a_pipe_by_name_is_read(place, run):
 def test_a_folder_is_no_prompt(place, run):
     refused(call(place, "sample.py", f"--checkpoint={run[0]}/sparse", f"--prompt_file={place}"),
             "is a folder")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="every name is UTF-8 here")
+def test_a_folder_whose_name_is_no_utf8(place, run, tmp_path):
+    """It is the name that is wrong, not the file."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9") / "sparse"
+    shutil.copytree(run[0] / "sparse", folder)
+    refused(call(place, "sample.py", f"--checkpoint={folder}"), "the folder's name is no UTF-8")
 
 
 def test_standard_input_closed(place, run):

@@ -69,11 +69,11 @@ def build(case, ranks):
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            local = p.to_local() if hasattr(p, "to_local") else p
+            rows = parallel.local_tensor(p)
             if p.dim() > 1:
-                local.normal_(std=case.config.initializer_range)
+                rows.normal_(std=case.config.initializer_range)
             else:
-                local.fill_(1)
+                rows.fill_(1)
     for name, x in model.named_buffers():
         x.zero_()
     model._apply(lambda x: x)  # the RoPE angles, which are no weights

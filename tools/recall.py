@@ -63,7 +63,7 @@ def load(options):
     --data, the checkpoint's folder, the device."""
     device = cli.device(options.device)
     folder = files.locate(options.checkpoint)
-    run = files.run_options(folder.parent)
+    run = files.run_options(folder.parent, data=str)
     name = tokenizer.tokenizer_name(folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = Transformer.from_pretrained(

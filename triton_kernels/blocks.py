@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from indexer import RECENT, check_two_levels, default_candidates
+from indexer import NORM_STEPS, RECENT, check_two_levels, default_candidates
 from triton_kernels.common import e4m3_to_fp16, full_bounds, load_bounds, operation, power_of_two
 from triton_kernels.index import (
     check_inputs, chunks, dealt_columns, e4m3_of, higher_or_nan, index_tiles, keys_per_program,
@@ -18,12 +18,28 @@ BOUNDS = 512  # queries of a program of bounds_kernel
 
 # ---- mixed_heads ----
 # in PyTorch  indexer.mixed_heads
-# equation    m[0] = sum_j max(w_j, 0) q_j,  m[1] = sum_j max(-w_j, 0) q_j, w divided by a power of two; then
-#             `quantise`, its scales with the sign of the side
+# equation    m[0] = |w_a| q_a, a the head with the largest w_j |q_j|,  m[1] = sum_{j != a} w_j q_j, w divided
+#             by a power of two; then `quantise`, m[0]'s scale with the sign of w_a
 # tiling      a program takes BLOCK_ROWS queries with all dimensions, and adds head after head, without fused
 #             multiply-adds: the reference's bits
-# FLOPs       4 per element of q
-# bytes       q once, 2 / HI of it written
+# FLOPs       8 per element of q
+# bytes       q once, twice more from cache, 2 / HI of it written
+
+
+@triton.jit
+def head_of(q_ptr, row, j, d, mask, HI: tl.constexpr, DI: tl.constexpr, DECODE_E4M3: tl.constexpr):
+    """Head j of the queries `row` -> (rows, BLOCK_D) float32"""
+    q = tl.load(q_ptr + ((row * HI + j) * DI)[:, None] + d[None, :], mask=mask, other=0.0)
+    if DECODE_E4M3:
+        q = e4m3_to_fp16(q)
+    return q.to(tl.float32)
+
+
+@triton.jit
+def finite_size(x):
+    """|x|, 0 where that is not finite"""
+    size = tl.abs(x)
+    return tl.where(size < float("inf"), size, 0.0)
 
 
 @triton.jit
@@ -44,7 +60,7 @@ def mix_kernel(
         q_ptr, w_ptr, mixed_ptr, mixed_w_ptr,
         rows,
         HI: tl.constexpr, DI: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
-        BLOCK_D: tl.constexpr, DECODE_E4M3: tl.constexpr, QUANTISE: tl.constexpr):
+        BLOCK_D: tl.constexpr, DECODE_E4M3: tl.constexpr, QUANTISE: tl.constexpr, STEPS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     h = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
@@ -56,19 +72,35 @@ def mix_kernel(
     largest = higher_or_nan(tl.reduce(tl.abs(w), 1, higher_or_nan), 1e-30)
     factor = tl.where(largest < float("inf"), power_of_two_above(largest), largest)
 
-    # the two heads
-    positive = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    negative = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    # the head that can score highest; of equal ones the first
+    top = tl.full([BLOCK_ROWS], 1e-30, tl.float32)
+    for j in range(HI):
+        q = head_of(q_ptr, row, j, d, mask, HI, DI, DECODE_E4M3)
+        top = tl.maximum(top, tl.max(finite_size(q), 1))
+    steps = tl.div_rn(top * 0 + STEPS, power_of_two_above(top))
+    strongest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    head = tl.zeros([BLOCK_ROWS], tl.int32)
+    sign = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     for j in range(HI):
         share = tl.div_rn(tl.load(w_ptr + row * HI + j, mask=ok, other=0.0), factor)
-        q = tl.load(q_ptr + ((row * HI + j) * DI)[:, None] + d[None, :], mask=mask, other=0.0)
-        if DECODE_E4M3:
-            q = e4m3_to_fp16(q)
-        q = q.to(tl.float32)
-        positive += higher_or_nan(share, 0.0)[:, None] * q
-        negative += higher_or_nan(-share, 0.0)[:, None] * q
-    store_side(mixed_ptr, mixed_w_ptr, positive, 1.0, row, d, ok, mask, DI, QUANTISE)
-    store_side(mixed_ptr + DI, mixed_w_ptr + 1, negative, -1.0, row, d, ok, mask, DI, QUANTISE)
+        q = head_of(q_ptr, row, j, d, mask, HI, DI, DECODE_E4M3)
+        norm = tl.sum((finite_size(q) * steps[:, None]).to(tl.int32), 1)
+        strength = share * norm.to(tl.float32)
+        stronger = strength > strongest
+        strongest = tl.where(stronger, strength, strongest)
+        head = tl.where(stronger, j, head)
+        sign = tl.where(stronger, tl.where(share < 0, -1.0, 1.0), sign)
+
+    # that head, and the sum of the others
+    alone = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    others = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for j in range(HI):
+        share = tl.div_rn(tl.load(w_ptr + row * HI + j, mask=ok, other=0.0), factor)
+        q = head_of(q_ptr, row, j, d, mask, HI, DI, DECODE_E4M3)
+        alone += tl.where(j == head, tl.abs(share), 0.0)[:, None] * q
+        others += tl.where(j == head, 0.0, share)[:, None] * q
+    store_side(mixed_ptr, mixed_w_ptr, alone, sign, row, d, ok, mask, DI, QUANTISE)
+    store_side(mixed_ptr + DI, mixed_w_ptr + 1, others, 1.0, row, d, ok, mask, DI, QUANTISE)
 
 
 def mixed_heads(q, w):
@@ -83,7 +115,7 @@ def mixed_heads(q, w):
         q_ptr=q, w_ptr=w, mixed_ptr=mixed.view(torch.uint8) if quantise else mixed, mixed_w_ptr=mixed_w,
         rows=B * S,
         HI=HI, DI=DI, BLOCK_ROWS=block_rows, BLOCK_H=power_of_two(HI, 2), BLOCK_D=block_d,
-        DECODE_E4M3=q.dtype == torch.uint8, QUANTISE=quantise,
+        DECODE_E4M3=q.dtype == torch.uint8, QUANTISE=quantise, STEPS=NORM_STEPS,
         num_warps=4, enable_fp_fusion=False)
     return mixed, mixed_w
 
@@ -92,8 +124,8 @@ def mixed_heads(q, w):
 # contract    kernels.select_by_blocks
 # in PyTorch  indexer.select_by_blocks
 # equation    S_t = the K highest of I[t, s], s in the first block, in the last `recent` tokens, or in one of
-#             the M = C / BLOCK blocks (C: candidates) with the highest max of relu(m[0] . k) - relu(m[1] . k)
-#             by mixed heads m
+#             the M = C / BLOCK blocks (C: candidates) with the highest max of
+#             w[0] relu(m[0] . k) + w[1] relu(m[1] . k), by mixed heads m
 # tiling      rows of queries in chunks, of each:
 #             rank     scores of mixed heads by scores_kernel, of a block the highest; their top-k by
 #                      topk_kernel, which gives a list of blocks, ascending

@@ -303,7 +303,7 @@ def scores_kernel(
 
     out_row_ptr = out_ptr + (b * rows + tile + r) * width
     if threshold_ptr is not None:
-        limit = tl.load(threshold_ptr + b * rows + tile + r, mask=ok, other=0.0)
+        threshold = tl.load(threshold_ptr + b * rows + tile + r, mask=ok, other=0.0)
         word = tl.arange(0, BLOCK_T // 16)
         tile_words_ptr = out_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * width * BLOCK_S
         words_ptr = tile_words_ptr + r[None, :] * (BLOCK_T // 16) + word[:, None]
@@ -331,12 +331,12 @@ def scores_kernel(
             ahead = t + BLOCK_T
             scale = tl.load(k_scale_ptr + ahead.to(tl.int64) * stride_st, mask=ahead < T, other=0.0)
         if threshold_ptr is not None:
-            # 16 keys a word: bit 16 + i says that key i is above the limit, bit i that it reaches it; NaN
-            # does both. t0 is a multiple of 16: t_tile stands for t
+            # 16 keys a word: bit 16 + i says that key i is above the threshold, bit i that it reaches it;
+            # NaN does both. t0 is a multiple of 16: t_tile stands for t
             reaches = (1 << (t_tile % 16))[:, None]
             bits = tl.where(
-                score <= limit[None, :],
-                tl.where(score < limit[None, :], 0, reaches),
+                score <= threshold[None, :],
+                tl.where(score < threshold[None, :], 0, reaches),
                 reaches | (reaches << 16))
             tl.store(
                 words_ptr + t0 // 16 * BLOCK_S,
@@ -510,24 +510,24 @@ def kth_value(v, k, lo, hi, at_lo, slack):
     with count(v >= t) >= k -> t, count(v >= t).
 
     Given at_lo = count(v >= lo) >= k, and no v above hi. If at_lo < k: lo."""
-    above_hi = at_lo * 0
-    bisect = at_lo * 0
+    above_hi = 0
+    bisect = 0
 
     # zero first, where relu makes ties; besides, hi - lo fits an int32 afterwards
     if (lo < 1) & (hi >= 1):
         count = tl.sum((v >= 1).to(tl.int32), 0)
         if count >= k:
-            lo = lo * 0 + 1
+            lo = 1
             at_lo = count
         else:
-            hi = hi * 0
+            hi = 0
             above_hi = count
             count = tl.sum((v >= 0).to(tl.int32), 0)
             if count >= k:
-                lo = lo * 0
+                lo = 0
                 at_lo = count
             else:
-                hi = hi * 0 - 1
+                hi = -1
                 above_hi = count
 
     # narrow [lo, hi], count(v >= lo) >= k > count(v > hi), by regula falsi and by bisection in turn
@@ -617,9 +617,9 @@ def gather(
     BITS: tl.constexpr = 16 if TIES else 32  # positions of a word
     bit = tl.arange(0, BITS)[None, :]
     group = tl.arange(0, TILE // BITS)
-    limit = unordered(t)
-    higher = first * 0
-    equal = first * 0
+    score_at_t = unordered(t)
+    higher = 0
+    equal = 0
     for start in range(first // TILE * TILE, last + 1, BITS * WORDS):
         # compare: a word per BITS positions
         for piece in range(start, tl.minimum(start + BITS * WORDS, last + 1), TILE):
@@ -632,7 +632,7 @@ def gather(
                 v = ordered(v)
                 flags = tl.where(v > t, 0x10000, tl.where(v == t, 1, 0))
             else:
-                flags = tl.where(v < limit, 0, 1)  # NaN is above any limit
+                flags = tl.where(v < score_at_t, 0, 1)  # NaN is above any
             tl.store(bitmap_ptr + (piece - start) // BITS + group, tl.sum(flags << bit, 1))
         tl.debug_barrier()
 
@@ -653,7 +653,7 @@ def gather(
 def empty_slots(out_row_ptr, n, K, BLOCK_K: tl.constexpr):
     """-1 to the slots n..K-1 of a row of selections"""
     slot = tl.arange(0, BLOCK_K)
-    tl.store(out_row_ptr + slot, slot * 0 - 1, mask=(slot >= n) & (slot < K))
+    tl.store(out_row_ptr + slot, -1, mask=(slot >= n) & (slot < K))
 
 
 @triton.jit
@@ -663,7 +663,7 @@ def write_best(out_row_ptr, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
     than 2^15 values."""
     ok = v > MINUS_INFINITY
     n = tl.sum(ok.to(tl.int32), 0)
-    t, _ = kth_value(v, K, tl.min(tl.where(ok, v, HIGHEST), 0), tl.max(v, 0), n, n * 0)
+    t, _ = kth_value(v, K, tl.min(tl.where(ok, v, HIGHEST), 0), tl.max(v, 0), n, 0)
     need = K - tl.sum((v > t).to(tl.int32), 0)
 
     # ranks among either kind, by one scan of both
@@ -706,23 +706,24 @@ def topk_kernel(
         # too many to compare all at once: gather candidates; lo <= the K-th value <= hi throughout
         if not DIRECT:
             if n > CAP:
-                lo = n * 0 + MINUS_INFINITY
-                hi = n * 0 + HIGHEST
-                need = n * 0 + K
-                tries = n * 0
-                done = n * 0
+                lo = MINUS_INFINITY
+                hi = HIGHEST
+                need = K
+                tries = 0
+                done = 0
                 mean = SAMPLE * (K / n)  # hits of the K best in the sample
                 rank = tl.minimum(mean + GUESS_SIGMAS * tl.sqrt(mean) + SKEWNESS, SAMPLE * LARGEST_RANK)
                 while done == 0:
                     # guess: by the sample, where it is not tied first without regard to ties; then 0, relu's
                     # own value; then the middle of the range
-                    tied = tries * 0 + 1
+                    tied = 1
                     if tries < GUESSES:
                         run = (j // SAMPLE_RUN).to(tl.int64) * (n - SAMPLE_RUN) // (SAMPLE // SAMPLE_RUN)
                         sample = ordered(tl.load(scores_row_ptr + first + run.to(tl.int32) + j % SAMPLE_RUN))
                         r = rank.to(tl.int32)
+                        reached = tl.full((), SAMPLE, tl.int32)  # kth_value changes it: no constant
                         t, at_t = kth_value(
-                            sample, r, tl.min(sample, 0), tl.max(sample, 0), n * 0 + SAMPLE, r // 16)
+                            sample, r, tl.min(sample, 0), tl.max(sample, 0), reached, r // 16)
                         tied = ((at_t > r + r // 16) | (t > INFINITY) | (tries == GUESSES - 1)).to(tl.int32)
                     else:
                         t = tl.where(tries == GUESSES, 0, (lo & hi) + ((lo ^ hi) >> 1))
@@ -882,7 +883,7 @@ def threshold_kernel(
         SAMPLE: tl.constexpr):
     row = tl.program_id(0)
     first, last = load_bounds(first_ptr, last_ptr, row // rows, first_row + row % rows, S, T)
-    t = first * 0 + LEAST  # all are candidates
+    t = LEAST  # all are candidates
     if last - first >= K:
         # the sampled keys that the row sees; `rank` as in filter_tiles
         begin = tl.cdiv(first, stride)
@@ -901,8 +902,8 @@ def threshold_kernel(
 def read_bits(to_ptr, words_ptr, first, last, need, most, BLOCK_S, TILE_WORDS: tl.constexpr):
     """`positions_of_bits` of a row's words, as scores_kernel stored them -> how many scores are above, and
     equal to, the threshold"""
-    higher = first * 0
-    equal = first * 0
+    higher = 0
+    equal = 0
     for start in range(first // 16, last // 16 + 1, WORDS_AT_ONCE):
         i = start + tl.arange(0, WORDS_AT_ONCE)
         p = i * 16
