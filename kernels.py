@@ -22,10 +22,11 @@ Which kernel runs
       up to 8 queries    flash, each list in parts: decoding fills the GPU, and no kernel runs before it
       FP8 cache          the published shape on Hopper, unless programs are few: Gluon; else flash over
                          pieces of 128 values, whose scale goes into S and P: nothing is decoded
-      backward           latents up to 128: P, dS and dq in one kernel; wider: a kernel each
+      backward           values of 32 to 128: one kernel; others: a kernel for each product
     indexer_loss_dense   the target by Gluon on Hopper (bf16, 16 heads and more of 64, 128 or 192), else by
                          Triton; the rest by Triton
-    indexer_loss_sparse  over unions, too, of as many queries as make 64 rows of the larger number of heads
+    indexer_loss_sparse  over unions, too, of as many queries as make 64 rows of the larger number of heads,
+                         up to 16 heads 128, and at most 8
     Portable from Ampere on: tiles follow the device's shared memory, and below sm_89, which has no FP8
     products, e4m3 becomes fp16 in registers. triton_kernels/hopper.py alone needs sm_90.
 

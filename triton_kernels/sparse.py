@@ -27,9 +27,10 @@ FEW_HEADS = 16  # up to here a tile of rows of one query is the smallest that a 
 SOME_HEADS = 32  # up to here half a tile of 64 rows holds all heads
 MANY_HEADS = 64  # beyond, the backward holds 128 rows at a time
 SCORES_BYTES = 2**30  # of P and dS that the backward holds at a time
-UNION_PROGRAMS = 1056  # of the union's kernel at most: eight per multiprocessor of an H100
+UNION_PROGRAMS = 2112  # of the union's kernel at most: 16 per multiprocessor of an H100
 UNION_PROGRAMS_LEAST = 16
 UNION_SCRATCH = 2**27  # words of scratch memory of all these programs: 512 MB, which 1M tokens need
+UNION_SHORT_ROW = 4096  # words of a scratch row, up to which small tiles are faster
 UNION_PAD = 128  # entries without bits behind each list, for tiles that reach beyond its end
 P_SCALE = tl.constexpr(256.0)  # brings P times a scale near the largest of 128 values: fp16 keeps its digits
 
@@ -154,6 +155,7 @@ def union(indices, T, block_s):
 
     width = triton.cdiv(min(block_s * K, T), UNION_PAD) * UNION_PAD + UNION_PAD
     row_words = triton.cdiv(T, 32 // block_s)
+    block_w, block_e = (512, 128) if row_words <= UNION_SHORT_ROW else (1024, 256)
     programs = min(B * blocks, UNION_PROGRAMS, max(UNION_PROGRAMS_LEAST, UNION_SCRATCH // row_words))
     lists = torch.empty(B * blocks, width, **int32)
     bits = torch.empty(B * blocks, width, **int32)
@@ -163,8 +165,8 @@ def union(indices, T, block_s):
         indices_ptr=indices, scratch_ptr=scratch, words_ptr=words,
         lists_ptr=lists, bits_ptr=bits, length_ptr=length,
         S=S, K=K, blocks=blocks, total=B * blocks, row_words=row_words, width=width,
-        BLOCK_S=block_s, BLOCK_T=power_of_two(32 // block_s, 1), BLOCK_K=block_k, BLOCK_W=1024, BLOCK_E=256,
-        PAD=UNION_PAD,
+        BLOCK_S=block_s, BLOCK_T=power_of_two(32 // block_s, 1), BLOCK_K=block_k, BLOCK_W=block_w,
+        BLOCK_E=block_e, PAD=UNION_PAD,
         num_warps=4)
     return SharedLists(lists, bits, length)
 
@@ -446,16 +448,87 @@ def _(q, latents, indices, scale, value_dim):
 # ---- sparse_attention, backward ----
 # equation    P = exp(scale q . c - lse),  dP = dout . c[:V],  dS = scale P (dP - delta),  delta = out . dout
 #             dq = dS c,  dlatents = dS^T q, with P^T dout added to its first V columns
-# tiling      score   a program per tile of BLOCK_U tokens x BLOCK_N rows streams columns of q, dout and
+# tiling      fused   where q, dout and dq of a block fit on chip together (up to SMALL_VALUE): a program per
+#                     block loops over the list once, dq in registers, values in two halves; a tile of
+#                     dlatents leaves as float32 atomics
+#             else a kernel for each product:
+#             score   a program per tile of BLOCK_U tokens x BLOCK_N rows streams columns of q, dout and
 #                     gathered latents like a plain matrix product and writes P and dS
 #             query   a program per BLOCK_N rows x BLOCK_V columns loops over the list (second gather), dq in
 #                     registers
-#             fused   the two in one, where q, dout and dq of a block fit on chip together (SMALL_VALUE)
-#             latent  a program per block and BLOCK_V columns, or all if they fit, loops over the list; a tile
-#                     of dlatents leaves as float32 atomics, without a gather
+#             latent  a program per block and BLOCK_V columns, or all if they fit, loops over the list;
+#                     atomics as above, without a gather
 # FLOPs       2 S H K (3 D + 2 V) counted, U / K times as many done
-# bytes       U D atomics per block (0.95 T/s on an H200: the bound of few heads); P and dS 4 BLOCK_N bytes
-#             per entry, in chunks of blocks of at most SCORES_BYTES
+# bytes       U D atomics per block (an H200 does at most 0.95 T/s; without them the fused kernel takes 12%
+#             less); of three kernels P and dS, 4 BLOCK_N bytes per entry, SCORES_BYTES at a time at most
+
+@triton.jit
+def fused_kernel(
+        q_ptr, latents_ptr, lists_ptr, bits_ptr, length_ptr, dout_ptr, lse_ptr, delta_ptr,
+        dq_ptr, dlatents_ptr,
+        scale, scale_log2, S, T, H, blocks, width,
+        BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
+    D: tl.constexpr = V + R
+    HALF: tl.constexpr = V // 2  # whole values would spill registers
+    block = tl.program_id(0)
+    group = tl.program_id(1)
+    i, row, ok = block_rows(block, group, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+    v = tl.arange(0, HALF)
+    r = tl.arange(0, R)
+    q0 = tl.load(q_ptr + row[:, None] * D + v[None, :], mask=ok[:, None], other=0.0)
+    q1 = tl.load(q_ptr + row[:, None] * D + HALF + v[None, :], mask=ok[:, None], other=0.0)
+    q_rope = tl.load(q_ptr + row[:, None] * D + V + r[None, :], mask=ok[:, None], other=0.0)
+    dout0 = tl.load(dout_ptr + row[:, None] * V + v[None, :], mask=ok[:, None], other=0.0)
+    dout1 = tl.load(dout_ptr + row[:, None] * V + HALF + v[None, :], mask=ok[:, None], other=0.0)
+    delta = tl.load(delta_ptr + row, mask=ok, other=0.0)
+    lse = tl.load(lse_ptr + row, mask=ok, other=float("-inf")) * LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing selected: P = 0
+
+    acc0 = tl.zeros([BLOCK_N, HALF], tl.float32)
+    acc1 = tl.zeros([BLOCK_N, HALF], tl.float32)
+    acc_rope = tl.zeros([BLOCK_N, R], tl.float32)
+    length = union_length(length_ptr, block, width)
+    start = block.to(tl.int64) * width
+    first_token = (block // blocks).to(tl.int64) * T
+    for j in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
+        t, bits = union_tokens(lists_ptr, bits_ptr, start, j, length, BLOCK_S, BLOCK_U)
+        offset = (first_token + t)[:, None] * D
+        k0 = tl.load(latents_ptr + offset + v[None, :])
+        k1 = tl.load(latents_ptr + offset + HALF + v[None, :])
+        k_rope = tl.load(latents_ptr + offset + V + r[None, :])
+
+        # P and dS
+        logits = matmul(q0, tl.trans(k0))
+        logits = matmul(q1, tl.trans(k1), logits)
+        logits = matmul(q_rope, tl.trans(k_rope), logits)
+        dp = matmul(dout0, tl.trans(k0))
+        dp = matmul(dout1, tl.trans(k1), dp)
+        chosen = ((bits[None, :] >> i[:, None]) & 1) != 0
+        p = tl.where(chosen, tl.exp2(logits * scale_log2 - lse[:, None]), 0.0)
+        ds = (p * (dp - delta[:, None]) * scale).to(k0.dtype)
+        p = p.to(k0.dtype)
+
+        # dq stays here, dlatents leaves
+        acc0 = matmul(ds, k0, acc0)
+        acc1 = matmul(ds, k1, acc1)
+        acc_rope = matmul(ds, k_rope, acc_rope)
+        used = (bits != 0)[:, None]
+        x = matmul(tl.trans(p), dout0, matmul(tl.trans(ds), q0))
+        tl.atomic_add(dlatents_ptr + offset + v[None, :], x, mask=used, sem="relaxed")
+        x = matmul(tl.trans(p), dout1, matmul(tl.trans(ds), q1))
+        tl.atomic_add(dlatents_ptr + offset + HALF + v[None, :], x, mask=used, sem="relaxed")
+        x = matmul(tl.trans(ds), q_rope)
+        tl.atomic_add(dlatents_ptr + offset + V + r[None, :], x, mask=used, sem="relaxed")
+
+    # rows once more, as in the forward
+    block += tl.minimum(length, 0)
+    _, row, ok = block_rows(block, group, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
+    dq_row = dq_ptr + row[:, None] * D
+    tl.store(dq_row + v[None, :], acc0.to(dq_ptr.dtype.element_ty), mask=ok[:, None])
+    tl.store(dq_row + HALF + v[None, :], acc1.to(dq_ptr.dtype.element_ty), mask=ok[:, None])
+    tl.store(dq_row + V + r[None, :], acc_rope.to(dq_ptr.dtype.element_ty), mask=ok[:, None])
+
 
 @triton.jit(do_not_specialize=["first_block"])
 def score_kernel(
@@ -552,61 +625,6 @@ def query_kernel(
             BLOCK_S, V + R, R, BLOCK_N, BLOCK_U, NUM_STAGES)
 
 
-@triton.jit(do_not_specialize=["first_block"])
-def fused_kernel(
-        q_ptr, latents_ptr, lists_ptr, bits_ptr, length_ptr, dout_ptr, lse_ptr, delta_ptr, p_ptr, ds_ptr,
-        dq_ptr,
-        scale, scale_log2, first_block, S, T, H, blocks, width,
-        GROUPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, NUM_STAGES: tl.constexpr):
-    D: tl.constexpr = V + R
-    local = tl.program_id(0)
-    block = first_block + local // GROUPS
-    i, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
-    v = tl.arange(0, V)
-    r = tl.arange(0, R)
-    n = tl.arange(0, BLOCK_N)
-    q = tl.load(q_ptr + row[:, None] * D + v[None, :], mask=ok[:, None], other=0.0)
-    q_rope = tl.load(q_ptr + row[:, None] * D + V + r[None, :], mask=ok[:, None], other=0.0)
-    dout = tl.load(dout_ptr + row[:, None] * V + v[None, :], mask=ok[:, None], other=0.0)
-    delta = tl.load(delta_ptr + row, mask=ok, other=0.0)
-    lse = tl.load(lse_ptr + row, mask=ok, other=float("-inf")) * LOG2E
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing selected: P = 0
-
-    # P, dS and dq, tile by tile
-    acc = tl.zeros([BLOCK_N, V], tl.float32)
-    acc_rope = tl.zeros([BLOCK_N, R], tl.float32)
-    length = union_length(length_ptr, block, width)
-    start = block.to(tl.int64) * width
-    p_start = local.to(tl.int64) * width
-    sequence_ptr = latents_ptr + (block // blocks).to(tl.int64) * T * D
-    for j in tl.range(0, length, BLOCK_U, num_stages=NUM_STAGES):
-        t, bits = union_tokens(lists_ptr, bits_ptr, start, j, length, BLOCK_S, BLOCK_U)
-        token_ptr = sequence_ptr + t[:, None].to(tl.int64) * D
-        k = tl.load(token_ptr + v[None, :])
-        k_rope = tl.load(token_ptr + V + r[None, :])
-        logits = matmul(q, tl.trans(k))
-        logits = matmul(q_rope, tl.trans(k_rope), logits)
-        dp = matmul(dout, tl.trans(k))
-        chosen = ((bits[None, :] >> i[:, None]) & 1) != 0
-        p = tl.where(chosen, tl.exp2(logits * scale_log2 - lse[:, None]), 0.0)
-        ds = (p * (dp - delta[:, None]) * scale).to(k.dtype)
-        u = j + tl.arange(0, BLOCK_U)
-        to = (p_start + u)[None, :] * BLOCK_N + n[:, None]
-        real = (u < length)[None, :]
-        tl.store(p_ptr + to, p.to(k.dtype), mask=real)
-        tl.store(ds_ptr + to, ds, mask=real)
-        acc = matmul(ds, k, acc)
-        acc_rope = matmul(ds, k_rope, acc_rope)
-
-    # rows once more, as in the forward
-    block += tl.minimum(length, 0)
-    _, row, ok = block_rows(block, local % GROUPS, S, H, blocks, BLOCK_H, BLOCK_S, BLOCK_N)
-    dq_row = dq_ptr + row[:, None] * D
-    tl.store(dq_row + v[None, :], acc.to(dq_ptr.dtype.element_ty), mask=ok[:, None])
-    tl.store(dq_row + V + r[None, :], acc_rope.to(dq_ptr.dtype.element_ty), mask=ok[:, None])
-
-
 @triton.jit
 def latent_columns(
         q_ptr, dout_ptr, lists_ptr, bits_ptr, p_ptr, ds_ptr, dlatents_ptr,
@@ -692,8 +710,8 @@ def backward_rows(H, dtype, device):
 
 
 def fused_tiles(V, dtype, device):
-    """-> FusedTiles, or None where scores and queries take a kernel each."""
-    if dtype == torch.float32 or V > SMALL_VALUE or shared_memory(device) <= BELOW_A100:
+    """-> FusedTiles, or None where each product takes a kernel."""
+    if dtype == torch.float32 or not 32 <= V <= SMALL_VALUE or shared_memory(device) <= BELOW_A100:
         return None
     return FusedTiles(block_u=64, num_stages=2, num_warps=4)
 
@@ -726,6 +744,71 @@ def latent_tiles(V, dtype, device):
     return ProductTiles(block_v=min(64, V), block_u=32, num_stages=2, num_warps=4)
 
 
+def launch_fused(q, latents, indices, lse, delta, dout, scale, dq, dlatents):
+    """Padded q (B,S,H,V+R), latents (B,T,V+R), dout (B,S,H,V) -> into dq, and added to dlatents (float32)."""
+    B, S, H, D = q.shape
+    T = latents.shape[1]
+    V = dout.shape[-1]
+    tiles = fused_tiles(V, q.dtype, q.device)
+    rows = share_rows(S, H, SHARED_ROWS, sharing_queries(H, q.dtype))
+    shared = union(indices, T, rows.block_s)
+    fused_kernel[(B * rows.blocks, rows.groups)](
+        q_ptr=q, latents_ptr=latents,
+        lists_ptr=shared.tokens, bits_ptr=shared.bits, length_ptr=shared.length,
+        dout_ptr=dout, lse_ptr=lse, delta_ptr=delta, dq_ptr=dq, dlatents_ptr=dlatents,
+        scale=scale, scale_log2=scale * LOG2E.value, S=S, T=T, H=H, blocks=rows.blocks,
+        width=shared.tokens.shape[-1],
+        BLOCK_H=rows.block_h, BLOCK_S=rows.block_s, V=V, R=D - V, BLOCK_N=SHARED_ROWS,
+        BLOCK_U=tiles.block_u, NUM_STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps)
+
+
+def launch_products(q, latents, indices, lse, delta, dout, scale, dq, dlatents):
+    """The same by a kernel for each product."""
+    B, S, H, D = q.shape
+    T = latents.shape[1]
+    V = dout.shape[-1]
+
+    # lists, and room for P and dS of some blocks
+    block_n = backward_rows(H, q.dtype, q.device)
+    rows = share_rows(S, H, block_n, sharing_queries(H, q.dtype))
+    shared = union(indices, T, rows.block_s)
+    width = shared.tokens.shape[-1]
+    total = B * rows.blocks
+    chunk = max(1, min(total, SCORES_BYTES // (2 * rows.groups * width * block_n * q.element_size())))
+    p = q.new_empty(chunk, rows.groups, width, block_n)
+    ds = torch.empty_like(p)
+
+    pointers = dict(lists_ptr=shared.tokens, bits_ptr=shared.bits, length_ptr=shared.length)
+    sizes = dict(S=S, T=T, H=H, blocks=rows.blocks, width=width)
+    constants = dict(
+        GROUPS=rows.groups, BLOCK_H=rows.block_h, BLOCK_S=rows.block_s, V=V, R=D - V, BLOCK_N=block_n)
+    score = score_tiles(H, V, q.dtype, q.device)
+    query = query_tiles(V, q.dtype, q.device)
+    latent = latent_tiles(V, q.dtype, q.device)
+    token_tiles = triton.cdiv(width, score.block_u)
+    column_chunks = V // latent.block_v
+    for first_block in range(0, total, chunk):
+        programs = min(chunk, total - first_block) * rows.groups
+        score_kernel[(programs * token_tiles,)](
+            **pointers, q_ptr=q, latents_ptr=latents, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
+            p_ptr=p, ds_ptr=ds,
+            **sizes, scale=scale, scale_log2=scale * LOG2E.value, first_block=first_block,
+            token_tiles=token_tiles,
+            **constants, BLOCK_V=score.block_v, BLOCK_U=score.block_u, NUM_STAGES=score.num_stages,
+            num_warps=score.num_warps)
+        query_kernel[(programs * (V // query.block_v + 1),)](
+            **pointers, latents_ptr=latents, ds_ptr=ds, dq_ptr=dq,
+            **sizes, first_block=first_block,
+            **constants, BLOCK_V=query.block_v, BLOCK_U=query.block_u, NUM_STAGES=query.num_stages,
+            num_warps=query.num_warps)
+        latent_kernel[(programs * (column_chunks + (column_chunks > 1)),)](
+            **pointers, q_ptr=q, dout_ptr=dout, p_ptr=p, ds_ptr=ds, dlatents_ptr=dlatents,
+            **sizes, first_block=first_block,
+            **constants, BLOCK_V=latent.block_v, BLOCK_U=latent.block_u, NUM_STAGES=latent.num_stages,
+            num_warps=latent.num_warps)
+
+
 @operation("sparse_attention_backward")
 def sparse_attention_backward(
         q: Tensor, latents: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
@@ -756,53 +839,8 @@ def sparse_attention_backward(
     dq = torch.empty_like(q)
     dlatents = torch.zeros_like(latents, dtype=torch.float32)
 
-    # lists, and room for P and dS of some blocks
-    block_n = backward_rows(H, q.dtype, q.device)
-    rows = share_rows(S, H, block_n, sharing_queries(H, q.dtype))
-    shared = union(indices, T, rows.block_s)
-    width = shared.tokens.shape[-1]
-    total = B * rows.blocks
-    chunk = max(1, min(total, SCORES_BYTES // (2 * rows.groups * width * block_n * q.element_size())))
-    p = q.new_empty(chunk, rows.groups, width, block_n)
-    ds = torch.empty_like(p)
-
-    pointers = dict(lists_ptr=shared.tokens, bits_ptr=shared.bits, length_ptr=shared.length)
-    sizes = dict(S=S, T=T, H=H, blocks=rows.blocks, width=width)
-    constants = dict(
-        GROUPS=rows.groups, BLOCK_H=rows.block_h, BLOCK_S=rows.block_s, V=V, R=R, BLOCK_N=block_n)
-    fused = fused_tiles(V, q.dtype, q.device)
-    score = score_tiles(H, V, q.dtype, q.device)
-    query = query_tiles(V, q.dtype, q.device)
-    latent = latent_tiles(V, q.dtype, q.device)
-    for first_block in range(0, total, chunk):
-        programs = min(chunk, total - first_block) * rows.groups
-        if fused:
-            fused_kernel[(programs,)](
-                **pointers, q_ptr=q, latents_ptr=latents, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
-                p_ptr=p, ds_ptr=ds, dq_ptr=dq,
-                **sizes, scale=scale, scale_log2=scale * LOG2E.value, first_block=first_block,
-                **constants, BLOCK_U=fused.block_u, NUM_STAGES=fused.num_stages,
-                num_warps=fused.num_warps)
-        else:
-            token_tiles = triton.cdiv(width, score.block_u)
-            score_kernel[(programs * token_tiles,)](
-                **pointers, q_ptr=q, latents_ptr=latents, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
-                p_ptr=p, ds_ptr=ds,
-                **sizes, scale=scale, scale_log2=scale * LOG2E.value, first_block=first_block,
-                token_tiles=token_tiles,
-                **constants, BLOCK_V=score.block_v, BLOCK_U=score.block_u, NUM_STAGES=score.num_stages,
-                num_warps=score.num_warps)
-            query_kernel[(programs * (V // query.block_v + 1),)](
-                **pointers, latents_ptr=latents, ds_ptr=ds, dq_ptr=dq,
-                **sizes, first_block=first_block,
-                **constants, BLOCK_V=query.block_v, BLOCK_U=query.block_u, NUM_STAGES=query.num_stages,
-                num_warps=query.num_warps)
-        column_chunks = V // latent.block_v
-        latent_kernel[(programs * (column_chunks + (column_chunks > 1)),)](
-            **pointers, q_ptr=q, dout_ptr=dout, p_ptr=p, ds_ptr=ds, dlatents_ptr=dlatents,
-            **sizes, first_block=first_block,
-            **constants, BLOCK_V=latent.block_v, BLOCK_U=latent.block_u, NUM_STAGES=latent.num_stages,
-            num_warps=latent.num_warps)
+    launch = launch_fused if fused_tiles(V, q.dtype, q.device) else launch_products
+    launch(q, latents, indices, lse, delta, dout, scale, dq, dlatents)
     rope_dim = D - value_dim
     dlatents = crop_columns(dlatents, value_dim, rope_dim, V).to(q.dtype)
     return crop_columns(dq, value_dim, rope_dim, V), dlatents
