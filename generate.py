@@ -46,7 +46,7 @@ class Trace:
     logp: for each step (B,) float32, the log-probability of the token taken, among those that could be
     sampled; kept: for each step (B,vocab) bool, which those were; [] without top_k and top_p. selections: for
     each forward, a chunk of the prompt or one token, a list of (B,S,k) int32 per layer; [] for a model with
-    dense attention."""
+    dense attention. Rows that are no longer computed have 0, True and -1."""
 
     def __init__(self):
         self.logp = []
@@ -111,7 +111,7 @@ class Decoder:
         self.captures = device.type == "cuda" and triton and not model.config.n_routed_experts
         if hasattr(model, "reshard"):  # of FSDP
             self.captures = False
-        self.rows_leave = not self.captures and not compiled  # see Rows
+        self.rows_leave = device.type == "cpu" and not compiled  # see Rows
         self.graph = None
         self.logits = None
         self.traced = traced and model.attention == "sparse"
@@ -170,8 +170,8 @@ def make_decoder(model, B, capacity, device, fp8_cache=False, compiled=False, tr
 
 
 class Rows:
-    """The rows of a batch that are still computed. Where no CUDA graph wants one shape, rows that have ended
-    leave, half of the batch at a time.
+    """The rows of a batch that are still computed. On a CPU, where no CUDA graph wants one shape and fewer
+    rows are less work, rows that have ended leave, half of the batch at a time.
 
     at: (n,) int64, which of the B rows they are."""
 
@@ -336,9 +336,10 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
                 trace.add_selections(rows, decoder.selections)
 
 
-def complete(model, idx, n, end_ids=(), **options):
-    """idx (B,T) -> (B,T + up to n) int64: the prompts and what `stream` yields; rows that ended early are
-    filled up with end_ids[0]."""
-    tokens = [token[:, None] for token in stream(model, idx, n, end_ids=end_ids, **options)]
-    out = torch.cat([idx, *tokens], 1)
+def complete(model, idx, n, end_ids=(), copies=1, **options):
+    """idx (B / copies,T) -> (B,T + up to n) int64: the prompts and what `stream` yields; rows that ended
+    early are filled up with end_ids[0]."""
+    tokens = stream(model, idx, n, end_ids=end_ids, copies=copies, **options)
+    columns = [token[:, None] for token in tokens]
+    out = torch.cat([idx.repeat_interleave(copies, 0), *columns], 1)
     return out.masked_fill(out == -1, end_ids[0]) if end_ids else out

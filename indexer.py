@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from precision import exact
 
-NORM_STEPS = 2**20  # of the largest element, in which `mixed_heads` adds up norms: int32 holds 1024 of them
+NORM_STEPS = 2**20  # of the largest element, in which `mixed_heads` adds up norms: int32 holds 1024 elements'
 E4M3_MAX = 448.0
 RECENT = 256  # last tokens that selection in two levels scores whatever their blocks say
 SLICE = 2**24  # elements of the largest tensor that the reference holds at once
@@ -227,7 +227,11 @@ def select_by_blocks(q, k, w, topk, k_scale=None, first=None, last=None, block=1
     count = -(-T // block)
     blocks = -(-(candidates or default_candidates(topk, T)) // block)
     beginning, recently = ranked_blocks(S, T, first, last, block, recent, q.device)
-    q_mixed, w_mixed = mixed_heads(q, w)
+
+    def mix(rows):
+        return mixed_heads(q[:, rows], w[:, rows])
+
+    q_mixed, w_mixed = over_rows(mix, S, B * HI * q.shape[3])
 
     def choose(rows):
         # the best blocks of those that a query ranks

@@ -53,7 +53,7 @@ from train import MODEL_FIELDS, adamw, learning_rate, trainable
 STAGES = ("base", "specialists", "distillation", "mixed", "sequential", "evaluate")
 PROMPT_WEIGHT = 0.02  # of a prompt's tokens in supervised losses: enough to learn what prompts look like
 PACKERS = 6  # processes that pack batches for a GPU
-ANSWERS_AT_ONCE = 512  # for distillation: many steps of few rows are slower
+ANSWERS_AT_ONCE = 512  # for distillation, at least, on a CPU, where many steps of few rows are slower
 HARDER_SHARE = 0.2  # of the base's demonstrations that are of the next level
 
 
@@ -611,11 +611,12 @@ def answers_of(run, roller, judge, domain, mode):
     lines = []
     asked = 0
     samples = min(4, options.rows)
+    rows = max(options.rows, ANSWERS_AT_ONCE) if run.device.type == "cpu" else options.rows
     draw = 0
     while len(lines) < options.answers and asked < 4 * options.answers:
         random, generator, _ = run.random(f"answers {domain} {mode}", draw)
         draw += 1
-        count = min(max(options.rows, ANSWERS_AT_ONCE) // samples, options.answers)
+        count = min(rows // samples, options.answers, 4 * options.answers - asked)
         prompts = [tasks.make(random, domain, mode, options.level, options.page) for _ in range(count)]
         batch = [task for task in prompts for _ in range(samples)]
         outs = roller(batch, generator=generator).outs

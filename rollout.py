@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from generate import Trace, make_decoder, stream
+from generate import FEWEST_ROWS, Trace, make_decoder, stream
 from tasks import CALL, EOT, REPLY
 
 ROUND = 16  # lengths are multiples of it, so that few shapes occur
@@ -176,6 +176,8 @@ class Roller:
             tasks = tasks + [tasks[-1]] * (rounded(real, ROW_ROUND) - real)
         columns = max(columns, prompt_columns(tasks))
         copies = repeats(tasks)
+        if len(tasks) // copies % FEWEST_ROWS:
+            copies = 1
         prompts = torch.full((len(tasks) // copies, columns), EOT)
         for row, task in zip(prompts, tasks[::copies]):
             prompt = task.prompt()

@@ -38,7 +38,7 @@ SHAPES = [  # B, S, T, H, V, rope, K
     (1, 11, 30, 12, 20, 0, 12),  # no rope part
     (1, 10, 30, 40, 16, 16, 12),  # too many heads to share
     (1, 3, 70, 70, 16, 16, 40),  # two groups of heads
-    (1, 9, 60, 3, 256, 16, 24)]  # wide latents: scores and dq by a kernel each
+    (1, 9, 60, 3, 256, 16, 24)]  # wide latents: a kernel for each product
 if CUDA:
     SHAPES += [
         (1, 300, 700, 12, 128, 32, 128), (2, 129, 1000, 16, 512, 64, 256), (1, 200, 900, 12, 256, 32, 100),
@@ -171,8 +171,8 @@ def test_empty_slots_anywhere(S, dtype):
 
 
 def test_wide_latents_in_several_tiles_and_chunks(monkeypatch):
-    """The kernels of wide latents (scores, then a second gather for dq) where lists take several tiles,
-    columns several programs, and P and dS several chunks."""
+    """A kernel for each product where lists take several tiles, columns several programs, and P and dS
+    several chunks."""
     tiles = sparse.ProductTiles(block_v=32, block_u=32, num_stages=1, num_warps=4)
     monkeypatch.setattr(sparse, "fused_tiles", lambda *_: None)
     for name in ("score_tiles", "query_tiles", "latent_tiles"):
@@ -186,7 +186,7 @@ def test_wide_latents_in_several_tiles_and_chunks(monkeypatch):
 def test_chunks_and_incoming_gradient(dtype, monkeypatch):
     """A backward in many chunks equals one in a single chunk; twice the incoming gradient gives twice the
     gradients (T18, T24)."""
-    q, latents, indices, scale, V, dout = draw((1, 7, 37, 16, 32, 16, 16), dtype)
+    q, latents, indices, scale, V, dout = draw((1, 7, 37, 16, 16, 16, 16), dtype)
     out, lse = sparse_attention(q.detach(), latents.detach(), indices, scale, V)
     inputs = (q.detach(), latents.detach(), indices, out, lse)
     one = sparse.sparse_attention_backward(*inputs, dout, scale)
@@ -264,10 +264,11 @@ def test_magnitudes(size):
     check((1, 9, 60, 4, 32, 16, 24), HALF, size=size, worst=2 * WORST)
 
 
-def test_latent_gradients_are_summed_in_float32():
+@pytest.mark.parametrize("V", [16, 32])
+def test_latent_gradients_are_summed_in_float32(V):
     """(T24) 60 queries with lists of their own add to the same four tokens, all with one sign: in 16 bits the
     sum would lose most of the last addends."""
-    q, latents, indices, scale, V, dout = draw((1, 60, 4, 40, 16, 16, 4), HALF)
+    q, latents, indices, scale, V, dout = draw((1, 60, 4, 40, V, 16, 4), HALF)
     indices[:] = torch.arange(4)
     dout = dout.abs()
     out, _ = sparse_attention(q, latents, indices, scale, V)
@@ -358,17 +359,18 @@ def test_union_of_single_queries():
 
 # ---- numbers that are not finite ----
 
-REGIMES = [  # S, T, H, K, dtype
-    (4, 40, 4, 8, HALF),  # few queries
-    (9, 40, 16, 8, HALF),  # unions of 4 queries
-    (9, 40, 3, 8, torch.float32),  # single queries
-    (9, 40, 40, 8, HALF),
-    (1, 500, 4, 300, HALF)]  # lists in parts
+REGIMES = [  # S, T, H, V, K, dtype
+    (4, 40, 4, 32, 8, HALF),  # few queries
+    (9, 40, 16, 32, 8, HALF),  # unions of 4 queries
+    (9, 40, 16, 16, 8, HALF),  # the same, a kernel for each product of the backward
+    (9, 40, 3, 16, 8, torch.float32),  # single queries
+    (9, 40, 40, 32, 8, HALF),
+    (1, 500, 4, 16, 300, HALF)]  # lists in parts
 
 
-def regime(S, T, H, K, dtype):
+def regime(S, T, H, V, K, dtype):
     """-> q, latents, indices, scale, V, dout."""
-    arguments = draw((2, S, T, H, 16, 16, K), dtype, seed=3)
+    arguments = draw((2, S, T, H, V, 16, K), dtype, seed=3)
     arguments[2][0, -1] = -1  # one query has nothing,
     arguments[2][1, -1, 6:] = -1  # another less than it could have
     return arguments
@@ -423,15 +425,15 @@ def test_query_that_is_not_finite(case):
 
 
 @pytest.mark.parametrize("case", REGIMES)
-@pytest.mark.parametrize("column", [3, 20])
-def test_selected_token_that_is_not_finite(case, column):
+@pytest.mark.parametrize("rope", [False, True])
+def test_selected_token_that_is_not_finite(case, rope):
     """NaN in a token, in a value or in its rope part, makes NaN of all rows that selected it, out, lse and
     dq. Those of other blocks do not change, and where queries share a list, the lse of its other rows does
     not either."""
     q, latents, indices, scale, V, dout = regime(*case)
     token = int(indices[1, 0, 0])
     broken = latents.detach().clone()
-    broken[1, token, column] = NAN
+    broken[1, token, V + 4 if rope else V - 2] = NAN
     clean = values_and_gradients(q, latents, indices, scale, V, dout)
     out, lse, dq, dlatents = values_and_gradients(q, broken, indices, scale, V, dout)
     hit = (indices == token).any(-1)  # (B, S)

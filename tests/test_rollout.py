@@ -256,11 +256,19 @@ def test_a_prompt_of_several_answers_is_read_once(fp8_cache, monkeypatch):
     model = tiny()
     batch = [task for task in tasks_of(*ALL) for _ in range(4)]
     options = dict(temperature=1.3, traced=True, chunk=5)
+    read = []
+
+    def noted(model, prompts, *args, **rest):
+        read.append(len(prompts))
+        return generate.stream(model, prompts, *args, **rest)
+
+    monkeypatch.setattr("rollout.stream", noted)
     once = Roller(model, CPU, fp8_cache=fp8_cache)(batch, generator=seeded(), **options)
     assert fp8_cache or gap(model, once, temperature=1.3) == 0
     assert len({tuple(out) for out in once.outs}) > 24
     monkeypatch.setattr("rollout.repeats", lambda tasks: 1)
     each = Roller(model, CPU, fp8_cache=fp8_cache)(batch, generator=seeded(), **options)
+    assert read == [8, 32]
     assert once.outs == each.outs and torch.equal(once.logp, each.logp)
     assert all(torch.equal(*chosen) for chosen in zip(once.selections, each.selections))
 

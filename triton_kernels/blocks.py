@@ -12,7 +12,7 @@ from triton_kernels.index import (
     check_inputs, chunks, dealt_columns, e4m3_of, higher_or_nan, index_tiles, keys_per_program,
     launch_scores, launch_topk, operands, padded_row, power_of_two_above, score_keys, select, take)
 
-MIXED_ELEMENTS = 2048  # of each side in a program of mix_kernel
+MIXED_ELEMENTS = 2048  # of each mixed head in a program of mix_kernel
 BOUNDS = 512  # queries of a program of bounds_kernel
 
 
@@ -43,7 +43,7 @@ def finite_size(x):
 
 
 @triton.jit
-def store_side(mixed_ptr, w_ptr, x, sign, row, d, ok, mask, DI: tl.constexpr, QUANTISE: tl.constexpr):
+def store_mixed(mixed_ptr, w_ptr, x, sign, row, d, ok, mask, DI: tl.constexpr, QUANTISE: tl.constexpr):
     """x (n, d) as the queries at mixed_ptr + 2 row DI, and their weights"""
     to_ptr = mixed_ptr + (2 * row * DI)[:, None] + d[None, :]
     if QUANTISE:
@@ -99,8 +99,8 @@ def mix_kernel(
         q = head_of(q_ptr, row, j, d, mask, HI, DI, DECODE_E4M3)
         alone += tl.where(j == head, tl.abs(share), 0.0)[:, None] * q
         others += tl.where(j == head, 0.0, share)[:, None] * q
-    store_side(mixed_ptr, mixed_w_ptr, alone, sign, row, d, ok, mask, DI, QUANTISE)
-    store_side(mixed_ptr + DI, mixed_w_ptr + 1, others, 1.0, row, d, ok, mask, DI, QUANTISE)
+    store_mixed(mixed_ptr, mixed_w_ptr, alone, sign, row, d, ok, mask, DI, QUANTISE)
+    store_mixed(mixed_ptr + DI, mixed_w_ptr + 1, others, 1.0, row, d, ok, mask, DI, QUANTISE)
 
 
 def mixed_heads(q, w):

@@ -139,8 +139,8 @@ def union(indices, T, block_s):
     UNION_PAD entries follow that repeat the last token without bits. block_s = 1: tokens and bits are the
     indices themselves, length is that of a list up to its last token; `union_tokens` reads both. No
     host synchronisation, hence memory for the longest lists, 8 bytes for each of S * K entries, and scratch:
-    of bits some T block_s / 8 bytes, at most 512 MB in all, and of words 8 * width for each program
-    (UNION_PROGRAMS at most)."""
+    of bits some T block_s / 8 bytes and of words 8 * width for each program (UNION_PROGRAMS at most), at most
+    512 MB of either in all, or what UNION_PROGRAMS_LEAST take."""
     B, S, K = indices.shape
     blocks = triton.cdiv(S, block_s)
     int32 = dict(dtype=torch.int32, device=indices.device)
@@ -156,7 +156,8 @@ def union(indices, T, block_s):
     width = triton.cdiv(min(block_s * K, T), UNION_PAD) * UNION_PAD + UNION_PAD
     row_words = triton.cdiv(T, 32 // block_s)
     block_w, block_e = (512, 128) if row_words <= UNION_SHORT_ROW else (1024, 256)
-    programs = min(B * blocks, UNION_PROGRAMS, max(UNION_PROGRAMS_LEAST, UNION_SCRATCH // row_words))
+    room = UNION_SCRATCH // max(row_words, 2 * width)
+    programs = min(B * blocks, UNION_PROGRAMS, max(UNION_PROGRAMS_LEAST, room))
     lists = torch.empty(B * blocks, width, **int32)
     bits = torch.empty(B * blocks, width, **int32)
     words = torch.empty(programs, 2, width, **int32)
@@ -703,14 +704,15 @@ class ProductTiles(NamedTuple):
 
 
 def backward_rows(H, dtype, device):
-    """-> rows (query, head) of a tile, the same in all kernels of the backward, which share P and dS."""
+    """-> rows (query, head) of a tile, the same in all kernels of launch_products, which share P and dS."""
     if dtype == torch.float32:
         return 16
     return 128 if shared_memory(device) > BELOW_A100 and H > MANY_HEADS else 64
 
 
 def fused_tiles(V, dtype, device):
-    """-> FusedTiles, or None where each product takes a kernel."""
+    """-> FusedTiles, or None where each product takes a kernel. Half of less than 32 columns is no tile of a
+    product."""
     if dtype == torch.float32 or not 32 <= V <= SMALL_VALUE or shared_memory(device) <= BELOW_A100:
         return None
     return FusedTiles(block_u=64, num_stages=2, num_warps=4)
@@ -744,12 +746,11 @@ def latent_tiles(V, dtype, device):
     return ProductTiles(block_v=min(64, V), block_u=32, num_stages=2, num_warps=4)
 
 
-def launch_fused(q, latents, indices, lse, delta, dout, scale, dq, dlatents):
+def launch_fused(tiles, q, latents, indices, lse, delta, dout, scale, dq, dlatents):
     """Padded q (B,S,H,V+R), latents (B,T,V+R), dout (B,S,H,V) -> into dq, and added to dlatents (float32)."""
     B, S, H, D = q.shape
     T = latents.shape[1]
     V = dout.shape[-1]
-    tiles = fused_tiles(V, q.dtype, q.device)
     rows = share_rows(S, H, SHARED_ROWS, sharing_queries(H, q.dtype))
     shared = union(indices, T, rows.block_s)
     fused_kernel[(B * rows.blocks, rows.groups)](
@@ -839,8 +840,11 @@ def sparse_attention_backward(
     dq = torch.empty_like(q)
     dlatents = torch.zeros_like(latents, dtype=torch.float32)
 
-    launch = launch_fused if fused_tiles(V, q.dtype, q.device) else launch_products
-    launch(q, latents, indices, lse, delta, dout, scale, dq, dlatents)
+    tiles = fused_tiles(V, q.dtype, q.device)
+    if tiles is None:
+        launch_products(q, latents, indices, lse, delta, dout, scale, dq, dlatents)
+    else:
+        launch_fused(tiles, q, latents, indices, lse, delta, dout, scale, dq, dlatents)
     rope_dim = D - value_dim
     dlatents = crop_columns(dlatents, value_dim, rope_dim, V).to(q.dtype)
     return crop_columns(dq, value_dim, rope_dim, V), dlatents
