@@ -221,12 +221,14 @@ def block_rows(
         block, group, S, H, blocks,
         BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
     """Rows of a program: BLOCK_S queries x BLOCK_H heads, filled up to BLOCK_N -> query within the block, row
-    number in (B,S,H), is it real."""
+    number in (B,S,H), is it real. Rows that fill up belong to query 31, which no block has: bits are shifted
+    by it, and what a shift by 32 gives is undefined."""
     n = tl.arange(0, BLOCK_N)
     i = n // BLOCK_H
     h = group * BLOCK_H + n % BLOCK_H
     s = block % blocks * BLOCK_S + i
-    return i, ((block // blocks).to(tl.int64) * S + s) * H + h, (i < BLOCK_S) & (s < S) & (h < H)
+    row = ((block // blocks).to(tl.int64) * S + s) * H + h
+    return tl.minimum(i, 31), row, (i < BLOCK_S) & (s < S) & (h < H)
 
 
 class Rows(NamedTuple):
