@@ -646,8 +646,8 @@ def batch_numbers(options, stage, step):
 
 
 def read(losses, norms):
-    """Dicts of losses, one per micro-batch, and the two gradient norms -> dict of floats, losses as means;
-    the one time in a step that the host waits for the device's numbers."""
+    """Dicts of losses and other numbers, one per micro-batch, and the two gradient norms -> dict of floats,
+    the former as means; the one time in a step that the host waits for the device's numbers."""
     names = list(losses[0])
     numbers = torch.stack([micro[name] for micro in losses for name in names] + norms).tolist()
     *values, grad_norm, index_grad_norm = numbers
@@ -656,6 +656,15 @@ def read(losses, norms):
         for name, value in zip(names, values[start:]):
             means[name] += value / len(losses)
     return means | dict(grad_norm=grad_norm, index_grad_norm=index_grad_norm)
+
+
+def tokens_read(run, x, first):
+    """How many tokens a query of x (B,S) sees in its document and, of these, selects, in the mean of the
+    batch -> dict of (); x and first as `Run.batch` gives them."""
+    position = torch.arange(x.shape[1], device=x.device) if run.split is None else run.split.position  # (S,)
+    visible = position + 1 - (0 if first is None else first)  # (S,) or (B, S)
+    selected = visible.clamp(max=run.model.config.index_topk)
+    return dict(visible=visible.float().mean(), selected=selected.float().mean())
 
 
 def gradient_norm(parameters, options, device):
@@ -679,7 +688,6 @@ def train_stage(run, stage, caught):
     resumed = run.saved and stage == run.saved["stage"]
     start = runs.restore(optimizer, run.saved, parallel.sharded_state) if resumed else 0
     tokens_per_step = options.batch_size * options.block_size * options.gradient_accumulation_steps
-    flops_per_token = report.flops_per_token(model, options.block_size, stage)
     report.reset_peak_memory(run.device)
 
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, dynamic_ncols=True)
@@ -704,7 +712,7 @@ def train_stage(run, stage, caught):
                     x, targets, first, index_loss=indexing, logits_of=None, split=run.split)[1]
             objective = micro.get("lm", 0) + micro.get("kl", 0)
             (objective / len(numbers)).backward()
-            losses.append({name: loss.detach() for name, loss in micro.items()})
+            losses.append({name: loss.detach() for name, loss in micro.items()} | tokens_read(run, x, first))
 
         # Clip the model and the indexers apart: one norm over both would couple their objectives
         norms = [gradient_norm(group, options, run.device) for group in groups]
@@ -724,9 +732,11 @@ def train_stage(run, stage, caught):
 
         # Log
         speed = tokens_per_step / (time.perf_counter() - began)
+        flops = report.flops_per_token(
+            model, stage, options.block_size, values["visible"], values["selected"])
         record = dict(
             stage=stage, step=step, loss=values.get("lm", values.get("kl")), **values, lr=lr,
-            tokens_per_second=speed, mfu=speed * flops_per_token / run.rate,
+            tokens_per_second=speed, mfu=speed * flops / run.rate,
             memory_gb=run.ranks.largest([report.peak_memory(run.device)])[0])
         names = ("loss", "kl", "recall", "index_recall")
         shown = {name: f"{record[name]:.3f}" for name in names if name in record}

@@ -19,21 +19,13 @@ DRAWN = ("lm", "val_loss", "kl", "kl_uniform", "recall")
 
 # ---- FLOPs ----
 
-def flops_per_token(model, T, stage):
-    """FLOPs per token of a training step of this stage on contexts of T tokens, one document each.
+def flops_per_token(model, stage, T, pairs, keys):
+    """FLOPs per token of a training step of this stage on contexts of T tokens, in which a query sees `pairs`
+    keys in the mean and, in the sparse stage, attends to `keys` of them.
 
     Counted as PaLM (arXiv 2204.02311, appendix B) counts for its utilisation: matrix products alone, 2 per
-    multiplication and addition, and nothing that is computed a second time to save memory. A query visits the
-    keys up to itself, (T + 1) / 2 on average. What learns is read off requires_grad, see train.trainable."""
-    topk = model.config.index_topk
-    pairs = (T + 1) / 2
-    keys = sum(min(t, topk) for t in range(1, T + 1)) / T
-    return stage_flops(model, stage, pairs, keys)
-
-
-def stage_flops(model, stage, pairs, keys):
-    """`flops_per_token` for queries that see `pairs` keys and, in the sparse stage, attend to `keys` of
-    them."""
+    multiplication and addition, and nothing that is computed a second time to save memory. What learns is
+    read off requires_grad, see train.trainable."""
     total = 0
     learns = model.model.embed_tokens.weight.requires_grad  # does anything so far need a gradient?
     for block in model.model.layers:
@@ -44,7 +36,7 @@ def stage_flops(model, stage, pairs, keys):
         if model.config.index_topk and stage in ("warmup", "sparse"):
             passes_on = not model.detach
             if attention.indexer:
-                total += indexer_flops(attention, stage, pairs, below and passes_on, learns and passes_on)
+                total += indexer_flops(attention, stage, T, pairs, below and passes_on, learns and passes_on)
             total += index_loss_flops(attention, stage, pairs, keys)
         total += mlp_flops(block.mlp, learns)
     if stage != "warmup":  # which has no use for logits
@@ -78,7 +70,7 @@ def score_flops(config):
     return 2 * config.index_n_heads * (config.index_head_dim + 1)
 
 
-def indexer_flops(a, stage, pairs, h_learns, latent_learns):
+def indexer_flops(a, stage, T, pairs, h_learns, latent_learns):
     """Of a layer's indexer: projections and selection."""
     index = a.indexer
     total = linear_flops(index.wq_b.weight, latent_learns if a.q_a_proj else h_learns)
@@ -91,7 +83,7 @@ def indexer_flops(a, stage, pairs, h_learns, latent_learns):
         scored = 0
     block = a.config.block_of(a.layer)
     if block:  # all tokens by two heads, those of the best blocks by all
-        candidates = a.config.index_candidates or default_candidates(a.config.index_topk, int(2 * pairs))
+        candidates = a.config.index_candidates or default_candidates(a.config.index_topk, T)
         scored = min(pairs, pairs * 2 / a.config.index_n_heads + candidates + RECENT)
     return total + scored * score_flops(a.config)
 

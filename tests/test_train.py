@@ -1,5 +1,7 @@
 """train.py: what it computes of a run's options (schedule, what learns, FLOPs, peak memory), and the run
 under torch.compile."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -175,17 +177,22 @@ def test_flops_are_those_of_the_reference(variant, stage, choice, detach, monkey
     if variant == "shared" and stage in ("warmup", "sparse"):  # index scores, by the layer that shares them
         again = 3 * report.score_flops(model.config) * (T if stage == "warmup" else 8)
     want = counted(model, stage, x) - again
-    assert report.stage_flops(model, stage, T, 8) == pytest.approx(want, rel=1e-12)
+    assert report.flops_per_token(model, stage, T, T, 8) == pytest.approx(want, rel=1e-12)
 
 
-@pytest.mark.parametrize("stage", report.STAGES)
-def test_flops_visit_only_what_is_visible(stage):
-    """Half of the pairs, and of the selection what a query sees: by hand."""
-    model = Transformer(Config(**TINY), "torch")
-    train.trainable(model, stage, "all")
-    T = 40
-    keys = (sum(range(1, 9)) + 32 * 8) / 40
-    assert report.flops_per_token(model, T, stage) == report.stage_flops(model, stage, 20.5, keys)
+def test_tokens_that_are_read():
+    """What lies in a query's document up to itself, and of it no more than k: by hand."""
+    run = SimpleNamespace(split=None, model=Transformer(Config(**TINY), "torch"))
+    x = torch.zeros(2, 40)
+    assert train.tokens_read(run, x, None) == dict(visible=20.5, selected=(sum(range(1, 9)) + 32 * 8) / 40)
+    first = torch.zeros(2, 40, dtype=torch.int32)
+    first[1, 30:] = 30  # documents of 30 and 10 tokens
+    visible = (sum(range(1, 41)) + sum(range(1, 31)) + sum(range(1, 11))) / 80
+    selected = (3 * sum(range(1, 9)) + (32 + 22 + 2) * 8) / 80
+    assert train.tokens_read(run, x, first) == dict(visible=visible, selected=selected)
+    position = torch.cat((torch.arange(10), torch.arange(30, 40)))  # of rank 0 of two
+    run.split = SimpleNamespace(position=position)
+    assert train.tokens_read(run, x[:, :20], None)["visible"] == 20.5
 
 
 def test_recall_is_a_small_part():
@@ -194,17 +201,19 @@ def test_recall_is_a_small_part():
     train.trainable(model, "warmup", "all")
     T = 160
     x = torch.randint(257, (1, T))
-    ratio = counted(model, "warmup", x) / report.stage_flops(model, "warmup", T, 8)
+    ratio = counted(model, "warmup", x) / report.flops_per_token(model, "warmup", T, T, 8)
     assert 1 < ratio < 1.1
 
 
 def test_mfu_of_the_log(run):
-    """tokens/s x FLOPs per token over one rate for the whole run."""
+    """tokens/s x FLOPs per token over one rate for the whole run; most windows hold several documents."""
     model = Transformer.from_pretrained(run[0] / "sparse")
     rates = []
     for r in metrics(run[0]):
         train.trainable(model, r["stage"], "all")
-        rates.append(r["tokens_per_second"] * report.flops_per_token(model, 32, r["stage"]) / r["mfu"])
+        flops = report.flops_per_token(model, r["stage"], 32, r["visible"], r["selected"])
+        rates.append(r["tokens_per_second"] * flops / r["mfu"])
+        assert r["visible"] <= 16.5 and r["selected"] <= r["visible"]
     assert max(rates) == pytest.approx(min(rates), rel=1e-9)
 
 
