@@ -25,8 +25,8 @@ Which kernel runs
       backward           16 bits, values of 32 to 128, from A100 on: one kernel; else one for each product
     indexer_loss_dense   the target by Gluon on Hopper (bf16, 16 heads and more of 64, 128 or 192), else by
                          Triton; the rest by Triton
-    indexer_loss_sparse  over unions, too, of at most 8 queries: forward 64 rows of the larger number of heads
-                         (128 of up to 16 heads and small latents), backward 64 of the indexer's
+    indexer_loss_sparse  over unions, too, of as many queries as make 64 rows of the larger number of heads,
+                         backward of the indexer's, and at most 8
     Portable from Ampere on: tiles follow the device's shared memory, and below sm_89, which has no FP8
     products, e4m3 becomes fp16 in registers. triton_kernels/hopper.py alone needs sm_90.
 

@@ -701,18 +701,11 @@ class SparseLossTiles(NamedTuple):
     num_warps: int
 
 
-def list_queries(S, heads, rows, dtype):
-    """How many queries share a list: as make so many rows (query, head), at most 8; in float32, one."""
+def list_queries(S, heads, dtype):
+    """How many queries share a list: as make 64 rows (query, head), at most 8; in float32, one."""
     if dtype.itemsize != 2 or S <= 1:
         return 1
-    return min(8, max(1, rows // power_of_two(heads, 1)))
-
-
-def forward_queries(S, H, HI, D1, dtype):
-    """The same forward, for S queries of H heads, whose first D1 columns are one product, and HI indexer
-    heads."""
-    heads = max(H, HI)
-    return list_queries(S, heads, 128 if heads <= 16 and D1 <= 128 else 64, dtype)
+    return min(8, max(1, 64 // power_of_two(heads, 1)))
 
 
 def list_tokens(dtype, device):
@@ -723,8 +716,8 @@ def list_tokens(dtype, device):
 
 
 def loss_sparse_target_tiles(S, H, HI, D1, dtype, device):
-    """Tiles for the queries of forward_queries, which share lists."""
-    block_s = forward_queries(S, H, HI, D1, dtype)
+    """Tiles for S queries of H heads, whose first D1 columns are one product, and HI indexer heads."""
+    block_s = list_queries(S, max(H, HI), dtype)
     large = dtype.itemsize == 2 and shared_memory(device) > BELOW_H100 and D1 <= 256
     block_h = max(16 // block_s, min(128 if large else 64, power_of_two(H, 1)))
     return SparseLossTiles(
@@ -732,17 +725,17 @@ def loss_sparse_target_tiles(S, H, HI, D1, dtype, device):
         num_stages=2 if dtype.itemsize == 2 else 1, num_warps=4)
 
 
-def loss_sparse_scores_tiles(S, H, HI, D1, dtype, device):
+def loss_sparse_scores_tiles(S, H, HI, dtype, device):
     """Tiles for the same queries, all HI indexer heads in a program."""
-    block_s = forward_queries(S, H, HI, D1, dtype)
+    block_s = list_queries(S, max(H, HI), dtype)
     return SparseLossTiles(
         block_s=block_s, block_h=max(16 // block_s, power_of_two(HI, 1)), block_u=list_tokens(dtype, device),
         num_stages=3 if dtype.itemsize == 2 else 1, num_warps=4)
 
 
 def loss_sparse_backward_tiles(S, HI, dtype, device):
-    """Tiles for S queries of HI heads."""
-    block_s = list_queries(S, HI, 64, dtype)
+    """More queries share a list than forward, where the heads of the attention are many."""
+    block_s = list_queries(S, HI, dtype)
     return SparseLossTiles(
         block_s=block_s, block_h=max(16 // block_s, power_of_two(HI, 1)), block_u=list_tokens(dtype, device),
         num_stages=1 if HI <= 16 else 2, num_warps=4)
@@ -760,7 +753,7 @@ def indexer_loss_sparse_operation(
     HI, DI = q_index.shape[2:]
     D1, D2 = two_powers(D)
     target = loss_sparse_target_tiles(S, H, HI, D1, q.dtype, q.device)
-    scores = loss_sparse_scores_tiles(S, H, HI, D1, q.dtype, q.device)
+    scores = loss_sparse_scores_tiles(S, H, HI, q.dtype, q.device)
     block_s = target.block_s
     blocks = triton.cdiv(S, block_s)
     planes = triton.cdiv(H, target.block_h)
@@ -809,8 +802,8 @@ def indexer_loss_sparse_operation(
 
 @indexer_loss_sparse_operation.register_fake
 def _(q, latents, lse, indices, scale, q_index, k_index, w, learns):
-    B, S, H, D = q.shape
-    block_s = forward_queries(S, H, q_index.shape[2], two_powers(D)[0], q.dtype)
+    B, S, H, _ = q.shape
+    block_s = list_queries(S, max(H, q_index.shape[2]), q.dtype)
     padded = triton.cdiv(S, block_s) * block_s
     kl = q.new_empty((B, S), dtype=torch.float32)
     g = q_index.new_empty((B, padded, indices.shape[2]) if learns else 0)
