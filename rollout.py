@@ -176,7 +176,7 @@ class Roller:
             tasks = tasks + [tasks[-1]] * (rounded(real, ROW_ROUND) - real)
         columns = max(columns, prompt_columns(tasks))
         copies = repeats(tasks)
-        if len(tasks) // copies % FEWEST_ROWS:
+        if len(tasks) // copies % FEWEST_ROWS:  # the logits of the prompts' last tokens would sum otherwise
             copies = 1
         prompts = torch.full((len(tasks) // copies, columns), EOT)
         for row, task in zip(prompts, tasks[::copies]):

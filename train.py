@@ -725,15 +725,15 @@ def train_stage(run, stage, caught):
                   "--ramp_steps", file=sys.stderr)
             return 1
 
-        # Step
+        # Step, and count meanwhile what it takes
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        flops = report.flops_per_token(
+            model, stage, options.block_size, values["visible"], values["selected"])
         report.wait(run.device)
 
         # Log
         speed = tokens_per_step / (time.perf_counter() - began)
-        flops = report.flops_per_token(
-            model, stage, options.block_size, values["visible"], values["selected"])
         record = dict(
             stage=stage, step=step, loss=values.get("lm", values.get("kl")), **values, lr=lr,
             tokens_per_second=speed, mfu=speed * flops / run.rate,

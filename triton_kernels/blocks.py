@@ -77,7 +77,7 @@ def mix_kernel(
     for j in range(HI):
         q = head_of(q_ptr, row, j, d, mask, HI, DI, DECODE_E4M3)
         top = tl.maximum(top, tl.max(finite_size(q), 1))
-    steps = tl.div_rn(top * 0 + STEPS, power_of_two_above(top))
+    steps = tl.div_rn(tl.full([BLOCK_ROWS], STEPS, tl.float32), power_of_two_above(top))
     strongest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     head = tl.zeros([BLOCK_ROWS], tl.int32)
     sign = tl.full([BLOCK_ROWS], 1.0, tl.float32)
