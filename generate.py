@@ -61,6 +61,12 @@ class Trace:
         if top_k is not None or top_p is not None:
             self.kept.append(rows.everywhere(logits > float("-inf"), True))
 
+    def add_given(self, n):
+        """n tokens that no row sampled."""
+        self.logp += [torch.zeros_like(self.logp[-1])] * n
+        if self.kept:
+            self.kept += [torch.ones_like(self.kept[-1])] * n
+
     def add_selections(self, rows, selections):
         """Those of one forward, of the Rows that are computed. Copies: a CUDA graph writes the next step's to
         the same place."""
@@ -228,6 +234,22 @@ def default_chunk(config, B, device):
     return max(SMALL_CHUNK, min(LARGE_CHUNK, tokens))
 
 
+def read_chunks(model, idx, begin, first, caches, chunk, selections=None):
+    """Let tokens idx (B,S) from the position `begin` on enter the caches, `chunk` of them at once -> logits
+    (B,1,vocab) behind the last. first (B,S) or None. selections: a list, to which those of each chunk are
+    added, one (B,chunk,k) for each layer."""
+    S = idx.shape[1]
+    for part in torch.arange(S, device=idx.device).split(chunk):
+        bounds = None if first is None else first[:, part]
+        chosen = None if selections is None else []
+        logits, _ = model(
+            idx[:, part], first=bounds, caches=caches, position=begin + part, logits_of="last",
+            selections=chosen)
+        if selections is not None:
+            selections.append(chosen)
+    return logits
+
+
 def share_prompt(model, idx, first, caches, chunk, ranks):
     """Let a prompt idx (B,T) enter the caches, those of every rank, `chunk` tokens of each at once -> how
     many have: all but a few at the end, at least one, which every rank computes for itself. first (B,T) or
@@ -259,12 +281,13 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     ranks: parallel.Ranks that share the prompt, called on all of them, all yield the same. Sets
     model.cache_bytes_per_token. ValueError: see `check`.
 
-    For reinforcement learning: steer(token (B,)) -> (B,) sees what was sampled (-1: the row has ended) and
-    says what is taken, such as the reply of a tool. trace: a Trace to fill; its selections also cover prompts
-    up to k tokens. It takes a temperature above 0 and a prompt that no ranks share. decoder: one of
-    `make_decoder` for these rows and T + n tokens, traced with a trace, whose caches and CUDA graph serve
-    call after call. copies: rows that continue each prompt, one behind the other; idx is then (B / copies,T),
-    each prompt read once."""
+    For reinforcement learning: steer(token (B,)) sees what was sampled (-1: the row has ended) -> (B,), what
+    is taken, such as the next token of a tool's reply, and (B,m) tokens that follow whatever would be
+    sampled, or None: they enter the caches at once, as a prompt does, and end no text. trace: a Trace to
+    fill; its selections also cover prompts up to k tokens. It takes a temperature above 0 and a prompt that
+    no ranks share. decoder: one of `make_decoder` for these rows and T + n tokens, traced with a trace, whose
+    caches and CUDA graph serve call after call. copies: rows that continue each prompt, one behind the other;
+    idx is then (B / copies,T), each prompt read once."""
     T = idx.shape[1]
     B = len(idx) * copies
     config = model.config
@@ -286,18 +309,16 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     first = document_starts(idx.cpu(), end_ids)  # (B / copies, T)
     packed = bool(first.any())  # one document needs no bounds
     first = first.to(device)
-    chunk = chunk or default_chunk(config, len(idx), device)
+    bounds = first if packed else None
+    prompt_chunk = chunk or default_chunk(config, len(idx), device)
     begin = 0
     if ranks is not None and ranks.context > 1:
-        begin = share_prompt(model, idx, first if packed else None, prompt_caches, chunk, ranks)
-    for position in torch.arange(begin, T, device=device).split(chunk):
-        bounds = first[:, position] if packed else None
-        chosen = [] if decoder.traced else None
-        logits, _ = model(
-            idx[:, position], first=bounds, caches=prompt_caches, position=position, logits_of="last",
-            selections=chosen)
-        if decoder.traced:
-            trace.selections.append([x.repeat_interleave(copies, 0) for x in chosen])
+        begin = share_prompt(model, idx, bounds, prompt_caches, prompt_chunk, ranks)
+        bounds = None if bounds is None else bounds[:, begin:]
+    chosen = [] if decoder.traced else None
+    logits = read_chunks(model, idx[:, begin:], begin, bounds, prompt_caches, prompt_chunk, chosen)
+    for layers in chosen or []:
+        trace.selections.append([x.repeat_interleave(copies, 0) for x in layers])
     if copies > 1:
         for cache in caches:
             cache.repeat(copies)
@@ -308,7 +329,8 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     start = first[:, -1]  # (B,) where the document of the last token begins
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     is_end = torch.isin(idx[:, -1], ends)  # (B,), and from here on all (n,), of the rows that are computed
-    for t in range(T, T + n):
+    t = T
+    while t < T + n:
         if not logits[:, -1].isfinite().all():
             raise ValueError("the model's next token is not a number: its weights are damaged, or overflow "
                              "in this dtype")
@@ -316,12 +338,15 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (n,)
         if ranks is not None:
             token = ranks.same(token)
+        given = None
         if steer is not None:
-            token = steer(rows.everywhere(token, -1))[rows.at]
+            token, given = steer(rows.everywhere(token, -1))
+            token = token[rows.at]
         if trace is not None:
             trace.add_token(rows, logits[:, -1], token, temperature, top_k, top_p)
         is_end = torch.isin(token, ends)
         yield rows.everywhere(token.masked_fill(ended, -1), -1)
+        t += 1
         if end_ids and not go_on:
             ended = ended | is_end
             if ended.all():
@@ -330,8 +355,25 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
             if staying is not None:
                 decoder = decoder.part(staying)
                 token, start, is_end, ended = (x[staying] for x in (token, start, is_end, ended))
-        if t + 1 < T + n:
-            logits = decoder.step(token, t, start)
+        if given is not None:
+            given = given[rows.at]  # (n, m)
+            for column in given.unbind(1):
+                yield rows.everywhere(column.masked_fill(ended, -1), -1)
+            tokens = torch.cat((token[:, None], given), 1)  # (n, 1 + m)
+            behind = start.masked_fill(is_end, t)
+            bounds = torch.cat((start[:, None], behind[:, None].expand(given.shape)), 1)  # (n, 1 + m)
+            start = behind
+            is_end = torch.zeros_like(is_end)
+            chosen = [] if decoder.traced else None
+            given_chunk = chunk or default_chunk(config, len(given), device)
+            logits = read_chunks(model, tokens, t - 1, bounds, decoder.caches, given_chunk, chosen)
+            for layers in chosen or []:
+                trace.add_selections(rows, layers)
+            if trace is not None:
+                trace.add_given(given.shape[1])
+            t += given.shape[1]
+        elif t < T + n:
+            logits = decoder.step(token, t - 1, start)
             if decoder.traced:
                 trace.add_selections(rows, decoder.selections)
 

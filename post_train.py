@@ -54,6 +54,7 @@ STAGES = ("base", "specialists", "distillation", "mixed", "sequential", "evaluat
 PROMPT_WEIGHT = 0.02  # of a prompt's tokens in supervised losses: enough to learn what prompts look like
 PACKERS = 6  # processes that pack batches for a GPU
 ANSWERS_AT_ONCE = 512  # for distillation, at least, on a CPU, where many steps of few rows are slower
+EASY_PAGE = 200  # letters, where demonstrations of longer pages begin
 HARDER_SHARE = 0.2  # of the base's demonstrations that are of the next level
 
 
@@ -412,13 +413,17 @@ def keep_records(run, names):
 # ---- supervised stages ----
 
 def demonstration(random, job, options):
-    """-> prompt, ids behind it, of a sloppy demonstration; of the judge's of its own task, a true one."""
+    """-> prompt, ids behind it, of a sloppy demonstration; of the judge's of its own task, a true one. Long
+    pages come in all lengths from EASY_PAGE: it is on short ones that reading is learned."""
     level = job.level + (random.random() < HARDER_SHARE)
     if job.name == "judge":
         task = tasks.make(random, random.choice(subjective(job.domains)), None, level, options.page)
         verdict = tasks.Verdict(task, tasks.candidate(random, task))
         return verdict.prompt(), verdict.demo()
-    task = tasks.make(random, random.choice(job.domains), None, level, options.page)
+    page = options.page
+    if page > EASY_PAGE:
+        page = round(EASY_PAGE * (page / EASY_PAGE) ** random.random())
+    task = tasks.make(random, random.choice(job.domains), None, level, page)
     return task.prompt(), task.demo(random, tasks.SLOPPY)
 
 

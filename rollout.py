@@ -4,6 +4,7 @@ Generation is generate.stream. Prompts of different lengths are aligned at their
 one position and, on a GPU, one CUDA graph; a row takes the token that was sampled, or the next one of its
 tool's reply, so that turns need no ragged code. What the trainer must know to compute the same numbers is
 kept: the log-probability of each token, what could be sampled, and what every query of every layer selected.
+Where all rows are within replies, what these have in common in length is read at once, as a prompt is.
 """
 from collections import deque
 from contextlib import nullcontext
@@ -29,9 +30,10 @@ def rounded(n, step=ROUND):
 class Turns:
     """Decides in each step what every row takes: `steer` of generate.stream.
 
-    A row takes what the model sampled, until it closes a call of its tool; then, token by token, the tool's
-    reply. It is over at its end of text, or without one when it reaches its task's limit. outs: for each row
-    the ids behind its prompt; own: for each step, which rows took a token of the model's."""
+    A row takes what the model sampled, until it closes a call of its tool; then the tool's reply, token by
+    token or in a piece that all rows have. It is over at its end of text, or without one when it reaches its
+    task's limit. outs: for each row the ids behind its prompt; own: for each column behind the prompts, which
+    rows took a token of the model's."""
 
     def __init__(self, tasks):
         self.tasks = tasks
@@ -42,14 +44,37 @@ class Turns:
         self.calls = [None] * len(tasks)  # ids since a <call> that is open
 
     def __call__(self, sampled):
-        """sampled (B,) -> (B,) int64, what is taken. Waits for the device once, to read `sampled`."""
+        """sampled (B,) -> (B,) int64, what is taken, and what is `given` behind it, (B,n) int64 or None.
+        Waits for the device once, to read `sampled`."""
         tokens = sampled.tolist()
         own = []
         for row in range(len(self.tasks)):
             own.append(not self.over[row] and not self.replies[row])
             tokens[row] = self.take(row, tokens[row])
         self.own.append(own)
-        return torch.tensor(tokens).to(sampled.device, non_blocking=True)
+        given = self.given()
+        if given is not None:
+            given = torch.tensor(given).to(sampled.device, non_blocking=True)
+        return torch.tensor(tokens).to(sampled.device, non_blocking=True), given
+
+    def given(self):
+        """The tokens that follow in every row whatever would be sampled: lists of one length, a multiple of
+        ROUND; None if there are fewer. No row is over within them."""
+        lengths = []
+        for task, out, reply, over in zip(self.tasks, self.outs, self.replies, self.over):
+            if not over:
+                lengths.append(min(len(reply), task.limit - len(out) - 1))
+        n = min(lengths, default=0) // ROUND * ROUND
+        if n == 0:
+            return None
+        given = []
+        for out, reply, over in zip(self.outs, self.replies, self.over):
+            tokens = [EOT] * n if over else [reply.popleft() for _ in range(n)]
+            given.append(tokens)
+            if not over:
+                out += tokens
+        self.own += [[False] * len(self.tasks)] * n
+        return given
 
     def take(self, row, token):
         """The next token of a row for which this one was sampled."""

@@ -49,6 +49,22 @@ def chain(home):
 
 # ---- batches ----
 
+@pytest.mark.parametrize("page, shortest, longest", [(24, 12, 24), (200, 100, 200), (3200, 100, 3200)])
+def test_long_pages_are_learned_from_shorter_ones(page, shortest, longest):
+    """Pages of a demonstration: of the task's own lengths up to EASY_PAGE, of all between beyond."""
+    options = options_of(page=page, domains="search")
+    [job] = [job for job in post_train.plan(options, "base") if job.name == "base"]
+    lengths = []
+    for seed in range(400):
+        prompt, _ = post_train.demonstration(Random(seed), job, options)
+        if prompt[-1] == tasks.ANSWER:
+            lengths.append(len(tasks.decode(prompt[1:-1])) - len("read  ?"))
+    assert shortest <= min(lengths) < 1.5 * shortest and 0.8 * longest < max(lengths) <= longest
+    if page > post_train.EASY_PAGE:  # from 200 to 3200 their logarithms are spread evenly, each below by half
+        middle = sorted(lengths)[len(lengths) // 2]
+        assert 450 < middle < 800
+
+
 def test_packed_documents():
     """By a loop over each row: documents whole, their bounds, the weight of each target."""
     options = options_of(batch_size=3, block_size=60)

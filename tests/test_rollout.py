@@ -95,6 +95,92 @@ def test_the_limit_ends_a_row_also_within_a_reply():
     assert out == [CALL, *encode("ab"), REPLY, *encode("A")] and own == [True] * 4 + [False]
 
 
+class Reader(Scripted):
+    """A task whose tool answers with a page of `length` letters."""
+
+    def __init__(self, limit, length):
+        super().__init__(limit)
+        self.length = length
+
+    def tool(self, text):
+        return "".join("abcdefghij"[i * i % 10] for i in range(self.length))
+
+
+def test_what_all_rows_are_given_is_taken_at_once():
+    """Pieces of a multiple of 16, none of them the last token of a row; nothing while a row is free; rows
+    that are over do not matter."""
+    turns = Turns([Reader(99, 40), Reader(99, 60), Reader(99, 9)])
+    outs = turns.outs
+    for token in (CALL, 97, REPLY):
+        _, given = turns(torch.tensor([token, token, 5]))
+        assert given is None
+    taken, given = turns(torch.tensor([1, 1, EOT]))  # the first token of the replies, and the third row ends
+    letters = turns.tasks[1].reply([97])
+    assert taken.tolist() == [letters[0], letters[0], EOT]
+    assert given.tolist() == [letters[1:33], letters[1:33], [EOT] * 32]
+    assert outs[0] == outs[1] == [CALL, 97, REPLY, *letters[:33]] and outs[2] == [5, 5, 5, EOT]
+    assert turns.own[2:] == [[True] * 3, [False, False, True]] + [[False] * 3] * 32
+    for _ in range(8):  # 8 tokens remain of the first reply, too few
+        _, given = turns(torch.tensor([1, 1, 1]))
+        assert given is None
+    assert outs[0][-1] == END and turns.own[-1] == [False] * 3
+
+    turns = Turns([Reader(3 + 32, 40)])  # of the 32 that its limit leaves 31 are not the last
+    for token in (CALL, 97, REPLY):
+        _, given = turns(torch.tensor([token]))
+    assert given.shape == (1, 16) and not turns.over[0]
+
+
+@pytest.mark.parametrize("top_p", [None, 0.7])
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("backend", ["torch", "triton"] if torch.cuda.is_available() else ["torch"])
+def test_a_reply_that_is_read_at_once_is_one_read_token_by_token(backend, chunk, top_p, monkeypatch):
+    """The same ids, log-probabilities and selections, which a trainer computes as well. Rows differ in where
+    their replies begin and end, one is over before; prompts differ in length."""
+    asked = [CALL, 97, REPLY]
+    scripts = [asked, asked, [5, *asked], [5, 5, *asked, 6, *asked], [6, EOT], asked, asked, [7, *asked]]
+    batch = [Reader(60, 40), Reader(135, 120), Reader(50, 50), Reader(70, 40), Reader(9, 9), Reader(40, 50),
+             Reader(60, 39), Reader(60, 40)]
+    batch[0].question = "say more"
+    take, given = Turns.take, Turns.given
+    pieces = []
+
+    def scripted(turns, row, token):
+        """A row takes its script where it is free, then digits."""
+        own = sum(column[row] for column in turns.own)
+        if not turns.over[row] and not turns.replies[row]:
+            token = (scripts[row] + [48 + own % 10] * 99)[own]
+        return take(turns, row, token)
+
+    def noted(turns):
+        found = given(turns)
+        pieces.append(0 if found is None else len(found[0]))
+        return found
+
+    model = tiny(backend=backend)
+    monkeypatch.setattr(Turns, "take", scripted)
+    rollouts = []
+    for way in (noted, lambda turns: None):
+        monkeypatch.setattr(Turns, "given", way)
+        roller = Roller(model, torch.device(device_of(backend)))
+        rollouts.append(roller(batch, top_p=top_p, traced=True, chunk=chunk))
+    at_once, one_by_one = rollouts
+    assert [n for n in pieces if n] == [32, 48]
+    assert at_once.outs == one_by_one.outs and torch.equal(at_once.ids, one_by_one.ids)
+    assert torch.equal(at_once.own, one_by_one.own) and at_once.own.any() and (at_once.logp < 0).any()
+    if top_p is not None:  # it leaves tokens of the script out
+        own = at_once.own
+        assert torch.equal(at_once.kept[own], one_by_one.kept[own]) and not at_once.kept[own].all()
+        return
+    if backend == "triton":  # other kernels read a piece than decode
+        assert gap(model, at_once) < 1e-4
+        return
+    assert torch.equal(at_once.logp, one_by_one.logp)
+    for chosen, expected in zip(at_once.selections, one_by_one.selections):
+        assert torch.equal(chosen, expected)
+    assert gap(model, at_once) == 0
+
+
 def test_rows_end_by_themselves(monkeypatch):
     """In one batch: the ids, who wrote them, where rows begin and end, padding at both ends."""
     script = [[5, 6, EOT, 9, 9, 9], [CALL, *encode("a"), REPLY, 9, 9, 9], [5, 5, 5, 5, 5, 5]]

@@ -34,16 +34,15 @@ FLOAT_TILE_BYTES = 140 * 1024  # of shared memory, that a float32 tile of 64 key
 # topk
 DIRECT_ROW = 2048  # scores up to which all of a row are candidates
 ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to LARGE_TILE: 64 bytes
-SHORT_ROW = 16384  # up to which a row is sampled, and scanned, in smaller pieces
-MIDDLE_ROW = 65536
+SAMPLES = {4096: 512, 16384: 1024, 65536: 2048}  # scores of a sample by the longest row; 8192 beyond
+MIDDLE_ROW = 16384  # up to which a row is scanned in smaller pieces
 LEAST_CAP = 1024  # candidates that a program has room for
 GUESS_SIGMAS = tl.constexpr(4.0)  # by which a row's sample may err without another guess
 GUESSES = tl.constexpr(3)  # by the sample
 SKEWNESS = tl.constexpr(3)  # hits more than sigmas say, where few are expected
 SAMPLE_RUN = tl.constexpr(8)  # neighbouring scores of a sample, as many as memory reads at once
 LARGEST_RANK = tl.constexpr(0.9)  # of the sample
-SMALL_TILE = 2048  # scores that are compared at once: few candidates
-LARGE_TILE = 4096  # the same, of many
+LARGE_TILE = 4096  # scores that are compared at once, at most
 
 # select
 SELECT_CHUNK = 2**28  # scores that are held at a time, 1 GB; processors idle at the end of each chunk
@@ -791,30 +790,34 @@ class TopkTiles(NamedTuple):
 
 def topk_tiles(T, K, rows, device):
     """Tiles for `rows` rows of T scores."""
-    processors = multiprocessors(device)
-    if T <= DIRECT_ROW:
-        cap = triton.next_power_of_2(T)
-        num_warps = max(1, cap // 1024)
-        programs = min(rows, processors * (32 // num_warps))
-        return TopkTiles(
-            direct=True, cap=cap, sample=1024, words=512, tile=LARGE_TILE, num_warps=num_warps, maxnreg=64,
-            programs=programs)
-    if T <= SHORT_ROW:
-        sample = 1024
-        words = 512
-    else:
-        sample = 2048 if T <= MIDDLE_ROW else 8192
-        words = 1024
+    sample = next((size for longest, size in SAMPLES.items() if T <= longest), 8192)
     # as in the kernel, for the longest row: the expected candidates and 2.5 standard deviations fit
     mean = sample * min(K, T) / T
     rank = mean + GUESS_SIGMAS.value * mean**0.5 + SKEWNESS.value
     cap = triton.next_power_of_2(max(LEAST_CAP, int((rank + 2.5 * rank**0.5) * T / sample)))
-    small = cap <= 2 * LEAST_CAP and rows > 2 * processors  # few rows: none of them should take long
-    num_warps = 4 if small else max(8, min(32, cap // 512))
-    programs = min(rows, processors * (32 // num_warps))
+
+    processors = multiprocessors(device)
+    words = 256 if T <= MIDDLE_ROW else 1024
+    maxnreg = 64
+    if T <= DIRECT_ROW:
+        cap = triton.next_power_of_2(T)
+        num_warps = max(1, cap // 1024)
+        tile = LARGE_TILE
+    elif cap > 2 * LEAST_CAP or rows <= 2 * processors:  # of few rows none should take long
+        num_warps = max(8, min(32, cap // 512))
+        tile = LARGE_TILE
+    elif cap > LEAST_CAP:
+        num_warps = 4
+        tile = 2048
+    else:
+        num_warps = 2
+        tile = 1024
+        words = 128
+        maxnreg = 96
+    programs = min(rows, processors * (REGISTERS // (maxnreg * 32 * num_warps)))
     return TopkTiles(
-        direct=False, cap=cap, sample=sample, words=words, tile=SMALL_TILE if small else LARGE_TILE,
-        num_warps=num_warps, maxnreg=64, programs=programs)
+        direct=T <= DIRECT_ROW, cap=cap, sample=sample, words=words, tile=tile, num_warps=num_warps,
+        maxnreg=maxnreg, programs=programs)
 
 
 def launch_topk(out, scores, T, first, last, first_row, rows):
