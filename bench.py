@@ -30,9 +30,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
+import tasks
 from config import Config
-from generate import Decoder, new_caches, stream
+from generate import Decoder, make_decoder, new_caches, stream
 from model import Transformer
+from rollout import Roller
 from sparse_attn import pack_latents
 from support import cli, report, tokenizer
 from train import GPU, Options, trainable
@@ -98,6 +100,8 @@ BESIDE_GPT = (4096, 16384)
 LONG = (16384, 32768, 65536, 131072)  # contexts of a trained checkpoint
 DECODED = ((1, 4096), (1, 131072), (16, 65536), (64, 16384))  # batch and context of decoding steps
 SAMPLED = (2**17, 2**19, 2**20)  # prompts of sample.py
+ROLLED_ROWS = 256  # of a batch that a trainer learns from
+ROLLED_STEPS = 128
 SAMPLED_STEPS = 64  # decoding steps behind them
 
 
@@ -877,11 +881,12 @@ def full_caches(model, B, T):
 def decoding(model, B, T, compiled):
     """Steps at the end of a context of T, as `stream` takes them -> ms of one, kernels of one."""
     token = torch.randint(0, VOCABULARY, (B,), device=DEVICE)
+    position = torch.full((B,), T - 1, device=DEVICE)
     first = torch.zeros(B, dtype=torch.int32, device=DEVICE)
     decoder = Decoder(model, full_caches(model, B, T), compiled)
 
     def step():
-        decoder.step(token, T - 1, first)
+        decoder.step(token, position, first)
 
     def steps():
         for _ in range(20):
@@ -970,6 +975,47 @@ def bench_sample(table, T):
         clean_up()
 
 
+class Monologue(tasks.Task):
+    """Of no use to anybody, of a known length."""
+    question = "go on " * 18
+    mode = "direct"
+    limit = ROLLED_STEPS
+
+    def __init__(self):
+        pass
+
+
+def bench_rollout(table):
+    """Rows of a prompt and ROLLED_STEPS tokens: as sample.py would answer them, and as rollouts, where the
+    weights are float32 and all that a trainer needs is kept. The model of the default run, reading bytes with
+    the k of configs/post_gpu.conf."""
+    names = {f.name for f in fields(Config)}
+    sizes = {name: value for name, value in GPU.items() if name in names}
+    with torch.device(DEVICE):
+        model = Transformer(Config(**sizes | dict(vocab_size=tasks.EOT + 1, index_topk=64)))
+    batch = [Monologue() for _ in range(ROLLED_ROWS)]
+    autocast = functools.partial(torch.autocast, DEVICE, BF16, cache_enabled=False)
+    roller = Roller(model, torch.device(DEVICE), autocast)
+    prompts = torch.tensor([task.prompt() for task in batch], device=DEVICE)
+
+    seconds = {}
+
+    def measure(name, run):
+        run()  # compiles, captures
+        seconds[name] = wall_seconds(run, settle=0)
+
+    measure("rollout", lambda: roller(batch, traced=True))
+    model.to(BF16)
+    decoder = make_decoder(model, ROLLED_ROWS, prompts.shape[1] + ROLLED_STEPS, torch.device(DEVICE))
+    measure("sample.py", lambda: list(stream(model, prompts, ROLLED_STEPS, decoder=decoder)))
+    tokens = ROLLED_ROWS * ROLLED_STEPS
+    what = f"{ROLLED_ROWS} rows of {ROLLED_STEPS} tokens, 27M"
+    for name in ("sample.py", "rollout"):
+        table.add(f"{what}, {name}, a step", 1000 * seconds[name] / ROLLED_STEPS,
+                  seconds["sample.py"] / seconds[name],
+                  f"x sample.py's speed ({tokens / seconds[name]:,.0f} tokens/s)")
+
+
 def bench_cold(table):
     """From the start of sample.py to its first token behind a prompt of 1K, nothing compiled before."""
     with tempfile.TemporaryDirectory() as folder:
@@ -1005,7 +1051,7 @@ def parts(checkpoint):
     for T in SAMPLED:
         found[f"sample-{T // 1024}k"] = functools.partial(bench_sample, T=T)
     found |= dict(
-        decode=bench_decode, prefill=bench_prefill, cold=bench_cold, million=bench_million, graft=bench_graft,
+        decode=bench_decode, prefill=bench_prefill, rollout=bench_rollout, cold=bench_cold, million=bench_million, graft=bench_graft,
         long=functools.partial(bench_long, folder=checkpoint))
     return found
 

@@ -1,5 +1,6 @@
 """Generation: the prompt enters the caches in chunks, then one token at a time. On a GPU a decoding step is
 one CUDA graph."""
+import functools
 import math
 
 import torch
@@ -11,6 +12,7 @@ SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
 LARGE_CHUNK = 32768  # beyond, nothing is gained
 GREEDY = 1e-6  # temperatures below it take the most likely token
 LEAST_TOP_P = 1e-9  # below it rounding may leave no token at all
+PIECE_ROUND = 16  # lengths that pieces are filled up to are multiples of it
 FEWEST_ROWS = 8  # that a batch keeps, and multiples: a CPU sums products of other numbers in another order
 CHUNK_SHARE = 8  # a chunk's tensors in one layer take at most 1 / CHUNK_SHARE of a GPU's free memory
 
@@ -41,36 +43,36 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 class Trace:
-    """What a trainer needs to know of a generation, noted by `stream`.
+    """What a trainer needs to know of a generation, noted by `stream`. Columns are positions; -1: nobody's.
 
-    logp: for each step (B,) float32, the log-probability of the token taken, among those that could be
-    sampled; kept: for each step (B,vocab) bool, which those were; [] without top_k and top_p. selections: for
-    each forward, a chunk of the prompt or one token, a list of (B,S,k) int32 per layer; [] for a model with
-    dense attention. Rows that are no longer computed have 0, True and -1."""
+    logp: for each step (B,) float32, the log-probability of the token sampled, among those that could be;
+    kept: for each step (B,vocab) bool, which those were; [] without top_k and top_p. columns: for each step
+    (B,) int64, where the token stands. selections: for each forward, of a chunk or of one token a row, a list
+    of (B,S,k) int32 per layer; [] for a model with dense attention. queries: for each of them (B,S) int64,
+    the columns of the queries."""
 
     def __init__(self):
         self.logp = []
         self.kept = []
+        self.columns = []
         self.selections = []
+        self.queries = []
 
-    def add_token(self, rows, logits, token, temperature, top_k, top_p):
-        """The token (n,) taken where the model gave logits (n,vocab), of the Rows that are computed."""
+    def add_token(self, rows, logits, token, column, temperature, top_k, top_p):
+        """The token (n,) sampled where the model gave logits (n,vocab), of the Rows that are computed, for a
+        column (n,)."""
         logits = restrict(logits, temperature, top_k, top_p)
         logp = logits.log_softmax(-1).gather(-1, token[:, None])  # (n, 1)
         self.logp.append(rows.everywhere(logp[:, 0], 0))
+        self.columns.append(rows.everywhere(column, -1))
         if top_k is not None or top_p is not None:
             self.kept.append(rows.everywhere(logits > float("-inf"), True))
 
-    def add_given(self, n):
-        """n tokens that no row sampled."""
-        self.logp += [torch.zeros_like(self.logp[-1])] * n
-        if self.kept:
-            self.kept += [torch.ones_like(self.kept[-1])] * n
-
-    def add_selections(self, rows, selections):
-        """Those of one forward, of the Rows that are computed. Copies: a CUDA graph writes the next step's to
-        the same place."""
+    def add_selections(self, rows, selections, queries):
+        """Those of one forward, of the Rows that are computed; queries (n,S). Copies: a CUDA graph writes the
+        next step's to the same place."""
         self.selections.append([rows.everywhere(chosen, -1).clone() for chosen in selections])
+        self.queries.append(rows.everywhere(queries, -1))
 
 
 def document_starts(idx, end_ids):
@@ -123,7 +125,7 @@ class Decoder:
         self.traced = traced and model.attention == "sparse"
         self.selections = []
         self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.position = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.first = torch.zeros(B, 1, dtype=torch.int32, device=device)
         self.last = torch.zeros(B, 1, dtype=torch.int32, device=device)
 
@@ -132,12 +134,12 @@ class Decoder:
         return Decoder(self.model, [cache.part(rows) for cache in self.caches], traced=self.traced)
 
     def step(self, token, position, first):
-        """token (B,) int64 at this position, which enters the caches; first (B,): where its document begins
+        """token (B,) int64 at position (B,), which enters the caches; first (B,): where its document begins
         -> logits (B,1,vocab)."""
         self.token.copy_(token[:, None])
-        self.position.fill_(position)
+        self.position.copy_(position[:, None])
         self.first.copy_(first[:, None])
-        self.last.fill_(position)
+        self.last.copy_(position[:, None])
         if not self.captures:
             return self.forward(self.last if self.compiled else None)  # None: only what is filled is read
         if self.graph is None:
@@ -234,19 +236,27 @@ def default_chunk(config, B, device):
     return max(SMALL_CHUNK, min(LARGE_CHUNK, tokens))
 
 
-def read_chunks(model, idx, begin, first, caches, chunk, selections=None):
-    """Let tokens idx (B,S) from the position `begin` on enter the caches, `chunk` of them at once -> logits
-    (B,1,vocab) behind the last. first (B,S) or None. selections: a list, to which those of each chunk are
-    added, one (B,chunk,k) for each layer."""
-    S = idx.shape[1]
-    for part in torch.arange(S, device=idx.device).split(chunk):
-        bounds = None if first is None else first[:, part]
-        chosen = None if selections is None else []
-        logits, _ = model(
-            idx[:, part], first=bounds, caches=caches, position=begin + part, logits_of="last",
-            selections=chosen)
-        if selections is not None:
-            selections.append(chosen)
+def read_pieces(model, pieces, position, first, caches, chunk, note):
+    """Let each row's piece, a list of ids or [], enter the caches from its position (B,) on, `chunk` columns
+    at once -> logits (B,1,vocab) behind it, of no use where it is []. first (B,). note: None, or called with
+    the selections of each forward and (B,S), the positions of their queries, -1 behind a piece's end."""
+    longest = -(-max(map(len, pieces)) // PIECE_ROUND) * PIECE_ROUND
+    tokens = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces]).to(position.device)
+    length = torch.tensor([len(piece) for piece in pieces]).to(position.device)[:, None]  # (B, 1)
+    columns = torch.arange(longest, device=position.device)
+    # what fills a row up is written behind its piece, where the next tokens will be written again
+    at = (position[:, None] + columns).clamp(max=caches[0].capacity - 1)  # (B, longest)
+    logits = None
+    for part in columns.split(chunk):
+        end = length - 1 - part[0]  # (B, 1), where the piece's last token is in this part
+        chosen = None if note is None else []
+        found, _ = model(
+            tokens[:, part], first=first[:, None].expand(-1, len(part)), caches=caches, position=at[:, part],
+            logits_of=end[:, 0].clamp(0, len(part) - 1), selections=chosen)
+        here = (end >= 0) & (end < len(part))  # (B, 1)
+        logits = found if logits is None else torch.where(here[..., None], found, logits)
+        if note is not None:
+            note(chosen, torch.where(part < length, at[:, part], -1))
     return logits
 
 
@@ -281,13 +291,15 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     ranks: parallel.Ranks that share the prompt, called on all of them, all yield the same. Sets
     model.cache_bytes_per_token. ValueError: see `check`.
 
-    For reinforcement learning: steer(token (B,)) sees what was sampled (-1: the row has ended) -> (B,), what
-    is taken, such as the next token of a tool's reply, and (B,m) tokens that follow whatever would be
-    sampled, or None: they enter the caches at once, as a prompt does, and end no text. trace: a Trace to
-    fill; its selections also cover prompts up to k tokens. It takes a temperature above 0 and a prompt that
-    no ranks share. decoder: one of `make_decoder` for these rows and T + n tokens, traced with a trace, whose
-    caches and CUDA graph serve call after call. copies: rows that continue each prompt, one behind the other;
-    idx is then (B / copies,T), each prompt read once."""
+    For reinforcement learning: steer(token (B,)) sees what was sampled (-1: nothing, in a row that is over or
+    waits) -> {row: its token and what follows in any case, such as the reply of a tool}, and for each row
+    whether it is over, as all must be within n tokens. A row with a reply waits until the others are over or
+    wait, too; then all replies enter the caches at once, as a prompt does. So rows differ in length. A reply
+    ends no text; it is yielded behind its token, with -1 in the other rows. trace: a Trace to fill; its
+    selections also cover prompts up to k tokens. It takes a temperature above 0 and a prompt that no ranks
+    share. decoder: one of `make_decoder` for these rows and T + n tokens, traced with a trace, whose caches
+    and CUDA graph serve call after call. copies: rows that continue each prompt, one behind the other; idx is
+    then (B / copies,T), each prompt read once."""
     T = idx.shape[1]
     B = len(idx) * copies
     config = model.config
@@ -309,73 +321,99 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     first = document_starts(idx.cpu(), end_ids)  # (B / copies, T)
     packed = bool(first.any())  # one document needs no bounds
     first = first.to(device)
-    bounds = first if packed else None
     prompt_chunk = chunk or default_chunk(config, len(idx), device)
     begin = 0
     if ranks is not None and ranks.context > 1:
-        begin = share_prompt(model, idx, bounds, prompt_caches, prompt_chunk, ranks)
-        bounds = None if bounds is None else bounds[:, begin:]
-    chosen = [] if decoder.traced else None
-    logits = read_chunks(model, idx[:, begin:], begin, bounds, prompt_caches, prompt_chunk, chosen)
-    for layers in chosen or []:
-        trace.selections.append([x.repeat_interleave(copies, 0) for x in layers])
+        begin = share_prompt(model, idx, first if packed else None, prompt_caches, prompt_chunk, ranks)
+    for position in torch.arange(begin, T, device=device).split(prompt_chunk):
+        bounds = first[:, position] if packed else None
+        chosen = [] if decoder.traced else None
+        logits, _ = model(
+            idx[:, position], first=bounds, caches=prompt_caches, position=position, logits_of="last",
+            selections=chosen)
+        if decoder.traced:
+            trace.selections.append([x.repeat_interleave(copies, 0) for x in chosen])
+            trace.queries.append(position.expand(B, -1))
     if copies > 1:
         for cache in caches:
             cache.repeat(copies)
         logits, first, idx = (x.repeat_interleave(copies, 0) for x in (logits, first, idx))
 
+    if n == 0:
+        return
     rows = Rows(B, device)
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
     start = first[:, -1]  # (B,) where the document of the last token begins
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
     is_end = torch.isin(idx[:, -1], ends)  # (B,), and from here on all (n,), of the rows that are computed
-    t = T
-    while t < T + n:
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    waits = torch.zeros(B, dtype=torch.bool, device=device)
+    free = ~ended  # what is sampled for the others counts for nothing
+    at = torch.full((B,), T, device=device)  # the position of the row's next token
+    pieces = {}  # of the rows that wait
+    steps = 0
+    while True:
         if not logits[:, -1].isfinite().all():
             raise ValueError("the model's next token is not a number: its weights are damaged, or overflow "
                              "in this dtype")
-        start = start.masked_fill(is_end, t)
+        start = torch.where(is_end, at, start).int()
         token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (n,)
         if ranks is not None:
             token = ranks.same(token)
-        given = None
-        if steer is not None:
-            token, given = steer(rows.everywhere(token, -1))
-            token = token[rows.at]
         if trace is not None:
-            trace.add_token(rows, logits[:, -1], token, temperature, top_k, top_p)
-        is_end = torch.isin(token, ends)
-        yield rows.everywhere(token.masked_fill(ended, -1), -1)
-        t += 1
-        if end_ids and not go_on:
-            ended = ended | is_end
-            if ended.all():
+            column = torch.where(free, at, -1)
+            trace.add_token(rows, logits[:, -1], token, column, temperature, top_k, top_p)
+        is_end = torch.isin(token, ends) & free
+        told = rows.everywhere(token.masked_fill(~free, -1), -1)  # (B,)
+        steps += 1
+        yield told
+
+        # who is over, and who waits
+        if steer is None:
+            if end_ids and not go_on:
+                ended = ended | is_end
+            if steps == n or (end_ids and not go_on and ended.all()):
                 return
-            staying = rows.halve(ended) if decoder.rows_leave else None
-            if staying is not None:
-                decoder = decoder.part(staying)
-                token, start, is_end, ended = (x[staying] for x in (token, start, is_end, ended))
-        if given is not None:
-            given = given[rows.at]  # (n, m)
-            for column in given.unbind(1):
-                yield rows.everywhere(column.masked_fill(ended, -1), -1)
-            tokens = torch.cat((token[:, None], given), 1)  # (n, 1 + m)
-            behind = start.masked_fill(is_end, t)
-            bounds = torch.cat((start[:, None], behind[:, None].expand(given.shape)), 1)  # (n, 1 + m)
-            start = behind
-            is_end = torch.zeros_like(is_end)
-            chosen = [] if decoder.traced else None
-            given_chunk = chunk or default_chunk(config, len(given), device)
-            logits = read_chunks(model, tokens, t - 1, bounds, decoder.caches, given_chunk, chosen)
-            for layers in chosen or []:
-                trace.add_selections(rows, layers)
-            if trace is not None:
-                trace.add_given(given.shape[1])
-            t += given.shape[1]
-        elif t < T + n:
-            logits = decoder.step(token, t - 1, start)
+        else:
+            replies, over = steer(told)
+            pieces |= replies
+            for column in columns_of(replies, B):
+                yield column.to(device)
+            if all(over):
+                return
+            ended = torch.tensor(over).to(device)[rows.at]
+            waits = torch.tensor([row in pieces for row in range(B)]).to(device)[rows.at]
+        staying = rows.halve(ended) if decoder.rows_leave else None
+        if staying is not None:
+            decoder = decoder.part(staying)
+            token, start, is_end, ended, waits, at = (
+                x[staying] for x in (token, start, is_end, ended, waits, at))
+
+        # the next logits: behind another token of each row that is free, or behind what all others wait for
+        free = ~(ended | waits)
+        if steer is None or len(pieces) + sum(over) < B:
+            logits = decoder.step(token, at, start)
             if decoder.traced:
-                trace.add_selections(rows, decoder.selections)
+                trace.add_selections(rows, decoder.selections, torch.where(free, at, -1)[:, None])
+            at = at + free.long()
+        else:
+            waited = [pieces.get(row, []) for row in rows.at.tolist()]
+            note = functools.partial(trace.add_selections, rows) if decoder.traced else None
+            piece_chunk = chunk or default_chunk(config, len(waited), device)
+            logits = read_pieces(model, waited, at, start, decoder.caches, piece_chunk, note)
+            at = at + torch.tensor([len(piece) for piece in waited]).to(device)
+            waits = torch.zeros_like(waits)
+            free = ~ended
+            pieces = {}
+
+
+def columns_of(replies, B):
+    """replies {row: its token, and what follows} -> for each place behind the token (B,) int64, -1 where
+    there is nothing."""
+    longest = max((len(reply) - 1 for reply in replies.values()), default=0)
+    columns = torch.full((longest, B), -1)
+    for row, reply in replies.items():
+        columns[:len(reply) - 1, row] = torch.tensor(reply[1:])
+    return columns
 
 
 def complete(model, idx, n, end_ids=(), copies=1, **options):

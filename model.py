@@ -172,9 +172,9 @@ def watched(model, wrap):
 class ForwardState:
     """What all layers of one forward share; see Transformer.forward."""
     ops: Operations
-    cos: Tensor  # (S, 1, rope / 2) float32, as sin
+    cos: Tensor  # (S, 1, rope / 2) or (B, S, 1, rope / 2) float32, as sin
     sin: Tensor
-    position: Tensor  # (S,) int64, of what enters the caches; with split the tokens of all its ranks
+    slots: tuple  # an index of (B, T): where these tokens enter the caches; with split those of all its ranks
     length: int  # tokens in the caches, these included
     first: Tensor | None  # (B, S) int32
     last: Tensor | None  # (B, S) int32
@@ -343,7 +343,7 @@ class Attention(nn.Module):
                 selection = Selection(selection.indices, q_index, k_index, w, scorer)
         latents = state.gather(latents)
         if cache is not None:
-            latents = cache.append(state.position, state.length, latents)  # (B, T, rank + rope), or bytes
+            latents = cache.append(state.slots, state.length, latents)  # (B, T, rank + rope), or bytes
         T = latents.shape[1]
 
         # Up to k tokens, selecting is attending to all: the dense path, unless the KL over the selection is
@@ -405,7 +405,7 @@ class Attention(nn.Module):
             w = w * q_scale.squeeze(-1)  # (B, S, HI)
             k_scale = k_scale.squeeze(-1)  # (B, T)
         if cache is not None:
-            k, k_scale = cache.append_index(state.position, state.length, k, k_scale)
+            k, k_scale = cache.append_index(state.slots, state.length, k, k_scale)
         block = self.config.block_of(self.layer)
         return Scorer(
             q, k, w, k_scale, block, candidates=state.candidates if block else 0,
@@ -544,9 +544,10 @@ class Transformer(nn.Module):
         all layers, each by the indexer whose selection it uses) and "recall" (share of dense attention mass
         selected, 0..1, mean over all layers); of the layers that select in two levels also "index_recall"
         (share of exact selection that is selected).
-        logits_of=None gives None for them, see `next_token_loss`; "last": the last token's alone.
+        logits_of=None gives None for them, see `next_token_loss`; "last": the last token's alone; (B,) int64:
+        of each row one token's alone.
         caches: one Cache per layer; `position` (S,) int64 of these tokens (with split: of those of all its
-        ranks), all earlier ones being cached.
+        ranks) or (B,S), of each row its own, all earlier ones being cached.
         With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
         process has a part of the sequence, others the rest; idx, targets, first, selections and the results
         are those of the part. selections: (B,S,k) int32 for each layer, to attend to instead of what the
@@ -586,7 +587,9 @@ class Transformer(nn.Module):
                     losses[name] = torch.stack(layers).mean()
         if targets is not None:
             losses["lm"] = next_token_loss(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), backend)
-        if logits_of == "last":
+        if isinstance(logits_of, Tensor):
+            h = h[torch.arange(len(h), device=h.device), logits_of][:, None]
+        elif logits_of == "last":
             h = h[:, -1:]
         logits = None
         if logits_of is not None:
@@ -599,7 +602,7 @@ class Transformer(nn.Module):
         """Check the arguments of `forward` -> ForwardState."""
         if index_loss and caches is not None:
             raise ValueError("index_loss=True needs the whole sequence in one forward; leave caches out")
-        S = idx.shape[1]
+        B, S = idx.shape
         if split is not None:
             length = split.length
             last = split.position.expand(idx.shape).int()
@@ -608,7 +611,9 @@ class Transformer(nn.Module):
         elif last is not None:
             length = caches[0].capacity
         else:
-            length = int(position[-1]) + 1
+            length = int(position.max()) + 1
+            if position.dim() == 2:
+                last = position.int()
         if length > self.config.max_position_embeddings:
             raise ValueError(f"sequence of {length} tokens is longer than the model's "
                              f"max_position_embeddings={self.config.max_position_embeddings}; shorten it")
@@ -619,13 +624,14 @@ class Transformer(nn.Module):
             candidates = self.config.index_candidates or default
         if position is None:
             position = torch.arange(S, device=idx.device)
+        row = slice(None) if position.dim() == 1 else torch.arange(B, device=idx.device)[:, None]
         own = position if split is None else split.position
-        angles = (own[:, None].float() * self.rope_frequencies)[:, None]  # (S, 1, rope / 2)
+        angles = (own[..., None].float() * self.rope_frequencies)[..., None, :]  # (S or B, S, 1, rope / 2)
         return ForwardState(
             ops=operations(backend),
             cos=angles.cos() * self.rope_amplitude,
             sin=angles.sin() * self.rope_amplitude,
-            position=position,
+            slots=(row, position),
             length=length,
             first=first,
             last=last,

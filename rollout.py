@@ -1,12 +1,10 @@
 """Rollouts: a model solves a batch of tasks, each in turns of its own, for a trainer to learn from.
 
-Generation is generate.stream. Prompts of different lengths are aligned at their end, so that all rows share
-one position and, on a GPU, one CUDA graph; a row takes the token that was sampled, or the next one of its
-tool's reply, so that turns need no ragged code. What the trainer must know to compute the same numbers is
-kept: the log-probability of each token, what could be sampled, and what every query of every layer selected.
-Where all rows are within replies, what these have in common in length is read at once, as a prompt is.
+Generation is generate.stream. Prompts of different lengths are aligned at their end, so that all answers
+begin in one column. A row whose tool replies waits for the others, and the replies are read at once. What the
+trainer must know to compute the same numbers is kept: the log-probability of each token, what could be
+sampled, and what every query of every layer selected.
 """
-from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -28,78 +26,52 @@ def rounded(n, step=ROUND):
 
 
 class Turns:
-    """Decides in each step what every row takes: `steer` of generate.stream.
+    """Decides what becomes of every row after each token: `steer` of generate.stream.
 
-    A row takes what the model sampled, until it closes a call of its tool; then the tool's reply, token by
-    token or in a piece that all rows have. It is over at its end of text, or without one when it reaches its
-    task's limit. outs: for each row the ids behind its prompt; own: for each column behind the prompts, which
-    rows took a token of the model's."""
+    A row writes until it closes a call of its tool; then comes the tool's reply. It is over at its end of
+    text, or without one when it reaches its task's limit. outs: for each row the ids behind its prompt; own:
+    for each of them, whether the model wrote it."""
 
     def __init__(self, tasks):
         self.tasks = tasks
         self.outs = [[] for _ in tasks]
-        self.own = []
+        self.own = [[] for _ in tasks]
         self.over = [False] * len(tasks)
-        self.replies = [deque() for _ in tasks]
         self.calls = [None] * len(tasks)  # ids since a <call> that is open
 
     def __call__(self, sampled):
-        """sampled (B,) -> (B,) int64, what is taken, and what is `given` behind it, (B,n) int64 or None.
-        Waits for the device once, to read `sampled`."""
-        tokens = sampled.tolist()
-        own = []
-        for row in range(len(self.tasks)):
-            own.append(not self.over[row] and not self.replies[row])
-            tokens[row] = self.take(row, tokens[row])
-        self.own.append(own)
-        given = self.given()
-        if given is not None:
-            given = torch.tensor(given).to(sampled.device, non_blocking=True)
-        return torch.tensor(tokens).to(sampled.device, non_blocking=True), given
-
-    def given(self):
-        """The tokens that follow in every row whatever would be sampled: lists of one length, a multiple of
-        ROUND; None if there are fewer. No row is over within them."""
-        lengths = []
-        for task, out, reply, over in zip(self.tasks, self.outs, self.replies, self.over):
-            if not over:
-                lengths.append(min(len(reply), task.limit - len(out) - 1))
-        n = min(lengths, default=0) // ROUND * ROUND
-        if n == 0:
-            return None
-        given = []
-        for out, reply, over in zip(self.outs, self.replies, self.over):
-            tokens = [EOT] * n if over else [reply.popleft() for _ in range(n)]
-            given.append(tokens)
-            if not over:
-                out += tokens
-        self.own += [[False] * len(self.tasks)] * n
-        return given
+        """sampled (B,), -1 for none -> {row: its token and its tool's reply}, and which rows are over. Waits
+        for the device once, to read `sampled`."""
+        replies = {}
+        for row, token in enumerate(sampled.tolist()):
+            if token < 0:
+                continue
+            reply = self.take(row, token)
+            if reply and not self.over[row]:
+                replies[row] = [token, *reply]
+        return replies, self.over
 
     def take(self, row, token):
-        """The next token of a row for which this one was sampled."""
-        if self.over[row]:
-            return EOT
-        if self.replies[row]:
-            token = self.replies[row].popleft()
-        else:
-            self.listen(row, token)
+        """A token of the model's -> what follows it."""
         out = self.outs[row]
-        out.append(token)
+        reply = self.listen(row, token)[:self.tasks[row].limit - len(out) - 1]
+        out += [token, *reply]
+        self.own[row] += [True] + [False] * len(reply)
         self.over[row] = token == EOT or len(out) >= self.tasks[row].limit
-        return token
+        return reply
 
     def listen(self, row, token):
-        """Answer a call that this token of the model closes."""
+        """-> the reply to a call that this token of the model closes, or []."""
         task = self.tasks[row]
         if token == CALL:
             self.calls[row] = []
         elif token == REPLY and self.calls[row] is not None and task.mode == "think":
-            reply = task.reply(self.calls[row])
-            self.replies[row].extend(reply)
+            call = self.calls[row]
             self.calls[row] = None
+            return task.reply(call)
         elif self.calls[row] is not None:
             self.calls[row].append(token)
+        return []
 
 
 @dataclass
@@ -126,12 +98,14 @@ class Rollout:
 def assemble(tasks, prompts, turns, trace, device):
     """-> the Rollout of prompts (B,columns) that `turns` continued; trace: a filled Trace, or None."""
     B, columns = prompts.shape
-    steps = len(turns.own)
+    longest = max(map(len, turns.outs))
     # by way of NumPy, which reads lists of lists four times as fast
-    followed = np.array([out + [EOT] * (steps - len(out)) for out in turns.outs])  # (B, steps)
+    followed = np.array([out + [EOT] * (longest - len(out)) for out in turns.outs])  # (B, longest)
     ids = torch.cat((prompts, torch.from_numpy(followed).to(device)), 1)  # (B, T)
-    own = torch.zeros(B, columns + steps, dtype=torch.bool, device=device)
-    own[:, columns:] = torch.from_numpy(np.array(turns.own).T)
+    T = ids.shape[1]
+    own = torch.zeros(B, T, dtype=torch.bool, device=device)
+    wrote = [mine + [False] * (longest - len(mine)) for mine in turns.own]
+    own[:, columns:] = torch.from_numpy(np.array(wrote))
     rollout = Rollout(
         ids=ids,
         start=torch.tensor([columns - len(task.prompt()) for task in tasks], device=device),
@@ -145,25 +119,34 @@ def assemble(tasks, prompts, turns, trace, device):
         return rollout
 
     # log-probabilities, and what could be sampled
-    logp = torch.stack(trace.logp, 1)  # (B, steps)
-    before = logp.new_zeros(B, columns)
-    rollout.logp = torch.cat((before, logp), 1).masked_fill(~own, 0)
+    rollout.logp = placed(ids.new_zeros(B, T, dtype=torch.float32), trace.columns, trace.logp)
     if trace.kept:
-        kept = torch.stack(trace.kept, 1)  # (B, steps, vocab)
-        before = kept.new_ones(B, columns, kept.shape[-1])
-        rollout.kept = torch.cat((before, kept), 1)
+        everything = own.new_ones(B, T, trace.kept[0].shape[-1])
+        rollout.kept = placed(everything, trace.columns, trace.kept)
 
     # selections; from a row's last token on a token sees itself alone, which teaches an indexer nothing
     if trace.selections:
-        at = torch.arange(columns + steps - 1, device=device)
+        at = torch.arange(T - 1, device=device)
         over = at[None] >= rollout.end[:, None] - 1  # (B, T - 1)
         rollout.selections = []
         for parts in zip(*trace.selections):
-            chosen = torch.cat(parts, 1)  # (B, T - 1, k)
-            alone = torch.full_like(chosen[:1], -1)  # (1, T - 1, k)
+            alone = parts[0].new_full((B, T - 1, parts[0].shape[2]), -1)
             alone[..., 0] = at.int()
+            chosen = placed(alone, trace.queries, parts)  # (B, T - 1, k)
             rollout.selections.append(torch.where(over[..., None], alone, chosen))
     return rollout
+
+
+def placed(x, columns, parts):
+    """A copy of x (B,T,...) with parts, each (B,...) or (B,n,...), in the columns (B,) or (B,n) int64 that
+    belong to them; those of -1, or beyond T, nowhere."""
+    B, T = x.shape[:2]
+    columns = torch.cat([part.view(B, -1) for part in columns], 1)  # (B, N)
+    parts = torch.cat([part.view(B, -1, *x.shape[2:]) for part in parts], 1)  # (B, N, ...)
+    columns = torch.where((columns < 0) | (columns >= T), T, columns)
+    out = torch.cat((x, x[:, :1]), 1)  # (B, T + 1, ...), the last for what goes nowhere
+    columns = columns.view(*columns.shape, *[1] * (x.dim() - 2)).expand(parts.shape)
+    return out.scatter_(1, columns, parts)[:, :T]
 
 
 def prompt_columns(tasks):
@@ -216,8 +199,7 @@ class Roller:
             for _ in stream(self.model, prompts, limit, temperature=temperature, top_p=top_p,
                             generator=generator, chunk=chunk, end_ids=(EOT,), steer=turns, trace=trace,
                             decoder=decoder, copies=copies):
-                if all(turns.over):
-                    break
+                pass
         rollout = assemble(tasks, prompts.repeat_interleave(copies, 0), turns, trace, self.device)
         return rollout if len(tasks) == real else part(rollout, torch.arange(real, device=self.device))
 

@@ -151,22 +151,22 @@ class Cache:
             if index_fp8:
                 self.index_scales = torch.zeros(batch, capacity, device=device)
 
-    def append(self, position, length, latents):
-        """Store latents (B,S,D) of the tokens at position (S,) int64 -> the latents of the first `length`
-        tokens."""
+    def append(self, slots, length, latents):
+        """Store latents (B,S,D) of the tokens at slots, an index (row, position) -> the latents of the first
+        `length` tokens."""
         if self.fp8:
-            self.latents[:, position] = pack_latents(latents, self.value_dim)
+            self.latents[slots] = pack_latents(latents, self.value_dim)
         else:
-            self.latents[:, position] = latents.to(self.latents.dtype)
+            self.latents[slots] = latents.to(self.latents.dtype)
         return self.latents[:, :length]
 
-    def append_index(self, position, length, keys, scales=None):
+    def append_index(self, slots, length, keys, scales=None):
         """The same for indexer keys (B,S,DI) and, if they are e4m3, their scales (B,S)."""
         if scales is None:
-            self.index_keys[:, position] = keys.to(self.index_keys.dtype)
+            self.index_keys[slots] = keys.to(self.index_keys.dtype)
             return self.index_keys[:, :length], None
-        self.index_keys.view(torch.uint8)[:, position] = keys.view(torch.uint8)  # indexed writes know no e4m3
-        self.index_scales[:, position] = scales
+        self.index_keys.view(torch.uint8)[slots] = keys.view(torch.uint8)  # indexed writes know no e4m3
+        self.index_scales[slots] = scales
         return self.index_keys[:, :length], self.index_scales[:, :length]
 
     def part(self, rows):

@@ -476,6 +476,16 @@ def test_sample_part(small, monkeypatch):
     assert {f"sample-{T}k" for T in (128, 512, 1024)} < bench.parts(None).keys()
 
 
+def test_rollout_part(small, monkeypatch):
+    monkeypatch.setattr(bench, "GPU", bench.GPU | TINY)
+    monkeypatch.setattr(bench, "ROLLED_ROWS", 8)
+    monkeypatch.setattr(bench, "ROLLED_STEPS", 3)
+    monkeypatch.setattr(bench.Monologue, "limit", 3)
+    bench.bench_rollout(small)
+    check_rows(small, "8 rows of 3 tokens, 27M, sample.py", "8 rows of 3 tokens, 27M, rollout")
+    assert small.rows[0]["figure"] == 1
+
+
 def test_cold_part(small, monkeypatch):
     larger = Config(vocab_size=300, **TINY | dict(max_position_embeddings=2048))
     monkeypatch.setattr(bench, "SMALL_CONFIG", larger)

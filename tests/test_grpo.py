@@ -205,8 +205,9 @@ def test_a_reply_carries_no_loss():
     turns = Turns(batch)
     for row, task in enumerate(batch):
         prompts[row, columns - len(task.prompt()):] = torch.tensor(task.prompt())
-    while (t := len(turns.own)) < max(map(len, demos)):  # a call may take several columns
-        turns(torch.tensor([demo[t] if t < len(demo) else 0 for demo in demos]))
+    while not all(turns.over):
+        turns(torch.tensor([-1 if over else demo[len(out)] for demo, out, over in zip(
+            demos, turns.outs, turns.over)]))
     assert turns.outs == demos
     rollout = assemble(batch, prompts, turns, None, CPU)
     logp, _, _ = grpo.token_logp(model, rollout)

@@ -52,18 +52,18 @@ class Scripted(tasks.Task):
 
 
 def play(task, tokens):
-    """Feed a row with sampled tokens -> what it took, and which of them the model wrote."""
+    """Feed a row with sampled tokens, until it is over -> what it took, and which of them the model wrote."""
     turns = Turns([task])
     for token in tokens:
-        turns(torch.tensor([token]))
-    out = turns.outs[0]
-    return out, [own for [own] in turns.own][:len(out)]
+        if not turns.over[0]:
+            turns(torch.tensor([token]))
+    return turns.outs[0], turns.own[0]
 
 
-def test_a_call_is_answered_token_by_token():
+def test_a_call_is_answered():
     asked = [*encode("x"), CALL, *encode("ab"), REPLY]
     answered = [*encode("y"), ANSWER, *encode("z"), EOT]
-    script = [*asked, 1, 2, 3, *answered, 7, 7]
+    script = [*asked, *answered, 7, 7]
     out, own = play(Scripted(99), script)
     said = [*asked, *encode("AB"), END, *answered]
     assert out == said
@@ -83,7 +83,7 @@ def test_calls_that_are_none():
 
 
 def test_a_call_that_is_no_text_is_answered_and_worth_nothing():
-    out, _ = play(Scripted(99), [CALL, 0xC3, REPLY, 1, ANSWER, 5, EOT])
+    out, _ = play(Scripted(99), [CALL, 0xC3, REPLY, ANSWER, 5, EOT])
     assert out == [CALL, 0xC3, REPLY, END, ANSWER, 5, EOT]
     assert Scripted(99).episode(out) is None
 
@@ -91,7 +91,7 @@ def test_a_call_that_is_no_text_is_answered_and_worth_nothing():
 def test_the_limit_ends_a_row_also_within_a_reply():
     out, own = play(Scripted(4), [5, 5, 5, 5, 5, 5])
     assert out == [5, 5, 5, 5] and own == [True] * 4
-    out, own = play(Scripted(5), [CALL, *encode("ab"), REPLY, 1, 1, 1, 1])
+    out, own = play(Scripted(5), [CALL, *encode("ab"), REPLY, 1])
     assert out == [CALL, *encode("ab"), REPLY, *encode("A")] and own == [True] * 4 + [False]
 
 
@@ -106,79 +106,85 @@ class Reader(Scripted):
         return "".join("abcdefghij"[i * i % 10] for i in range(self.length))
 
 
-def test_what_all_rows_are_given_is_taken_at_once():
-    """Pieces of a multiple of 16, none of them the last token of a row; nothing while a row is free; rows
-    that are over do not matter."""
-    turns = Turns([Reader(99, 40), Reader(99, 60), Reader(99, 9)])
-    outs = turns.outs
-    for token in (CALL, 97, REPLY):
-        _, given = turns(torch.tensor([token, token, 5]))
-        assert given is None
-    taken, given = turns(torch.tensor([1, 1, EOT]))  # the first token of the replies, and the third row ends
-    letters = turns.tasks[1].reply([97])
-    assert taken.tolist() == [letters[0], letters[0], EOT]
-    assert given.tolist() == [letters[1:33], letters[1:33], [EOT] * 32]
-    assert outs[0] == outs[1] == [CALL, 97, REPLY, *letters[:33]] and outs[2] == [5, 5, 5, EOT]
-    assert turns.own[2:] == [[True] * 3, [False, False, True]] + [[False] * 3] * 32
-    for _ in range(8):  # 8 tokens remain of the first reply, too few
-        _, given = turns(torch.tensor([1, 1, 1]))
-        assert given is None
-    assert outs[0][-1] == END and turns.own[-1] == [False] * 3
-
-    turns = Turns([Reader(3 + 32, 40)])  # of the 32 that its limit leaves 31 are not the last
-    for token in (CALL, 97, REPLY):
-        _, given = turns(torch.tensor([token]))
-    assert given.shape == (1, 16) and not turns.over[0]
+def test_who_waits():
+    """A row with a reply gets it whole and says so; one that its limit ends within the reply does not; rows
+    that sampled nothing do nothing."""
+    turns = Turns([Reader(99, 40), Reader(20, 40), Reader(99, 9)])
+    for token in (CALL, 97):
+        assert turns(torch.tensor([token, token, 5])) == ({}, [False] * 3)
+    replies, over = turns(torch.tensor([REPLY, REPLY, EOT]))
+    page = turns.tasks[0].reply([97])
+    assert replies == {0: [REPLY, *page]} and over == [False, True, True]
+    assert turns.outs == [[CALL, 97, REPLY, *page], [CALL, 97, REPLY, *page[:17]], [5, 5, EOT]]
+    assert turns.own == [[True] * 3 + [False] * 41, [True] * 3 + [False] * 17, [True] * 3]
+    assert turns(torch.tensor([-1, -1, -1]))[0] == {} and turns.outs[2] == [5, 5, EOT]
 
 
 @pytest.mark.parametrize("top_p", [None, 0.7])
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize("backend", ["torch", "triton"] if torch.cuda.is_available() else ["torch"])
-def test_a_reply_that_is_read_at_once_is_one_read_token_by_token(backend, chunk, top_p, monkeypatch):
-    """The same ids, log-probabilities and selections, which a trainer computes as well. Rows differ in where
-    their replies begin and end, one is over before; prompts differ in length."""
+def test_replies_are_read_at_once(backend, chunk, top_p, monkeypatch):
+    """Rows that call at different times, once, twice or never, whose replies and prompts differ in length,
+    and that end one after the other: what each row holds, and what a trainer computes of it, is what it would
+    be alone."""
     asked = [CALL, 97, REPLY]
     scripts = [asked, asked, [5, *asked], [5, 5, *asked, 6, *asked], [6, EOT], asked, asked, [7, *asked]]
-    batch = [Reader(60, 40), Reader(135, 120), Reader(50, 50), Reader(70, 40), Reader(9, 9), Reader(40, 50),
-             Reader(60, 39), Reader(60, 40)]
+    batch = [Reader(60, 40), Reader(135, 120), Reader(50, 50), Reader(99, 40), Reader(9, 9), Reader(40, 50),
+             Reader(60, 39), Reader(60, 3)]
     batch[0].question = "say more"
-    take, given = Turns.take, Turns.given
+    columns = prompt_columns(batch)
+    wrote = [script + [48 + i % 10 for i in range(99)] for script in scripts]
+    made = []
     pieces = []
+    init, read = Turns.__init__, generate.read_pieces
 
-    def scripted(turns, row, token):
-        """A row takes its script where it is free, then digits; rows that fill up a batch are the last one."""
-        own = sum(column[row] for column in turns.own)
-        if not turns.over[row] and not turns.replies[row]:
-            token = (scripts[min(row, 7)] + [48 + own % 10] * 99)[own]
-        return take(turns, row, token)
+    def known(turns, tasks):
+        init(turns, tasks)
+        made.append(turns)
 
-    def noted(turns):
-        found = given(turns)
-        pieces.append(0 if found is None else len(found[0]))
-        return found
+    def sample(logits, *args):
+        """Each row's script; rows that fill up a batch are the last one."""
+        owns = [sum(own) for own in made[-1].own]
+        return torch.tensor([wrote[min(i, 7)][n] for i, n in enumerate(owns)]).to(logits.device)
 
+    def counted(model, waited, *args):
+        pieces.append([len(piece) for piece in waited[:8]])
+        return read(model, waited, *args)
+
+    monkeypatch.setattr(Turns, "__init__", known)
+    monkeypatch.setattr(generate, "sample", sample)
+    monkeypatch.setattr(generate, "read_pieces", counted)
     model = tiny(backend=backend)
-    monkeypatch.setattr(Turns, "take", scripted)
-    rollouts = []
-    for way in (noted, lambda turns: None):
-        monkeypatch.setattr(Turns, "given", way)
-        roller = Roller(model, torch.device(device_of(backend)))
-        rollouts.append(roller(batch, top_p=top_p, traced=True, chunk=chunk))
-    at_once, one_by_one = rollouts
-    assert [n for n in pieces if n] == [32, 48]
-    assert at_once.outs == one_by_one.outs and torch.equal(at_once.ids, one_by_one.ids)
-    assert torch.equal(at_once.own, one_by_one.own) and at_once.own.any() and (at_once.logp < 0).any()
-    if top_p is not None:  # it leaves tokens of the script out
-        own = at_once.own
-        assert torch.equal(at_once.kept[own], one_by_one.kept[own]) and not at_once.kept[own].all()
-        return
-    if backend == "triton":  # other kernels read a piece than decode
-        assert gap(model, at_once) < 1e-4
-        return
-    assert torch.equal(at_once.logp, one_by_one.logp)
-    for chosen, expected in zip(at_once.selections, one_by_one.selections):
-        assert torch.equal(chosen, expected)
-    assert gap(model, at_once) == 0
+    rollout = Roller(model, torch.device(device_of(backend)))(batch, top_p=top_p, traced=True, chunk=chunk)
+    assert pieces[0] == [42, 122, 0, 42, 0, 0, 41, 5] and pieces[1] == [0, 0, 0, 42, 0, 0, 0, 0]
+    assert len(pieces) == 2
+    for row, (task, script, out) in enumerate(zip(batch, wrote, rollout.outs)):
+        expected = []
+        for token in script:
+            expected.append(token)
+            if token == REPLY:
+                expected += task.reply([97])
+            if token == EOT:
+                break
+        assert out == expected[:task.limit]
+        end = columns + len(out)
+        assert rollout.end[row] == end and rollout.ids[row, columns:end].tolist() == out
+        assert rollout.own[row, columns:end].tolist() == tasks.own_tokens(out)
+        assert not rollout.own[row, :columns].any() and not rollout.own[row, end:].any()
+        for chosen in rollout.selections:
+            chosen = chosen[row, columns:end - 1]
+            at = torch.arange(columns, end - 1, device=chosen.device)[:, None]
+            assert (chosen <= at).all()
+            if row not in (2, 5):  # these are over within their replies, which nobody reads again
+                in_sight = at[:, 0] - rollout.start[row] + 1
+                assert torch.equal((chosen >= 0).sum(1), in_sight.clamp(max=8))
+    assert (rollout.logp[~rollout.own] == 0).all() and (rollout.logp[rollout.own] < 0).all()
+    if top_p is not None:  # it leaves tokens of the scripts out
+        assert rollout.kept[~rollout.own].all() and not rollout.kept[rollout.own].all()
+    elif backend == "torch":
+        assert gap(model, rollout) == 0 and gap(model, rollout, keep_selection=False) == 0
+    else:
+        assert gap(model, rollout) < 1e-4
 
 
 def test_rows_end_by_themselves(monkeypatch):
