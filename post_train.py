@@ -136,9 +136,9 @@ QUICK = dict(
 GPU = dict(
     dtype="bfloat16", block_size=1024, batch_size=32, page=160,
     dense_steps=2000, warmup_steps=100, sparse_steps=200, judge_steps=300, distillation_steps=300,
-    dense_lr=1e-3, warmup_lr=2e-3, sparse_lr=3e-4, answers=4000,
+    dense_lr=1e-3, warmup_lr=2e-3, sparse_lr=3e-4, answers=1000,
     specialist_steps=40, mixed_steps=60, rows=512, live_groups=48, draws=3, rl_lr=3e-5, micro_rows=256,
-    eval_tasks=256, ramp_steps=20, save_interval=500,
+    eval_tasks=128, ramp_steps=20, save_interval=500,
     hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
     q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
     index_n_heads=8, index_head_dim=64, index_topk=64, initializer_range=0.02)
@@ -790,8 +790,10 @@ def main():
     with runs.saving(run.out):
         post_report.plot(run.out, run.out / "plot.png")
     last = [name for name in ("mixed", "generalist", "base") if (run.out / name).exists()][:1]
+    domain = domains_of(options)[0]
+    think = " --think" if "think" in tasks.DOMAINS[domain].modes else ""
     print(f"checkpoints: {run.out}   plot: {run.out / 'plot.png'}   next: python sample.py --chat "
-          f"--checkpoint={run.out / (last[0] if last else 'base')} --domain=math --think")
+          f"--checkpoint={run.out / (last[0] if last else 'base')} --domain={domain}{think}")
     return 0
 
 
