@@ -12,7 +12,8 @@ SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
 LARGE_CHUNK = 32768  # beyond, nothing is gained
 GREEDY = 1e-6  # temperatures below it take the most likely token
 LEAST_TOP_P = 1e-9  # below it rounding may leave no token at all
-PIECE_ROUND = 16  # lengths that pieces are filled up to are multiples of it
+PIECE_ROUND = 16  # lengths that replies are filled up to are multiples of it: kernels know few shapes
+READ_SHARE = 8  # replies are read once so many rows wait for one that writes
 FEWEST_ROWS = 8  # that a batch keeps, and multiples: a CPU sums products of other numbers in another order
 CHUNK_SHARE = 8  # a chunk's tensors in one layer take at most 1 / CHUNK_SHARE of a GPU's free memory
 
@@ -43,7 +44,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 class Trace:
-    """What a trainer needs to know of a generation, noted by `stream`. Columns are positions; -1: nobody's.
+    """What a trainer needs to know of a generation, noted by `stream`. Columns are positions; what stands in
+    column -1, of rows that wait or are over, means nothing.
 
     logp: for each step (B,) float32, the log-probability of the token sampled, among those that could be;
     kept: for each step (B,vocab) bool, which those were; [] without top_k and top_p. columns: for each step
@@ -134,8 +136,8 @@ class Decoder:
         return Decoder(self.model, [cache.part(rows) for cache in self.caches], traced=self.traced)
 
     def step(self, token, position, first):
-        """token (B,) int64 at position (B,), which enters the caches; first (B,): where its document begins
-        -> logits (B,1,vocab)."""
+        """token (B,) int64 at position (B,) int64, which enters the caches; first (B,) int64: where its
+        document begins -> logits (B,1,vocab)."""
         self.token.copy_(token[:, None])
         self.position.copy_(position[:, None])
         self.first.copy_(first[:, None])
@@ -205,6 +207,46 @@ class Rows:
         return staying
 
 
+class Steered:
+    """What a steer function has said of B rows that may take n tokens each: who writes, who waits, and for
+    what, who is over.
+
+    steer(tokens): a list of B, what each row sampled, -1 for nothing -> {row: its token, which ends no text,
+    and what follows in any case, such as the reply of a tool}, of rows that go on; for each row whether it is
+    over."""
+
+    def __init__(self, steer, B, n):
+        self.steer = steer
+        self.n = n
+        self.tokens = []
+        self.lengths = [0] * B
+        self.pieces = {}  # of the rows that wait
+        self.over = [False] * B
+        self.writes = [True] * B
+
+    def hear(self, tokens):
+        """Another token of each row that writes, -1 of others. ValueError: a row has no room for more."""
+        replies, self.over = self.steer(tokens)
+        self.tokens = tokens
+        for row, token in enumerate(tokens):
+            if token >= 0:
+                self.lengths[row] += len(replies.get(row, [token]))
+            if self.lengths[row] >= self.n and not self.over[row]:
+                raise ValueError(f"row {row} has taken n={self.n} tokens, and is not over; raise n")
+        self.pieces |= replies
+        self.writes = [not over and row not in self.pieces for row, over in enumerate(self.over)]
+
+    def due(self):
+        """-> for each row what it is to read now, [] if it is over; None while enough rows write."""
+        if READ_SHARE * sum(self.writes) > len(self.pieces):
+            return None
+        due = []
+        for row, writes in enumerate(self.writes):
+            due.append(self.pieces.get(row, [self.tokens[row]] if writes else []))
+        self.pieces = {}
+        return due
+
+
 def check(T, n, temperature, top_k, top_p, chunk, config):
     """ValueError: options of `stream` that mean nothing, a prompt that is empty or too long."""
     if not 0 <= temperature < math.inf:
@@ -237,21 +279,24 @@ def default_chunk(config, B, device):
 
 
 def read_pieces(model, pieces, position, first, caches, chunk, note):
-    """Let each row's piece, a list of ids or [], enter the caches from its position (B,) on, `chunk` columns
-    at once -> logits (B,1,vocab) behind it, of no use where it is []. first (B,). note: None, or called with
-    the selections of each forward and (B,S), the positions of their queries, -1 behind a piece's end."""
+    """Let each row's piece, a list of ids or [], enter the caches from its position (B,) int64 on, `chunk`
+    columns at once -> logits (B,1,vocab) behind it, of no use where it is []. first (B,) int64. note: None,
+    or called with the selections of each forward and (B,S), the positions of their queries, -1 behind a
+    piece's end."""
     longest = -(-max(map(len, pieces)) // PIECE_ROUND) * PIECE_ROUND
     tokens = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces]).to(position.device)
     length = torch.tensor([len(piece) for piece in pieces]).to(position.device)[:, None]  # (B, 1)
     columns = torch.arange(longest, device=position.device)
-    # what fills a row up is written behind its piece, where the next tokens will be written again
+    # what fills a row up is written behind its piece, where the next tokens will be written again; or into
+    # the last slot, which no piece needs: a row that came so far is over, and its last token is not read
     at = (position[:, None] + columns).clamp(max=caches[0].capacity - 1)  # (B, longest)
+    first = first.int()[:, None]  # (B, 1)
     logits = None
     for part in columns.split(chunk):
         end = length - 1 - part[0]  # (B, 1), where the piece's last token is in this part
         chosen = None if note is None else []
         found, _ = model(
-            tokens[:, part], first=first[:, None].expand(-1, len(part)), caches=caches, position=at[:, part],
+            tokens[:, part], first=first.expand(-1, len(part)), caches=caches, position=at[:, part],
             logits_of=end[:, 0].clamp(0, len(part) - 1), selections=chosen)
         here = (end >= 0) & (end < len(part))  # (B, 1)
         logits = found if logits is None else torch.where(here[..., None], found, logits)
@@ -291,15 +336,14 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
     ranks: parallel.Ranks that share the prompt, called on all of them, all yield the same. Sets
     model.cache_bytes_per_token. ValueError: see `check`.
 
-    For reinforcement learning: steer(token (B,)) sees what was sampled (-1: nothing, in a row that is over or
-    waits) -> {row: its token and what follows in any case, such as the reply of a tool}, and for each row
-    whether it is over, as all must be within n tokens. A row with a reply waits until the others are over or
-    wait, too; then all replies enter the caches at once, as a prompt does. So rows differ in length. A reply
-    ends no text; it is yielded behind its token, with -1 in the other rows. trace: a Trace to fill; its
-    selections also cover prompts up to k tokens. It takes a temperature above 0 and a prompt that no ranks
-    share. decoder: one of `make_decoder` for these rows and T + n tokens, traced with a trace, whose caches
-    and CUDA graph serve call after call. copies: rows that continue each prompt, one behind the other; idx is
-    then (B / copies,T), each prompt read once."""
+    For reinforcement learning: steer, see `Steered`, decides which rows go on, and what follows where a
+    tool replies; end_ids then begin a document, and end no row. A row with a reply waits until few others
+    write; then all replies enter the caches at once, as a prompt does, and so rows differ in length. Yielded
+    is what was sampled, -1 in a row that waits or is over. trace: a Trace to fill; its selections also cover
+    prompts up to k tokens. It takes a temperature above 0 and a prompt that no ranks share. decoder: one of
+    `make_decoder` for these rows and T + n tokens, traced with a trace, whose caches and CUDA graph serve
+    call after call. copies: rows that continue each prompt, one behind the other; idx is then (B / copies,T),
+    each prompt read once."""
     T = idx.shape[1]
     B = len(idx) * copies
     config = model.config
@@ -343,19 +387,17 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
         return
     rows = Rows(B, device)
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
-    start = first[:, -1]  # (B,) where the document of the last token begins
+    start = first[:, -1].long()  # (B,) where the document of the last token begins
     is_end = torch.isin(idx[:, -1], ends)  # (B,), and from here on all (n,), of the rows that are computed
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    waits = torch.zeros(B, dtype=torch.bool, device=device)
-    free = ~ended  # what is sampled for the others counts for nothing
+    free = torch.ones(B, dtype=torch.bool, device=device)  # what is sampled for other rows means nothing
     at = torch.full((B,), T, device=device)  # the position of the row's next token
-    pieces = {}  # of the rows that wait
+    steered = None if steer is None else Steered(steer, B, n)
     steps = 0
     while True:
         if not logits[:, -1].isfinite().all():
             raise ValueError("the model's next token is not a number: its weights are damaged, or overflow "
                              "in this dtype")
-        start = torch.where(is_end, at, start).int()
+        start = torch.where(is_end, at, start)
         token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (n,)
         if ranks is not None:
             token = ranks.same(token)
@@ -363,57 +405,43 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
             column = torch.where(free, at, -1)
             trace.add_token(rows, logits[:, -1], token, column, temperature, top_k, top_p)
         is_end = torch.isin(token, ends) & free
-        told = rows.everywhere(token.masked_fill(~free, -1), -1)  # (B,)
+        told = rows.everywhere(torch.where(free, token, -1), -1)  # (B,)
         steps += 1
-        yield told
 
-        # who is over, and who waits
-        if steer is None:
-            if end_ids and not go_on:
-                ended = ended | is_end
-            if steps == n or (end_ids and not go_on and ended.all()):
-                return
+        # which rows write on
+        if steered is not None:
+            steered.hear(told.tolist())
+            free = torch.tensor(steered.writes).to(device, non_blocking=True)[rows.at]
+            finished = all(steered.over)
         else:
-            replies, over = steer(told)
-            pieces |= replies
-            for column in columns_of(replies, B):
-                yield column.to(device)
-            if all(over):
-                return
-            ended = torch.tensor(over).to(device)[rows.at]
-            waits = torch.tensor([row in pieces for row in range(B)]).to(device)[rows.at]
-        staying = rows.halve(ended) if decoder.rows_leave else None
-        if staying is not None:
-            decoder = decoder.part(staying)
-            token, start, is_end, ended, waits, at = (
-                x[staying] for x in (token, start, is_end, ended, waits, at))
+            if end_ids and not go_on:
+                free = free & ~is_end
+            finished = steps == n or (end_ids and not go_on and not free.any())
+        yield told
+        if finished:
+            return
+        if decoder.rows_leave:
+            over = ~free if steered is None else torch.tensor(steered.over)[rows.at]
+            staying = rows.halve(over)
+            if staying is not None:
+                decoder = decoder.part(staying)
+                token, start, is_end, free, at = (x[staying] for x in (token, start, is_end, free, at))
 
-        # the next logits: behind another token of each row that is free, or behind what all others wait for
-        free = ~(ended | waits)
-        if steer is None or len(pieces) + sum(over) < B:
+        # the next logits: behind one more token of each row, or behind what rows waited for
+        due = None if steered is None else steered.due()
+        if due is None:
             logits = decoder.step(token, at, start)
             if decoder.traced:
                 trace.add_selections(rows, decoder.selections, torch.where(free, at, -1)[:, None])
-            at = at + free.long()
+            at = at + free
         else:
-            waited = [pieces.get(row, []) for row in rows.at.tolist()]
+            due = [due[row] for row in rows.at.tolist()]
             note = functools.partial(trace.add_selections, rows) if decoder.traced else None
-            piece_chunk = chunk or default_chunk(config, len(waited), device)
-            logits = read_pieces(model, waited, at, start, decoder.caches, piece_chunk, note)
-            at = at + torch.tensor([len(piece) for piece in waited]).to(device)
-            waits = torch.zeros_like(waits)
-            free = ~ended
-            pieces = {}
-
-
-def columns_of(replies, B):
-    """replies {row: its token, and what follows} -> for each place behind the token (B,) int64, -1 where
-    there is nothing."""
-    longest = max((len(reply) - 1 for reply in replies.values()), default=0)
-    columns = torch.full((longest, B), -1)
-    for row, reply in replies.items():
-        columns[:len(reply) - 1, row] = torch.tensor(reply[1:])
-    return columns
+            due_chunk = chunk or default_chunk(config, len(due), device)
+            logits = read_pieces(model, due, at, start, decoder.caches, due_chunk, note)
+            lengths = torch.tensor([len(piece) for piece in due]).to(device)
+            at = at + lengths
+            free = lengths > 0
 
 
 def complete(model, idx, n, end_ids=(), copies=1, **options):

@@ -90,8 +90,8 @@ def rope_frequencies(config):
 
 
 def apply_rope(x, interleaved, cos, sin):
-    """Rotate x (B,S,heads,dim) by angles given as cos, sin (S,1,dim/2); pairs are (2i, 2i+1) if interleaved,
-    else (i, i + dim/2)."""
+    """Rotate x (B,S,heads,dim) by angles given as cos, sin (S,1,dim/2) or (B,S,1,dim/2); pairs are (2i, 2i+1)
+    if interleaved, else (i, i + dim/2)."""
     if interleaved:
         a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, heads, dim / 2) each
     else:
@@ -547,8 +547,8 @@ class Transformer(nn.Module):
         logits_of=None gives None for them, see `next_token_loss`; "last": the last token's alone; (B,) int64:
         of each row one token's alone.
         caches: one Cache per layer; `position` (S,) int64 of these tokens (with split: of those of all its
-        ranks) or (B,S), of each row its own, all earlier ones being cached.
-        With `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
+        ranks) or (B,S), of each row its own, all earlier ones being cached; a query sees up to its own. With
+        `last` (B,S) given, lengths are read on the device (CUDA graphs). split: parallel.Split, if this
         process has a part of the sequence, others the rest; idx, targets, first, selections and the results
         are those of the part. selections: (B,S,k) int32 for each layer, to attend to instead of what the
         indexers select now (they still learn by it); an empty list is filled with what they select.

@@ -28,28 +28,29 @@ def rounded(n, step=ROUND):
 class Turns:
     """Decides what becomes of every row after each token: `steer` of generate.stream.
 
-    A row writes until it closes a call of its tool; then comes the tool's reply. It is over at its end of
-    text, or without one when it reaches its task's limit. outs: for each row the ids behind its prompt; own:
-    for each of them, whether the model wrote it."""
+    A row writes until it closes a call of its tool; then comes the tool's reply. It is over at one of
+    end_ids, or without one when it reaches its task's limit. outs: for each row the ids behind its prompt;
+    own: for each of them, whether the model wrote it."""
 
-    def __init__(self, tasks):
+    def __init__(self, tasks, end_ids=(EOT,)):
         self.tasks = tasks
+        self.end_ids = end_ids
         self.outs = [[] for _ in tasks]
         self.own = [[] for _ in tasks]
         self.over = [False] * len(tasks)
         self.calls = [None] * len(tasks)  # ids since a <call> that is open
 
     def __call__(self, sampled):
-        """sampled (B,), -1 for none -> {row: its token and its tool's reply}, and which rows are over. Waits
-        for the device once, to read `sampled`."""
+        """sampled: a list of B tokens, -1 for none -> {row: its token and its tool's reply}, of rows that go
+        on; for each row whether it is over."""
         replies = {}
-        for row, token in enumerate(sampled.tolist()):
+        for row, token in enumerate(sampled):
             if token < 0:
                 continue
             reply = self.take(row, token)
             if reply and not self.over[row]:
                 replies[row] = [token, *reply]
-        return replies, self.over
+        return replies, list(self.over)
 
     def take(self, row, token):
         """A token of the model's -> what follows it."""
@@ -57,7 +58,7 @@ class Turns:
         reply = self.listen(row, token)[:self.tasks[row].limit - len(out) - 1]
         out += [token, *reply]
         self.own[row] += [True] + [False] * len(reply)
-        self.over[row] = token == EOT or len(out) >= self.tasks[row].limit
+        self.over[row] = token in self.end_ids or len(out) >= self.tasks[row].limit
         return reply
 
     def listen(self, row, token):
@@ -124,7 +125,8 @@ def assemble(tasks, prompts, turns, trace, device):
         everything = own.new_ones(B, T, trace.kept[0].shape[-1])
         rollout.kept = placed(everything, trace.columns, trace.kept)
 
-    # selections; from a row's last token on a token sees itself alone, which teaches an indexer nothing
+    # selections; from a row's last token on a token sees itself alone, which teaches an indexer nothing, and
+    # so does what was not computed, of a reply that the limit cuts off
     if trace.selections:
         at = torch.arange(T - 1, device=device)
         over = at[None] >= rollout.end[:, None] - 1  # (B, T - 1)
@@ -142,11 +144,11 @@ def placed(x, columns, parts):
     belong to them; those of -1, or beyond T, nowhere."""
     B, T = x.shape[:2]
     columns = torch.cat([part.view(B, -1) for part in columns], 1)  # (B, N)
-    parts = torch.cat([part.view(B, -1, *x.shape[2:]) for part in parts], 1)  # (B, N, ...)
     columns = torch.where((columns < 0) | (columns >= T), T, columns)
     out = torch.cat((x, x[:, :1]), 1)  # (B, T + 1, ...), the last for what goes nowhere
-    columns = columns.view(*columns.shape, *[1] * (x.dim() - 2)).expand(parts.shape)
-    return out.scatter_(1, columns, parts)[:, :T]
+    row = torch.arange(B, device=x.device)[:, None]
+    out[row, columns] = torch.cat([part.view(B, -1, *x.shape[2:]) for part in parts], 1)
+    return out[:, :T]
 
 
 def prompt_columns(tasks):

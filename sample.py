@@ -180,20 +180,23 @@ def talk(options, model, tokens_of, task, ranks):
     ids = task.prompt()
     prompt = torch.tensor([ids], device=ranks.device)  # (1, tokens)
     generator = torch.Generator(ranks.device).manual_seed(options.seed)
-    turns = Turns([task])
+    turns = Turns([task], tokens_of.end_ids)
     text = tokens_of.stream()
     print(f"<|user|>{task.question}{names[ids[-1]]}", end="", flush=True)
     rows = stream(
         model, prompt, task.limit, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         generator=generator, chunk=options.chunk, fp8_cache=options.cache == "fp8", end_ids=tokens_of.end_ids,
         compiled=options.compile, ranks=ranks, steer=turns)
-    for row in rows:
-        [token] = row.tolist()
-        if token in names:
-            print(text.rest() + names[token], end="", flush=True)
-            text = tokens_of.stream()
-        elif token not in tokens_of.end_ids:
-            print(text.add(token), end="", flush=True)
+    shown = 0
+    for _ in rows:
+        out = turns.outs[0]  # also holds what the tool replies
+        for token in out[shown:]:
+            if token in names:
+                print(text.rest() + names[token], end="", flush=True)
+                text = tokens_of.stream()
+            elif token not in tokens_of.end_ids:
+                print(text.add(token), end="", flush=True)
+        shown = len(out)
     print(text.rest())
     if options.domain:
         print(f"[{options.domain}: {'right' if task.outcome(turns.outs[0]) else 'wrong'}]", file=sys.stderr)

@@ -152,8 +152,8 @@ class Cache:
                 self.index_scales = torch.zeros(batch, capacity, device=device)
 
     def append(self, slots, length, latents):
-        """Store latents (B,S,D) of the tokens at slots, an index (row, position) -> the latents of the first
-        `length` tokens."""
+        """Store latents (B,S,D) of the tokens at slots, an index (row, position) of (B,T): all rows and (S,),
+        or (B,1) and (B,S) int64 -> the latents of the first `length` tokens."""
         if self.fp8:
             self.latents[slots] = pack_latents(latents, self.value_dim)
         else:

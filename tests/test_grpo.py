@@ -206,8 +206,7 @@ def test_a_reply_carries_no_loss():
     for row, task in enumerate(batch):
         prompts[row, columns - len(task.prompt()):] = torch.tensor(task.prompt())
     while not all(turns.over):
-        turns(torch.tensor([-1 if over else demo[len(out)] for demo, out, over in zip(
-            demos, turns.outs, turns.over)]))
+        turns([-1 if over else demo[len(out)] for demo, out, over in zip(demos, turns.outs, turns.over)])
     assert turns.outs == demos
     rollout = assemble(batch, prompts, turns, None, CPU)
     logp, _, _ = grpo.token_logp(model, rollout)

@@ -9,6 +9,7 @@ import generate
 import grpo
 import tasks
 from config import Config
+from generate import Rows, Steered
 from model import Transformer
 from parallel import Ranks
 from rollout import Roller, Turns, join, part, prompt_columns, repeats, rounded, trim
@@ -56,7 +57,7 @@ def play(task, tokens):
     turns = Turns([task])
     for token in tokens:
         if not turns.over[0]:
-            turns(torch.tensor([token]))
+            turns([token])
     return turns.outs[0], turns.own[0]
 
 
@@ -111,53 +112,95 @@ def test_who_waits():
     that sampled nothing do nothing."""
     turns = Turns([Reader(99, 40), Reader(20, 40), Reader(99, 9)])
     for token in (CALL, 97):
-        assert turns(torch.tensor([token, token, 5])) == ({}, [False] * 3)
-    replies, over = turns(torch.tensor([REPLY, REPLY, EOT]))
+        assert turns([token, token, 5]) == ({}, [False] * 3)
+    replies, over = turns([REPLY, REPLY, EOT])
     page = turns.tasks[0].reply([97])
     assert replies == {0: [REPLY, *page]} and over == [False, True, True]
     assert turns.outs == [[CALL, 97, REPLY, *page], [CALL, 97, REPLY, *page[:17]], [5, 5, EOT]]
     assert turns.own == [[True] * 3 + [False] * 41, [True] * 3 + [False] * 17, [True] * 3]
-    assert turns(torch.tensor([-1, -1, -1]))[0] == {} and turns.outs[2] == [5, 5, EOT]
+    assert turns([-1, -1, -1]) == ({}, [False, True, True]) and turns.outs[2] == [5, 5, EOT]
 
 
-@pytest.mark.parametrize("top_p", [None, 0.7])
-@pytest.mark.parametrize("chunk", [None, 7])
+def test_when_replies_are_read():
+    """With 16 rows: while more than an eighth as many write as wait, not; then together with the next token
+    of those that write."""
+    said = iter([
+        ({row: [3, 4, 5] for row in range(12)}, [False] * 16),
+        ({12: [3, 4]}, [False] * 13 + [True, True, False]),
+        ({}, [False] * 13 + [True] * 3)])
+    steered = Steered(lambda tokens: next(said), 16, 9)
+    steered.hear(list(range(16)))
+    assert steered.due() is None and steered.writes == [False] * 12 + [True] * 4
+    steered.hear([-1] * 12 + [7, 8, 9, 10])
+    assert steered.due() == [[3, 4, 5]] * 12 + [[3, 4], [], [], [10]]
+    assert steered.pieces == {} and steered.lengths == [3] * 12 + [3, 2, 2, 2]
+    steered.hear([1] * 13 + [-1, -1, 2])
+    assert steered.due() is None and steered.writes == [True] * 13 + [False] * 3
+    with pytest.raises(ValueError, match="row 1 has taken n=3 tokens"):
+        Steered(lambda tokens: ({1: [1, 2, 3]}, [False] * 2), 2, 3).hear([1, 1])
+
+
+@pytest.mark.parametrize("changes, options", [
+    ({}, dict()), ({}, dict(chunk=7)), ({}, dict(top_p=0.7)),
+    (dict(index_block=4, index_candidates=16), dict()), (dict(index_topk=200), dict())])
 @pytest.mark.parametrize("backend", ["torch", "triton"] if torch.cuda.is_available() else ["torch"])
-def test_replies_are_read_at_once(backend, chunk, top_p, monkeypatch):
-    """Rows that call at different times, once, twice or never, whose replies and prompts differ in length,
-    and that end one after the other: what each row holds, and what a trainer computes of it, is what it would
-    be alone."""
+def test_replies_are_read_at_once(backend, changes, options, monkeypatch):
+    """24 rows that call at different times, once, twice or never, whose replies and prompts differ in length,
+    and a third of which end early, so that rows leave; rows that wait or are over draw ends of text. What
+    each row holds, and what a trainer computes of it, is what it would be alone."""
     asked = [CALL, 97, REPLY]
-    scripts = [asked, asked, [5, *asked], [5, 5, *asked, 6, *asked], [6, EOT], asked, asked, [7, *asked]]
-    batch = [Reader(60, 40), Reader(135, 120), Reader(50, 50), Reader(99, 40), Reader(9, 9), Reader(40, 50),
-             Reader(60, 39), Reader(60, 3)]
+    scripts = [asked, asked, [5, *asked], [5, 5, *asked, 6, *asked], [6, EOT], asked, [8, 7, EOT],
+               [7, *asked]] * 3
+    batch = []
+    for third in range(3):
+        batch += [Reader(60, 40 - third), Reader(135, 120), Reader(50, 50), Reader(99, 40), Reader(9, 9),
+                  Reader(40, 50), Reader(60, 39), Reader(60, 3 + third)]
     batch[0].question = "say more"
     columns = prompt_columns(batch)
     wrote = [script + [48 + i % 10 for i in range(99)] for script in scripts]
-    made = []
-    pieces = []
-    init, read = Turns.__init__, generate.read_pieces
+    seen = {}
+    reads = []
+    init, rows_init, hear, read = Turns.__init__, Rows.__init__, Steered.hear, generate.read_pieces
 
-    def known(turns, tasks):
-        init(turns, tasks)
-        made.append(turns)
+    def turns_init(turns, *args):
+        init(turns, *args)
+        seen["turns"] = turns
+
+    def kept_rows(rows, *args):
+        rows_init(rows, *args)
+        seen["rows"] = rows
+
+    def heard(steered, tokens):
+        hear(steered, tokens)
+        seen["steered"] = steered
 
     def sample(logits, *args):
         """Each row's script; rows that fill up a batch are the last one."""
-        owns = [sum(own) for own in made[-1].own]
-        return torch.tensor([wrote[min(i, 7)][n] for i, n in enumerate(owns)]).to(logits.device)
+        writes = seen["steered"].writes if "steered" in seen else [True] * len(seen["turns"].own)
+        resumed = seen.pop("resumed", None) or writes
+        tokens = []
+        for row in seen["rows"].at.tolist():
+            own = sum(seen["turns"].own[row])
+            tokens.append(wrote[min(row, 23)][own] if resumed[row] else EOT)
+        return torch.tensor(tokens).to(logits.device)
 
-    def counted(model, waited, *args):
-        pieces.append([len(piece) for piece in waited[:8]])
-        return read(model, waited, *args)
+    def counted(model, due, *args):
+        full = [[] for _ in seen["turns"].own]
+        for row, piece in zip(seen["rows"].at.tolist(), due):
+            full[row] = piece
+        reads.append([len(piece) for piece in full])
+        seen["resumed"] = [bool(piece) for piece in full]
+        return read(model, due, *args)
 
-    monkeypatch.setattr(Turns, "__init__", known)
+    monkeypatch.setattr(Turns, "__init__", turns_init)
+    monkeypatch.setattr(Rows, "__init__", kept_rows)
+    monkeypatch.setattr(Steered, "hear", heard)
     monkeypatch.setattr(generate, "sample", sample)
     monkeypatch.setattr(generate, "read_pieces", counted)
-    model = tiny(backend=backend)
-    rollout = Roller(model, torch.device(device_of(backend)))(batch, top_p=top_p, traced=True, chunk=chunk)
-    assert pieces[0] == [42, 122, 0, 42, 0, 0, 41, 5] and pieces[1] == [0, 0, 0, 42, 0, 0, 0, 0]
-    assert len(pieces) == 2
+    model = tiny(backend=backend, **changes)
+    device = torch.device(device_of(backend))
+    rollout = Roller(model, device)(batch, traced=True, columns=columns, **options)
+    assert reads[0][:8] == [42, 122, 0, 42, 0, 0, 0, 5] and reads[1][:8] == [0, 0, 0, 42, 0, 0, 0, 0]
     for row, (task, script, out) in enumerate(zip(batch, wrote, rollout.outs)):
         expected = []
         for token in script:
@@ -175,11 +218,11 @@ def test_replies_are_read_at_once(backend, chunk, top_p, monkeypatch):
             chosen = chosen[row, columns:end - 1]
             at = torch.arange(columns, end - 1, device=chosen.device)[:, None]
             assert (chosen <= at).all()
-            if row not in (2, 5):  # these are over within their replies, which nobody reads again
+            if row % 8 not in (2, 5):  # these are over within their replies, which nobody reads again
                 in_sight = at[:, 0] - rollout.start[row] + 1
-                assert torch.equal((chosen >= 0).sum(1), in_sight.clamp(max=8))
+                assert torch.equal((chosen >= 0).sum(1), in_sight.clamp(max=model.config.index_topk))
     assert (rollout.logp[~rollout.own] == 0).all() and (rollout.logp[rollout.own] < 0).all()
-    if top_p is not None:  # it leaves tokens of the scripts out
+    if "top_p" in options:  # it leaves tokens of the scripts out
         assert rollout.kept[~rollout.own].all() and not rollout.kept[rollout.own].all()
     elif backend == "torch":
         assert gap(model, rollout) == 0 and gap(model, rollout, keep_selection=False) == 0
