@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 
+import generate
 import post_train
 import rewards
 import tasks
@@ -344,6 +345,18 @@ def test_chat(home, chain):
         assert code == 0 and out.startswith("<|user|>"), err
         assert ("<|think|>" if "--think" in args else "<|answer|>") in out
         assert ("[math: " in err) == ("--domain=math" in args)
+
+
+@pytest.mark.parametrize("tokens, shown", [
+    (20, "<|call|>a<|reply|>none<|end|><|answer|>x\n"), (5, "<|call|>a<|reply|>no\n")])
+def test_chat_shows_what_a_tool_replies(home, chain, tokens, shown, monkeypatch):
+    """Whole, or as far as the limit lets it."""
+    script = iter([tasks.CALL, 97, tasks.REPLY, tasks.ANSWER, 120, tasks.EOT])
+    monkeypatch.setattr(generate, "sample", lambda *args: torch.tensor([next(script)]))
+    code, out, err = call(home, "sample.py", "--chat", "--checkpoint=chain/mixed", "--prompt=hello", "--think",
+                          f"--num_tokens={tokens}")
+    assert code == 0, err
+    assert out == "<|user|>hello<|think|>" + shown
 
 
 @pytest.mark.parametrize("args,words", [
