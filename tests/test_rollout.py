@@ -146,7 +146,7 @@ def test_a_reply_that_is_read_at_once_is_one_read_token_by_token(backend, chunk,
     pieces = []
 
     def scripted(turns, row, token):
-        """A row takes its script where it is free, then digits; rows that fill up a batch are the last one."""
+        """A row takes its script where it is free, then digits; rows that fill up a batch repeat the last."""
         own = sum(column[row] for column in turns.own)
         if not turns.over[row] and not turns.replies[row]:
             token = (scripts[min(row, 7)] + [48 + own % 10] * 99)[own]
