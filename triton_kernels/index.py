@@ -37,7 +37,7 @@ ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to 
 SAMPLES = {4096: 512, 16384: 1024, 65536: 2048}  # scores of a sample by the longest row; 8192 beyond
 MIDDLE_ROW = 16384  # up to which a row is scanned in smaller pieces
 LEAST_CAP = 1024  # candidates that a program has room for
-GUESS_SIGMAS = tl.constexpr(4.0)  # by which a row's sample may err without another guess
+GUESS_SIGMAS = tl.constexpr(3.0)  # by which a row's sample may err without another guess
 GUESSES = tl.constexpr(3)  # by the sample
 SKEWNESS = tl.constexpr(3)  # hits more than sigmas say, where few are expected
 SAMPLE_RUN = tl.constexpr(8)  # neighbouring scores of a sample, as many as memory reads at once
@@ -472,8 +472,10 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 #             A row of at most CAP visible scores is its own list of candidates. Where relu makes many exact
 #             zeros the sample shows that the K-th value is tied. Then two bits per score are kept, and of the
 #             ties only the first K become candidates. A guess that misses narrows the range of the next one
-# FLOPs       some 6 per score, 15 counts of sample and candidates; these bound it, not the bytes
-# bytes       4 per score, read once
+# FLOPs       some 6 per score, 20 counts of sample and candidates. Neither they nor the bytes bound it, but
+#             the waits between its steps: what counts is how many loads are on their way, and how many programs
+#             take turns
+# bytes       4 per score, read once, and once more where 32 bytes hold a candidate
 
 
 @triton.jit
@@ -506,7 +508,7 @@ def popcount(x):
 @triton.jit
 def kth_value(v, k, lo, hi, at_lo, slack):
     """A t in [lo, hi] with k <= count(v >= t) <= k + slack if there is one, else, v being tied, the largest t
-    with count(v >= t) >= k -> t, count(v >= t).
+    with count(v >= t) >= k -> t, count(v >= t) and, where that is above k + slack, count(v > t).
 
     Given at_lo = count(v >= lo) >= k, and no v above hi. If at_lo < k: lo."""
     above_hi = 0
@@ -548,7 +550,7 @@ def kth_value(v, k, lo, hi, at_lo, slack):
             hi = mid - 1
             above_hi = count
         bisect = 1 - bisect
-    return lo, at_lo
+    return lo, at_lo, above_hi
 
 
 @triton.jit
@@ -609,7 +611,8 @@ def bits_between(first, last, p, BITS: tl.constexpr):
 def gather(
         scores_row_ptr, bitmap_ptr, to_ptr,
         first, last, width, t, need,
-        CAP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, TIES: tl.constexpr):
+        CAP: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, TIES: tl.constexpr,
+        STAGES: tl.constexpr):
     """Write the positions first..last of scores >= t at to_ptr, ascending, the first CAP of them -> their
     number, 0. TIES: all positions of scores > t, and of scores = t the first `need` -> the numbers of both. t
     is an ordered integer, up to INFINITY without TIES."""
@@ -621,7 +624,8 @@ def gather(
     equal = 0
     for start in range(first // TILE * TILE, last + 1, BITS * WORDS):
         # compare: a word per BITS positions
-        for piece in range(start, tl.minimum(start + BITS * WORDS, last + 1), TILE):
+        end = tl.minimum(start + BITS * WORDS, last + 1)
+        for piece in tl.range(start, end, TILE, num_stages=STAGES):
             p = tl.multiple_of(piece, TILE) + group[:, None] * BITS + bit  # (TILE / BITS, BITS)
             if MASKED:
                 v = tl.load(scores_row_ptr + p, mask=p < width, other=float("-inf"))
@@ -649,6 +653,16 @@ def gather(
 
 
 @triton.jit
+def candidates(scratch_row_ptr, first, slot, ok, gathered, DIRECT: tl.constexpr):
+    """Positions of candidates, by slot: as gathered, or all of a row."""
+    p = first + slot
+    if not DIRECT:
+        if gathered:
+            p = tl.load(scratch_row_ptr + slot, mask=ok, other=0, cache_modifier=".cg")
+    return p
+
+
+@triton.jit
 def empty_slots(out_row_ptr, n, K, BLOCK_K: tl.constexpr):
     """-1 to the slots n..K-1 of a row of selections"""
     slot = tl.arange(0, BLOCK_K)
@@ -656,14 +670,14 @@ def empty_slots(out_row_ptr, n, K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def write_best(out_row_ptr, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
-    """Write at out_row_ptr, K slots, those of the positions p (ascending) that have the K highest values v
-    (ordered), equal ones by position; then -1. A value of -inf or NOT_A_SCORE is not selected. WIDE: more
-    than 2^15 values."""
+def places_of_best(v, K, WIDE: tl.constexpr):
+    """The K highest of the values v (ordered), of equal ones the first, get a slot each in the order in which
+    they stand -> the slot of each, whether it has one, how many could. A value of -inf or NOT_A_SCORE gets
+    none. WIDE: more than 2^15 values."""
     ok = v > MINUS_INFINITY
     n = tl.sum(ok.to(tl.int32), 0)
-    t, _ = kth_value(v, K, tl.min(tl.where(ok, v, HIGHEST), 0), tl.max(v, 0), n, 0)
-    need = K - tl.sum((v > t).to(tl.int32), 0)
+    t, at_t, above_t = kth_value(v, K, tl.min(tl.where(ok, v, HIGHEST), 0), tl.max(v, 0), n, 0)
+    need = tl.where(at_t > K, K - above_t, K)  # of the ties at t
 
     # ranks among either kind, by one scan of both
     above = ((v > t) & ok).to(tl.int32)
@@ -677,9 +691,7 @@ def write_best(out_row_ptr, p, v, K, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
         higher = (both >> 16) - above
         equal = (both & 0xffff) - tie
     chosen = (above != 0) | ((tie != 0) & (equal < need))
-    tl.store(out_row_ptr + higher + tl.minimum(equal, need), p, mask=chosen)
-    if n < K:
-        empty_slots(out_row_ptr, n, K, BLOCK_K)
+    return higher + tl.minimum(equal, need), chosen, n
 
 
 @triton.jit
@@ -687,9 +699,10 @@ def topk_kernel(
         scores_ptr, first_ptr, last_ptr, out_ptr, scratch_ptr,
         total, S, T, first_row, rows, width, K,
         BLOCK_K: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr,
-        TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
+        TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+        STAGES: tl.constexpr):
     slot = tl.arange(0, CAP)
-    j = tl.arange(0, SAMPLE)
+    run = tl.arange(0, SAMPLE // SAMPLE_RUN)[:, None]
     # an odd distance: every layout then holds single elements, and nothing is converted between layouts
     scratch_row_ptr = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
     bitmap_ptr = scratch_row_ptr + CAP
@@ -717,11 +730,13 @@ def topk_kernel(
                     # own value; then the middle of the range
                     tied = 1
                     if tries < GUESSES:
-                        run = (j // SAMPLE_RUN).to(tl.int64) * (n - SAMPLE_RUN) // (SAMPLE // SAMPLE_RUN)
-                        sample = ordered(tl.load(scores_row_ptr + first + run.to(tl.int32) + j % SAMPLE_RUN))
+                        start = (run.to(tl.int64) * (n - SAMPLE_RUN) // (SAMPLE // SAMPLE_RUN)).to(tl.int32)
+                        start = (first + start) // SAMPLE_RUN * SAMPLE_RUN  # where memory's own runs begin
+                        sample = ordered(tl.load(scores_row_ptr + start + tl.arange(0, SAMPLE_RUN)[None, :]))
+                        sample = tl.reshape(sample, (SAMPLE,), can_reorder=True)
                         r = rank.to(tl.int32)
                         reached = tl.full((), SAMPLE, tl.int32)  # kth_value changes it: no constant
-                        t, at_t = kth_value(
+                        t, at_t, _ = kth_value(
                             sample, r, tl.min(sample, 0), tl.max(sample, 0), reached, r // 16)
                         tied = ((at_t > r + r // 16) | (t > INFINITY) | (tries == GUESSES - 1)).to(tl.int32)
                     else:
@@ -733,7 +748,7 @@ def topk_kernel(
                         count, _ = gather(
                             scores_row_ptr, bitmap_ptr, scratch_row_ptr,
                             first, last, width, t, 0,
-                            CAP, WORDS, TILE, MASKED, False)
+                            CAP, WORDS, TILE, MASKED, False, STAGES)
                         reach = count
                         if count > CAP:
                             lo = t
@@ -745,7 +760,7 @@ def topk_kernel(
                         higher, equal = gather(
                             scores_row_ptr, bitmap_ptr, scratch_row_ptr,
                             first, last, width, t, need,
-                            CAP, WORDS, TILE, MASKED, True)
+                            CAP, WORDS, TILE, MASKED, True, STAGES)
                         reach = higher + equal
                         count = higher + tl.minimum(equal, need)
                         if higher > CAP:
@@ -766,12 +781,15 @@ def topk_kernel(
                 tl.debug_barrier()
 
         # the best among the candidates
-        p = first + slot
-        if not DIRECT:
-            if n > CAP:
-                p = tl.load(scratch_row_ptr + slot, mask=slot < count, other=0, cache_modifier=".cg")
+        p = candidates(scratch_row_ptr, first, slot, slot < count, n > CAP, DIRECT)
         v = ordered(tl.load(scores_row_ptr + p, mask=slot < count, other=float("-inf")))
-        write_best(out_ptr + (b * S + s) * K, p, v, K, BLOCK_K, WIDE)
+        at, chosen, selected = places_of_best(v, K, WIDE)
+        # again: all that time in registers they would push others out
+        p = candidates(scratch_row_ptr, first, slot, chosen, n > CAP, DIRECT)
+        out_row_ptr = out_ptr + (b * S + s) * K
+        tl.store(out_row_ptr + at, p, mask=chosen)
+        if selected < K:
+            empty_slots(out_row_ptr, selected, K, BLOCK_K)
         if not DIRECT:
             tl.debug_barrier()  # scratch is used again
 
@@ -783,6 +801,7 @@ class TopkTiles(NamedTuple):
     sample: int  # scores that a threshold is guessed from
     words: int  # of the bitmap
     tile: int  # scores that are compared at once
+    stages: int  # tiles that are on their way from memory, and compared
     num_warps: int
     maxnreg: int  # registers of a thread
     programs: int
@@ -798,26 +817,32 @@ def topk_tiles(T, K, rows, device):
 
     processors = multiprocessors(device)
     words = 256 if T <= MIDDLE_ROW else 1024
-    maxnreg = 64
+    stages = 3
+    tile = 2048
     if T <= DIRECT_ROW:
         cap = triton.next_power_of_2(T)
         num_warps = max(1, cap // 1024)
-        tile = LARGE_TILE
-    elif cap > 2 * LEAST_CAP or rows <= 2 * processors:  # of few rows none should take long
+        maxnreg = 64
+    elif cap > 4 * LEAST_CAP or rows <= 2 * processors:  # of few rows none should take long
         num_warps = max(8, min(32, cap // 512))
         tile = LARGE_TILE
+        maxnreg = 80 if num_warps == 8 else 64
+    elif cap > 2 * LEAST_CAP:
+        num_warps = 4
+        stages = 4
+        maxnreg = 128
     elif cap > LEAST_CAP:
         num_warps = 4
-        tile = 2048
+        maxnreg = 72
     else:
         num_warps = 2
         tile = 1024
         words = 128
-        maxnreg = 96
+        maxnreg = 72
     programs = min(rows, processors * (REGISTERS // (maxnreg * 32 * num_warps)))
     return TopkTiles(
-        direct=T <= DIRECT_ROW, cap=cap, sample=sample, words=words, tile=tile, num_warps=num_warps,
-        maxnreg=maxnreg, programs=programs)
+        direct=T <= DIRECT_ROW, cap=cap, sample=sample, words=words, tile=tile, stages=stages,
+        num_warps=num_warps, maxnreg=maxnreg, programs=programs)
 
 
 def launch_topk(out, scores, T, first, last, first_row, rows):
@@ -832,7 +857,7 @@ def launch_topk(out, scores, T, first, last, first_row, rows):
         total=B * rows, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
         BLOCK_K=triton.next_power_of_2(K), CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words,
         TILE=tiles.tile, DIRECT=tiles.direct, MASKED=width % tiles.tile != 0, WIDE=tiles.cap > 32768,
-        num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
+        STAGES=tiles.stages, num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
 
 
 @operation("topk")
@@ -897,7 +922,7 @@ def threshold_kernel(
             j = tl.arange(0, SAMPLE)
             sample_row = sample_ptr + row.to(tl.int64) * width + begin
             v = ordered(tl.load(sample_row + j, mask=j < n, other=float("-inf")))
-            t, _ = kth_value(v, rank, tl.min(tl.where(j < n, v, HIGHEST), 0), tl.max(v, 0), n, rank // 16)
+            t, _, _ = kth_value(v, rank, tl.min(tl.where(j < n, v, HIGHEST), 0), tl.max(v, 0), n, rank // 16)
     tl.store(threshold_ptr + row, unordered(tl.minimum(tl.maximum(t, LEAST), INFINITY)))
 
 
@@ -974,9 +999,12 @@ def collect_kernel(
 
                 # the best of them
                 ok = slot < higher
-                p = tl.load(scratch_row_ptr + slot, mask=ok, other=0, cache_modifier=".cg")
                 v = tl.load(scratch_row_ptr + CAP + slot, mask=ok, other=NOT_A_SCORE, cache_modifier=".cg")
-                write_best(out_row_ptr, p, v, K, BLOCK_K, False)
+                at, chosen, selected = places_of_best(v, K, False)
+                p = tl.load(scratch_row_ptr + slot, mask=chosen, other=0, cache_modifier=".cg")
+                tl.store(out_row_ptr + at, p, mask=chosen)
+                if selected < K:
+                    empty_slots(out_row_ptr, selected, K, BLOCK_K)
         tl.debug_barrier()  # scratch is used again
         tl.store(left_over_ptr + at, left_over.to(tl.int8))
 
