@@ -473,7 +473,7 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 #             zeros the sample shows that the K-th value is tied. Then two bits per score are kept, and of the
 #             ties only the first K become candidates. A guess that misses narrows the range of the next one
 # FLOPs       some 6 per score, 20 counts of sample and candidates. Neither they nor the bytes bound it, but
-#             the waits between its steps: what counts is how many loads are on their way, and how many programs
+#             the waits between its steps: what counts is how many loads are under way, and how many programs
 #             take turns
 # bytes       4 per score, read once, and once more where 32 bytes hold a candidate
 
@@ -783,11 +783,11 @@ def topk_kernel(
         # the best among the candidates
         p = candidates(scratch_row_ptr, first, slot, slot < count, n > CAP, DIRECT)
         v = ordered(tl.load(scores_row_ptr + p, mask=slot < count, other=float("-inf")))
-        at, chosen, selected = places_of_best(v, K, WIDE)
+        place, chosen, selected = places_of_best(v, K, WIDE)
         # again: all that time in registers they would push others out
         p = candidates(scratch_row_ptr, first, slot, chosen, n > CAP, DIRECT)
         out_row_ptr = out_ptr + (b * S + s) * K
-        tl.store(out_row_ptr + at, p, mask=chosen)
+        tl.store(out_row_ptr + place, p, mask=chosen)
         if selected < K:
             empty_slots(out_row_ptr, selected, K, BLOCK_K)
         if not DIRECT:
@@ -1000,9 +1000,9 @@ def collect_kernel(
                 # the best of them
                 ok = slot < higher
                 v = tl.load(scratch_row_ptr + CAP + slot, mask=ok, other=NOT_A_SCORE, cache_modifier=".cg")
-                at, chosen, selected = places_of_best(v, K, False)
+                place, chosen, selected = places_of_best(v, K, False)
                 p = tl.load(scratch_row_ptr + slot, mask=chosen, other=0, cache_modifier=".cg")
-                tl.store(out_row_ptr + at, p, mask=chosen)
+                tl.store(out_row_ptr + place, p, mask=chosen)
                 if selected < K:
                     empty_slots(out_row_ptr, selected, K, BLOCK_K)
         tl.debug_barrier()  # scratch is used again
