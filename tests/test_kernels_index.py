@@ -275,9 +275,10 @@ def misled(R, T):
     """-1 wherever the kernel takes its sample, 0 elsewhere, but for 20 higher scores at the end: no guess by
     the sample is any good"""
     x = torch.zeros(R, T, device=DEVICE)
-    sample = index.topk_tiles(T, 1, R, x.device).sample
-    j = torch.arange(sample, device=DEVICE)
-    x[:, (j // 8 * (T - 8) // (sample // 8) + j % 8).clamp(min=0)] = -1.0
+    runs = index.topk_tiles(T, 1, R, x.device).sample // 8
+    run = torch.arange(runs, device=DEVICE)
+    start = (((run * 8 + run * 5 % 8) * ((T - 16) / (runs * 8))).int() + 7) // 8 * 8
+    x[:, (start[:, None] + torch.arange(8, device=DEVICE)).clamp(0, T - 1)] = -1.0
     free = (x[0] == 0).nonzero()[-20:, 0]
     x[:, free] = rand(R, len(free)).abs() + 0.1
     return x
@@ -341,11 +342,41 @@ def test_topk_rows(T, topk, kind):
     assert torch.equal(repeats(kernels.topk, x, topk, first, last), select_from(x, topk, first, last))
 
 
-@pytest.mark.parametrize("shift", [0.0, 1.0])
-def test_topk_bisects(shift):
+def gathers(monkeypatch, x, topk, first=None):
+    """How often `topk` of a row x (1,1,T) gathered candidates, after a look at what it selects. Counted in
+    the interpreter; None on a GPU."""
+    calls = []
+    gather = index.gather
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return gather(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        if not CUDA:
+            patch.setattr(index, "gather", count)
+        assert torch.equal(kernels.topk(x, topk, first), select_from(x, topk, first))
+    return None if CUDA else len(calls)
+
+
+@pytest.mark.parametrize("shift,tries", [(0.0, 4), (1.0, 35)])
+def test_topk_bisects(monkeypatch, shift, tries):
     """a misleading sample, and a K-th value which is 0, tried fourth, or 1, found by bisection"""
-    x = misled(1, 4096)[None] + shift
-    assert torch.equal(kernels.topk(x, 64), select_from(x, 64))
+    assert gathers(monkeypatch, misled(1, 4096)[None] + shift, 64) in (tries, None)
+
+
+@pytest.mark.parametrize("T,topk,cap", [(4096, 64, 1024), (16384, 1024, 2048), (8192, 2048, 4096)])
+def test_topk_many_rows(monkeypatch, T, topk, cap):
+    """the tiles of many rows, and several rows for each program"""
+    monkeypatch.setattr(index, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(index, "REGISTERS", 2**14)
+    R = 12
+    tiles = index.topk_tiles(T, topk, R, torch.device(DEVICE))
+    assert tiles.cap == cap and tiles.num_warps <= 4 and tiles.programs <= R // 2
+    x = torch.cat([rows(kind, 3, T) for kind in ("normal", "zeros", "few NaN", "one peak")], 1)
+    last = positions([T - 1, T // 2, T - 9] * 4)[None]
+    got = repeats(kernels.topk, x, topk, None, last)
+    assert torch.equal(got, select_from(x, topk, None, last))
 
 
 @pytest.mark.parametrize("positive", [2000, 2550, 3000])
@@ -364,17 +395,21 @@ def test_topk_too_many_ties(positive):
 def test_topk_reads_a_row_once(monkeypatch, kind):
     """also where its K-th value is one of very many zeros, as of queries whose indexer weights are all
     negative"""
-    calls = []
-    gather = index.gather
+    assert gathers(monkeypatch, rows(kind, 1, 4096), 256) == 1
 
-    def count(*args, **kwargs):
-        calls.append(1)
-        return gather(*args, **kwargs)
 
-    monkeypatch.setattr(index, "gather", count)
-    x = rows(kind, 1, 4096)
-    assert torch.equal(kernels.topk(x, 256), select_from(x, 256))
-    assert len(calls) == 1
+@pytest.mark.skipif(CUDA, reason="counts calls within the interpreter")
+@pytest.mark.parametrize("period", [16, 32, 64, 128, 4096])
+def test_topk_samples_all_of_a_row(monkeypatch, period):
+    """scores with a pattern, at any distance of memory's own runs; and nothing before `first`"""
+    x = rows("normal", 1, 4096)
+    for phase in range(0, min(period, 64), 8):
+        low = x.clone().view(1, 1, -1, period)
+        low[..., phase:phase + 8] -= 10
+        assert gathers(monkeypatch, low.view(1, 1, 4096), 256) <= 2
+    for start in (1, 7, 8):
+        x[..., :start] = 1e9
+        assert gathers(monkeypatch, x, 8, positions([start])[None]) == 1
 
 
 def test_nan_stays_inside():

@@ -37,7 +37,7 @@ ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to 
 SAMPLES = {4096: 512, 16384: 1024, 65536: 2048}  # scores of a sample by the longest row; 8192 beyond
 MIDDLE_ROW = 16384  # up to which a row is scanned in smaller pieces
 LEAST_CAP = 1024  # candidates that a program has room for
-GUESS_SIGMAS = tl.constexpr(3.0)  # by which a row's sample may err without another guess
+GUESS_SIGMAS = tl.constexpr(4.0)  # by which a row's sample may err without another guess
 GUESSES = tl.constexpr(3)  # by the sample
 SKEWNESS = tl.constexpr(3)  # hits more than sigmas say, where few are expected
 SAMPLE_RUN = tl.constexpr(8)  # neighbouring scores of a sample, as many as memory reads at once
@@ -475,7 +475,7 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 # FLOPs       some 6 per score, 20 counts of sample and candidates. Neither they nor the bytes bound it, but
 #             the waits between its steps: what counts is how many loads are under way, and how many programs
 #             take turns
-# bytes       4 per score, read once, and once more where 32 bytes hold a candidate
+# bytes       4 per score, read once, and once more where 32 bytes hold a candidate; the sample
 
 
 @triton.jit
@@ -672,8 +672,8 @@ def empty_slots(out_row_ptr, n, K, BLOCK_K: tl.constexpr):
 @triton.jit
 def places_of_best(v, K, WIDE: tl.constexpr):
     """The K highest of the values v (ordered), of equal ones the first, get a slot each in the order in which
-    they stand -> the slot of each, whether it has one, how many could. A value of -inf or NOT_A_SCORE gets
-    none. WIDE: more than 2^15 values."""
+    they stand -> the slot of each, whether it has one, how many could, K or not. A value of -inf or
+    NOT_A_SCORE gets none. WIDE: more than 2^15 values."""
     ok = v > MINUS_INFINITY
     n = tl.sum(ok.to(tl.int32), 0)
     t, at_t, above_t = kth_value(v, K, tl.min(tl.where(ok, v, HIGHEST), 0), tl.max(v, 0), n, 0)
@@ -730,8 +730,11 @@ def topk_kernel(
                     # own value; then the middle of the range
                     tied = 1
                     if tries < GUESSES:
-                        start = (run.to(tl.int64) * (n - SAMPLE_RUN) // (SAMPLE // SAMPLE_RUN)).to(tl.int32)
-                        start = (first + start) // SAMPLE_RUN * SAMPLE_RUN  # where memory's own runs begin
+                        # a run from each stretch of the row, from its eighths in turn lest it keep step with
+                        # a pattern in the scores; where memory's own runs begin
+                        eighth = run * 8 + run * 5 % 8
+                        start = (eighth * ((n - 2 * SAMPLE_RUN) / (SAMPLE // SAMPLE_RUN * 8))).to(tl.int32)
+                        start = (first + start + SAMPLE_RUN - 1) // SAMPLE_RUN * SAMPLE_RUN
                         sample = ordered(tl.load(scores_row_ptr + start + tl.arange(0, SAMPLE_RUN)[None, :]))
                         sample = tl.reshape(sample, (SAMPLE,), can_reorder=True)
                         r = rank.to(tl.int32)
@@ -778,18 +781,17 @@ def topk_kernel(
                     rank = tl.maximum(rank * ((K + CAP) * 0.5 / (reach + 1)), 1.0)
                     rank = tl.minimum(rank, SAMPLE * LARGEST_RANK)
                     tries += 1
-                tl.debug_barrier()
 
         # the best among the candidates
         p = candidates(scratch_row_ptr, first, slot, slot < count, n > CAP, DIRECT)
         v = ordered(tl.load(scores_row_ptr + p, mask=slot < count, other=float("-inf")))
-        place, chosen, selected = places_of_best(v, K, WIDE)
-        # again: all that time in registers they would push others out
+        place, chosen, able = places_of_best(v, K, WIDE)
+        # positions again: held in registers all that time, they would push others out
         p = candidates(scratch_row_ptr, first, slot, chosen, n > CAP, DIRECT)
         out_row_ptr = out_ptr + (b * S + s) * K
         tl.store(out_row_ptr + place, p, mask=chosen)
-        if selected < K:
-            empty_slots(out_row_ptr, selected, K, BLOCK_K)
+        if able < K:
+            empty_slots(out_row_ptr, able, K, BLOCK_K)
         if not DIRECT:
             tl.debug_barrier()  # scratch is used again
 
@@ -801,7 +803,7 @@ class TopkTiles(NamedTuple):
     sample: int  # scores that a threshold is guessed from
     words: int  # of the bitmap
     tile: int  # scores that are compared at once
-    stages: int  # tiles that are on their way from memory, and compared
+    stages: int  # tiles: on their way from memory, and the one that is compared
     num_warps: int
     maxnreg: int  # registers of a thread
     programs: int
@@ -856,8 +858,8 @@ def launch_topk(out, scores, T, first, last, first_row, rows):
         scores_ptr=scores, first_ptr=first, last_ptr=last, out_ptr=out, scratch_ptr=scratch,
         total=B * rows, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
         BLOCK_K=triton.next_power_of_2(K), CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words,
-        TILE=tiles.tile, DIRECT=tiles.direct, MASKED=width % tiles.tile != 0, WIDE=tiles.cap > 32768,
-        STAGES=tiles.stages, num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
+        TILE=tiles.tile, DIRECT=tiles.direct, MASKED=not tiles.direct and width % tiles.tile != 0,
+        WIDE=tiles.cap > 32768, STAGES=tiles.stages, num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
 
 
 @operation("topk")
@@ -1000,11 +1002,11 @@ def collect_kernel(
                 # the best of them
                 ok = slot < higher
                 v = tl.load(scratch_row_ptr + CAP + slot, mask=ok, other=NOT_A_SCORE, cache_modifier=".cg")
-                place, chosen, selected = places_of_best(v, K, False)
+                place, chosen, able = places_of_best(v, K, False)
                 p = tl.load(scratch_row_ptr + slot, mask=chosen, other=0, cache_modifier=".cg")
                 tl.store(out_row_ptr + place, p, mask=chosen)
-                if selected < K:
-                    empty_slots(out_row_ptr, selected, K, BLOCK_K)
+                if able < K:
+                    empty_slots(out_row_ptr, able, K, BLOCK_K)
         tl.debug_barrier()  # scratch is used again
         tl.store(left_over_ptr + at, left_over.to(tl.int8))
 
