@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Post-training on all GPUs of a host: the specialists side by side, then the control beside the mixed stages:
 #   bash tools/post_gpus.sh out/post-large --config=configs/post_large.conf
-# What runs side by side has folders of its own next to the given one; its models are moved from there. The same
-# command goes on after an interruption. DOMAINS: only these ("math writing"); PYTHON: the interpreter.
+# What runs side by side has folders of its own next to the given one; its models are moved from there. The
+# same command goes on after an interruption. DOMAINS: only these ("math writing"); PYTHON: the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
