@@ -13,13 +13,14 @@ options=("$@" --domains="${domains// /,}")
 gpus=$({ nvidia-smi -L 2> /dev/null || true; } | wc -l)
 turn=0
 declare -A running
+trap 'jobs -p | xargs -r kill; wait' EXIT  # none goes on alone
 
-# post_train FOLDER OPTIONS...: there, or on from what is there
+# post_train FOLDER OPTIONS...: there, or on from what is there. exec=exec: in place of the shell
 post_train() {
   local folder=$1 resume=
   shift
   [ ! -e "$folder/run.json" ] || resume=--resume
-  $python post_train.py "${options[@]}" $resume --out_dir="$folder" "$@"
+  ${exec:-} $python post_train.py "${options[@]}" $resume --out_dir="$folder" "$@"
 }
 
 # aside NAME OPTIONS...: in the background, on the next GPU, from the base and the reward model
@@ -29,7 +30,8 @@ aside() {
   mkdir -p "$folder"
   cp -rn "$out/base" "$folder"
   [ ! -d "$out/judge" ] || cp -rn "$out/judge" "$folder"
-  CUDA_VISIBLE_DEVICES=$((turn % (gpus > 0 ? gpus : 1))) post_train "$folder" "$@" > "$folder/log.txt" 2>&1 &
+  local gpu=$((turn % (gpus > 0 ? gpus : 1)))
+  CUDA_VISIBLE_DEVICES=$gpu exec=exec post_train "$folder" "$@" > "$folder/log.txt" 2>&1 &
   running[$folder]=$!
   turn=$((turn + 1))
 }
