@@ -657,6 +657,13 @@ def speed_rows(table, name, T, batch, speeds):
         table.add(what, 1000 * batch * T / speed.tokens, memory, f"GB per {STEP_TOKENS} tokens")
 
 
+def default_config(**changes):
+    """That of the default run on a GPU, but for changes."""
+    names = {f.name for f in fields(Config)}
+    sizes = {name: value for name, value in GPU.items() if name in names}
+    return Config(**sizes | changes)
+
+
 def small_model():
     """The 124M model on the GPU."""
     with torch.device(DEVICE):
@@ -688,9 +695,7 @@ def bench_train(table, T):
 def bench_default(table):
     """Training steps of the model that train.py builds on a GPU by default (27M), at its context and
     batch."""
-    names = {f.name for f in fields(Config)}
-    sizes = {name: value for name, value in GPU.items() if name in names}
-    config = Config(**sizes)
+    config = default_config()
     with torch.device(DEVICE):
         model = Transformer(config)
     T = GPU["block_size"]
@@ -990,10 +995,8 @@ def bench_rollout(table):
     weights are float32 and all that a trainer needs is kept; no tool replies. The model of the default run,
     reading bytes with the k of configs/post_gpu.conf; its weights being random, some rows end early, which
     saves nothing."""
-    names = {f.name for f in fields(Config)}
-    sizes = {name: value for name, value in GPU.items() if name in names}
     with torch.device(DEVICE):
-        model = Transformer(Config(**sizes | dict(vocab_size=tasks.EOT + 1, index_topk=64)))
+        model = Transformer(default_config(vocab_size=tasks.EOT + 1, index_topk=64))
     batch = [Monologue() for _ in range(ROLLED_ROWS)]
     autocast = functools.partial(torch.autocast, DEVICE, BF16, cache_enabled=False)
     roller = Roller(model, torch.device(DEVICE), autocast)

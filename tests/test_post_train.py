@@ -353,8 +353,8 @@ def test_chat_shows_what_a_tool_replies(home, chain, tokens, shown, monkeypatch)
     """Whole, or as far as the limit lets it."""
     script = iter([tasks.CALL, 97, tasks.REPLY, tasks.ANSWER, 120, tasks.EOT])
     monkeypatch.setattr(generate, "sample", lambda *args: torch.tensor([next(script)]))
-    code, out, err = call(home, "sample.py", "--chat", "--checkpoint=chain/mixed", "--prompt=hello", "--think",
-                          f"--num_tokens={tokens}")
+    code, out, err = call(home, "sample.py", "--chat", "--checkpoint=chain/mixed", "--prompt=hello",
+                          "--think", f"--num_tokens={tokens}")
     assert code == 0, err
     assert out == "<|user|>hello<|think|>" + shown
 
