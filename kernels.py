@@ -27,6 +27,8 @@ Which kernel runs
                          Triton; the rest by Triton
     indexer_loss_sparse  over unions, too, of as many queries as make 64 rows of the larger number of heads,
                          backward of the indexer's, and at most 8
+    decode_block         a block's products in five kernels, one row by sums, several by tensor cores; what
+                         they select and attend to by the operations above
     Portable from Ampere on: tiles follow the device's shared memory, and below sm_89, which has no FP8
     products, e4m3 becomes fp16 in registers. triton_kernels/hopper.py alone needs sm_90.
 
@@ -41,7 +43,7 @@ Letters
 """
 from indexer import RECENT
 from triton_kernels import cross_entropy as _cross_entropy
-from triton_kernels import blocks, dense, index, loss, sparse
+from triton_kernels import blocks, decode, dense, index, loss, sparse
 
 
 # ---- the lightning indexer: triton_kernels/index.py ----
@@ -139,6 +141,16 @@ def sparse_attention(q, latents, indices, scale, value_dim):
     token (and, in dlatents, a query) that is not finite may make NaN of the block's out and gradients, not of
     its lse. A row whose scores are all -inf counts as one with nothing selected."""
     return sparse.sparse_attention(q, latents, indices, scale, value_dim)
+
+
+# ---- a decoding step: triton_kernels/decode.py ----
+
+def decode_block(layer, h, state, selection, cache):
+    """What a model.Block makes of one token of each sequence, h (B,1,hidden), with a cache, which the token
+    enters; state, selection and results as in Block.forward, a tenth of its kernels. For queries that come
+    from a latent and projections without biases; experts run as they do there. Rounded as there, in sums of
+    another order. Not differentiable."""
+    return decode.decode_block(layer, h, state, selection, cache)
 
 
 # ---- how the indexer learns: triton_kernels/loss.py ----

@@ -114,6 +114,7 @@ class Operations(NamedTuple):
     sparse_attention: Callable
     indexer_loss_dense: Callable
     indexer_loss_sparse: Callable
+    decode_block: Callable | None  # None: Block.forward is the reference
 
 
 def pick_backend(backend, device):
@@ -136,7 +137,8 @@ def operations(backend):
             split_attention=kernels.split_attention,
             sparse_attention=kernels.sparse_attention,
             indexer_loss_dense=kernels.indexer_loss_dense,
-            indexer_loss_sparse=kernels.indexer_loss_sparse)
+            indexer_loss_sparse=kernels.indexer_loss_sparse,
+            decode_block=kernels.decode_block)
     return Operations(
         quantise=indexer.quantise,
         select=indexer.select,
@@ -146,7 +148,8 @@ def operations(backend):
         split_attention=sparse_attn.split_attention,
         sparse_attention=sparse_attn.sparse_attention,
         indexer_loss_dense=indexer.indexer_loss_dense,
-        indexer_loss_sparse=indexer.indexer_loss_sparse)
+        indexer_loss_sparse=indexer.indexer_loss_sparse,
+        decode_block=None)
 
 
 @contextmanager
@@ -186,6 +189,7 @@ class ForwardState:
     detach: bool  # the indexer's inputs
     always_select: bool  # also where there are no more than k tokens
     replay: bool  # attend to selections that were given
+    decodes: bool  # by ops.decode_block
 
     def rope(self, x, interleaved):
         """`apply_rope` at these positions."""
@@ -406,6 +410,10 @@ class Attention(nn.Module):
             k_scale = k_scale.squeeze(-1)  # (B, T)
         if cache is not None:
             k, k_scale = cache.append_index(state.slots, state.length, k, k_scale)
+        return self.scorer(q, k, w, k_scale, state)
+
+    def scorer(self, q, k, w, k_scale, state):
+        """The Scorer of these."""
         block = self.config.block_of(self.layer)
         return Scorer(
             q, k, w, k_scale, block, candidates=state.candidates if block else 0,
@@ -446,6 +454,8 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, h, state, selection=Selection(), cache=None):
+        if state.decodes and not self.self_attn._forward_pre_hooks:  # of `watched`, which looks inside
+            return state.ops.decode_block(self, h, state, selection, cache)
         out, selection, index_loss = self.self_attn(self.input_layernorm(h), state, selection, cache)
         h = h + out
         h = h + self.mlp(self.post_attention_layernorm(h))
@@ -626,6 +636,10 @@ class Transformer(nn.Module):
             position = torch.arange(S, device=idx.device)
         row = slice(None) if position.dim() == 1 else torch.arange(B, device=idx.device)[:, None]
         own = position if split is None else split.position
+        # one token of each sequence, in a model without what kernels.decode_block does not know
+        decodes = backend == "triton" and caches is not None and S == 1 and split is None
+        decodes = decodes and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        decodes = decodes and self.config.q_lora_rank > 0 and not self.config.attention_bias
         angles = (own[..., None].float() * self.rope_frequencies)[..., None, :]  # (S or B, S, 1, rope / 2)
         return ForwardState(
             ops=operations(backend),
@@ -642,7 +656,8 @@ class Transformer(nn.Module):
             candidates=candidates,
             detach=self.detach,
             always_select=selections is not None,
-            replay=bool(selections))
+            replay=bool(selections),
+            decodes=decodes)
 
     def generate(self, idx, n, **options):
         """idx (B,T) -> (B, T + up to n): the prompts and the tokens sampled for each; options as

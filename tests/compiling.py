@@ -18,11 +18,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import generate
 import kernels
+from config import Config
+from model import Transformer
 from sparse_attn import pack_latents
-from triton_kernels import blocks, common, cross_entropy, dense, index, loss, sparse
+from triton_kernels import blocks, common, cross_entropy, decode, dense, index, loss, sparse
 
-CHAPTERS = (blocks, common, cross_entropy, dense, index, loss, sparse)
+CHAPTERS = (blocks, common, cross_entropy, decode, dense, index, loss, sparse)
 SHARED_MEMORY = 232448  # bytes of a program
 BF16 = torch.bfloat16
 E4M3 = torch.float8_e4m3fn
@@ -115,6 +118,18 @@ def call_the_kernels():
             out.sum().backward()
             kl, _ = kernels.indexer_loss_dense(q, k, lse, 0.1, q_index, k_index, w)
             kl.sum().backward()
+
+    # of published widths, too
+    wide = dict(num_attention_heads=2, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+                qk_rope_head_dim=64, v_head_dim=128, index_head_dim=128)
+    for sizes in (dict(), wide):
+        for dtype in (BF16, torch.float32):
+            model = Transformer(Config(num_hidden_layers=1, **sizes), "triton").to(dtype)
+            for B, fp8 in ((1, False), (3, True), (40, False)):
+                caches = generate.new_caches(model, B, 512, torch.device("cpu"), dtype, fp8)
+                position = torch.zeros(B, 1, dtype=torch.long)
+                with torch.no_grad():
+                    model(position, caches=caches, position=position, last=position.int())
 
     for grad in (False, True):
         kernels.cross_entropy(torch.zeros(8, 50000, dtype=BF16), torch.zeros(8, dtype=torch.int64), grad)

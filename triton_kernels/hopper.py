@@ -70,6 +70,7 @@ HEADS = gl.constexpr(64)  # of a work item: the rows of a wgmma
 PAIR = gl.constexpr(128)  # heads of two items, which dq and dlatents take together
 PIECE = gl.constexpr(64)  # columns: 128 bytes, the widest row that wgmma reads
 THREADS = gl.constexpr(128)  # of a warpgroup
+LINE = gl.constexpr(128)  # bytes of a line of the caches
 
 GROWTH = gl.constexpr(12.0)  # of a row's maximum, in log2 units, below which alpha stays 1
 SLOTS = gl.constexpr(64)  # of a tile
@@ -83,8 +84,8 @@ TARGET_GROUP = gl.constexpr(8)  # blocks of queries side by side, so that their 
 
 # Registers per thread that a kernel's later warpgroups ask for; the first one keeps what is left of 65,536.
 PV_REGISTERS = gl.constexpr(160)
-PRODUCER_REGISTERS = gl.constexpr(40)
-PRODUCER_FP8_REGISTERS = gl.constexpr(88)
+PRODUCER_REGISTERS = gl.constexpr(56)
+PRODUCER_FP8_REGISTERS = gl.constexpr(112)
 SCORE_REGISTERS = gl.constexpr(208)
 DQ_REGISTERS = gl.constexpr(208)
 DLATENTS_REGISTERS = gl.constexpr(216)
@@ -108,6 +109,8 @@ COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 COPY_PAIRS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))
 # e4m3 in words of four: 16 bytes to a lane, so that its stores as bf16 meet no bank twice
 WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
+# lines of the entries of a tile: 8 lanes to an entry
+LINES = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 # vectors: an element to a thread
 ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 # vectors of 64 and 128 that every warp holds whole, so that a reduction needs no barrier between warps
@@ -220,17 +223,28 @@ def forward_producer(
 
 
 @gluon.jit
-def load_values(entry_ptr, INDEX: gl.constexpr):
-    """Group INDEX of the values of these entries of the cache, four e4m3 to a word -> (64, 32)."""
-    word = gl.arange(0, SCALE_BLOCK // 4, gl.SliceLayout(0, WORDS)) + INDEX * (SCALE_BLOCK // 4)
-    entry_ptr = gl.multiple_of(entry_ptr.to(gl.pointer_type(gl.int32)), 16)
-    return gl.load(gl.expand_dims(entry_ptr, 1) + gl.expand_dims(word, 0))
+def prefetch_entries(entry_ptr):
+    """Ask L2 for these entries of the cache, which would come from memory too late: 6 lines each, as they
+    begin anywhere in a line."""
+    line = gl.arange(0, 8, gl.SliceLayout(0, LINES)) * LINE
+    at = gl.expand_dims(entry_ptr, 1) + gl.expand_dims(gl.minimum(line, ENTRY - 16), 0)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def store_values(to, words, entry_ptr, INDEX: gl.constexpr):
-    """Group INDEX of the values, times its scale, as bf16 into `to`: half a tile, in words of two bf16."""
+def load_values(entry_ptr, INDEX: gl.constexpr):
+    """Group INDEX of the values of these entries of the cache, four e4m3 to a word -> (64, 32), and their
+    scale (64,)."""
+    word = gl.arange(0, SCALE_BLOCK // 4, gl.SliceLayout(0, WORDS)) + INDEX * (SCALE_BLOCK // 4)
     scale = gl.load((entry_ptr + V).to(gl.pointer_type(gl.float32)) + INDEX)
+    entry_ptr = gl.multiple_of(entry_ptr.to(gl.pointer_type(gl.int32)), 16)
+    return gl.load(gl.expand_dims(entry_ptr, 1) + gl.expand_dims(word, 0)), scale
+
+
+@gluon.jit
+def store_values(to, words, scale, INDEX: gl.constexpr):
+    """Group INDEX of the values, times its scale, as bf16 into `to`: half a tile, in words of two bf16."""
     # e4m3 -> fp16, exactly -> float32, times the scale -> bf16; the first of two neighbours in the low half
     low, high = gl.inline_asm_elementwise(
         """{
@@ -259,25 +273,37 @@ def forward_producer_fp8(
         items, S, capacity,
         H: gl.constexpr, K: gl.constexpr):
     """The same from the packed cache, 512 e4m3 | 4 float32 scales | 64 bf16: e4m3 become bf16 on the way."""
+    TILES: gl.constexpr = K // SLOTS
     r = gl.arange(0, SLOTS, gl.SliceLayout(1, COPY))
     r_words = gl.arange(0, SLOTS, gl.SliceLayout(1, WORDS))
+    r_lines = gl.arange(0, SLOTS, gl.SliceLayout(1, LINES))
     n = 0
     q_phase = 1
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         s = (item // (H // HEADS)).to(gl.int64)
         index_ptr = indices_ptr + s * K
         base_ptr = cache_ptr + (s // S) * capacity * ENTRY
+        second_ptr = index_ptr + gl.minimum(1, TILES - 1) * SLOTS
+        token = gl.load(index_ptr + r)
         entry_ptr = base_ptr + gl.maximum(gl.load(index_ptr + r_words), 0).to(gl.int64) * ENTRY
-        even = load_values(entry_ptr, 0)
-        odd = load_values(entry_ptr, 1)
-        for tile in range(K // SLOTS):
+        following = gl.load(second_ptr + r_words)
+        following_line = gl.load(second_ptr + r_lines)
+        even, even_scale = load_values(entry_ptr, 0)
+        odd, odd_scale = load_values(entry_ptr, 1)
+        for tile in range(TILES):
             stage = n & 1
             phase = ((n >> 1) & 1) ^ 1
-            token = gl.load(index_ptr + tile * SLOTS + r)
             rope_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * ENTRY + (ENTRY - 2 * R)
-            following = gl.minimum(tile + 1, K // SLOTS - 1)  # the last tile fetches itself once more
-            token = gl.load(index_ptr + following * SLOTS + r_words)
-            following_ptr = base_ptr + gl.maximum(token, 0).to(gl.int64) * ENTRY
+            following_ptr = base_ptr + gl.maximum(following, 0).to(gl.int64) * ENTRY
+
+            # the next tile's entries on their way to L2, by one of the query's programs; indices a tile ahead
+            if (tile + 1 < TILES) & ((H == HEADS) | (item % 2 == 0)):
+                prefetch_entries(base_ptr + gl.maximum(following_line, 0).to(gl.int64) * ENTRY)
+            next_ptr = index_ptr + gl.minimum(tile + 1, TILES - 1) * SLOTS  # the last tile's once more
+            after_next_ptr = index_ptr + gl.minimum(tile + 2, TILES - 1) * SLOTS
+            token = gl.load(next_ptr + r)
+            following = gl.load(after_next_ptr + r_words)
+            following_line = gl.load(after_next_ptr + r_lines)
 
             # rope and tokens as they are, left through registers; values are fetched two groups ahead
             mbarrier.wait(empty_left.index(stage), phase)
@@ -287,19 +313,19 @@ def forward_producer_fp8(
             async_copy.mbarrier_arrive(full_left.index(stage), increment_count=False)
             left = k_left.index(stage)._reinterpret(gl.int32, [SLOTS, HALF // 2], SHARED_WORDS)
             right = k_right.index(stage)._reinterpret(gl.int32, [SLOTS, HALF // 2], SHARED_WORDS)
-            store_values(left, even, entry_ptr, 0)
-            even = load_values(entry_ptr, 2)
-            store_values(left, odd, entry_ptr, 1)
-            odd = load_values(entry_ptr, 3)
+            store_values(left, even, even_scale, 0)
+            even, even_scale = load_values(entry_ptr, 2)
+            store_values(left, odd, odd_scale, 1)
+            odd, odd_scale = load_values(entry_ptr, 3)
             fence_async_shared()
             mbarrier.arrive(full_left.index(stage))
 
             # right
             mbarrier.wait(empty_right.index(stage), phase)
-            store_values(right, even, entry_ptr, 2)
-            even = load_values(following_ptr, 0)
-            store_values(right, odd, entry_ptr, 3)
-            odd = load_values(following_ptr, 1)
+            store_values(right, even, even_scale, 2)
+            even, even_scale = load_values(following_ptr, 0)
+            store_values(right, odd, odd_scale, 3)
+            odd, odd_scale = load_values(following_ptr, 1)
             fence_async_shared()
             mbarrier.arrive(full_right.index(stage))
             entry_ptr = following_ptr

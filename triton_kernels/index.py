@@ -32,7 +32,8 @@ LONGEST_SPAN = 8192
 FLOAT_TILE_BYTES = 140 * 1024  # of shared memory, that a float32 tile of 64 keys needs
 
 # topk
-DIRECT_ROW = 2048  # scores up to which all of a row are candidates
+DIRECT_ROW = 2048  # scores up to which all of a row are candidates,
+LONG_DIRECT_ROW = 4096  # where rows are so few that each has a processor for itself
 ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to LARGE_TILE: 64 bytes
 SAMPLES = {4096: 512, 16384: 1024, 65536: 2048}  # scores of a sample by the longest row; 8192 beyond
 MIDDLE_ROW = 16384  # up to which a row is scanned in smaller pieces
@@ -126,6 +127,20 @@ def e4m3_of(y, UE8M0: tl.constexpr):
 
 
 @triton.jit
+def hadamard(x, root, LOG_D: tl.constexpr):
+    """x (rows, 2^LOG_D) -> its orthonormal Walsh-Hadamard transform, rounded to x's dtype. root: D^-0.5"""
+    ROWS: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    y = x.to(tl.float32)
+    for i in tl.static_range(LOG_D):
+        pairs = tl.reshape(y, [ROWS, D >> (i + 1), 2, 1 << i])
+        a, b = tl.split(tl.permute(pairs, [0, 1, 3, 2]))
+        pairs = tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2])
+        y = tl.reshape(pairs, [ROWS, D])
+    return (y * root).to(x.dtype)
+
+
+@triton.jit
 def quantise_kernel(
         x_ptr, values_ptr, scales_ptr,
         rows, D, root,
@@ -137,14 +152,7 @@ def quantise_kernel(
     x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0)
 
     if ROTATE:
-        y = x.to(tl.float32)
-        for i in tl.static_range(LOG_D):
-            pairs = tl.reshape(y, [BLOCK_ROWS, BLOCK_D >> (i + 1), 2, 1 << i])
-            a, b = tl.split(tl.permute(pairs, [0, 1, 3, 2]))
-            pairs = tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2])
-            y = tl.reshape(pairs, [BLOCK_ROWS, BLOCK_D])
-        x = (y * root).to(x.dtype)
-
+        x = hadamard(x, root, LOG_D)
     values, scale = e4m3_of(tl.reshape(x.to(tl.float32), [BLOCK_ROWS, BLOCK_D // BLOCK, BLOCK]), UE8M0)
     block = tl.arange(0, BLOCK_D // BLOCK)
     tl.store(scales_ptr + row[:, None] * BLOCKS + block[None, :], scale,
@@ -821,9 +829,10 @@ def topk_tiles(T, K, rows, device):
     words = 256 if T <= MIDDLE_ROW else 1024
     stages = 3
     tile = 2048
-    if T <= DIRECT_ROW:
+    direct = T <= DIRECT_ROW or (T <= LONG_DIRECT_ROW and rows <= processors)
+    if direct:
         cap = triton.next_power_of_2(T)
-        num_warps = max(1, cap // 1024)
+        num_warps = max(1, cap // 1024) if T <= DIRECT_ROW else 16
         maxnreg = 64
     elif cap > 4 * LEAST_CAP or rows <= 2 * processors:  # of few rows none should take long
         num_warps = max(8, min(32, cap // 512))
@@ -843,7 +852,7 @@ def topk_tiles(T, K, rows, device):
         maxnreg = 72
     programs = min(rows, processors * (REGISTERS // (maxnreg * 32 * num_warps)))
     return TopkTiles(
-        direct=T <= DIRECT_ROW, cap=cap, sample=sample, words=words, tile=tile, stages=stages,
+        direct=direct, cap=cap, sample=sample, words=words, tile=tile, stages=stages,
         num_warps=num_warps, maxnreg=maxnreg, programs=programs)
 
 
