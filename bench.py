@@ -883,12 +883,12 @@ def full_caches(model, B, T):
 
 
 @torch.inference_mode()
-def decoding(model, B, T, compiled):
+def decoding(model, B, T):
     """Steps at the end of a context of T, as `stream` takes them -> ms of one, kernels of one."""
     token = torch.randint(0, VOCABULARY, (B,), device=DEVICE)
     position = torch.full((B,), T - 1, device=DEVICE)
     first = torch.zeros(B, dtype=torch.int32, device=DEVICE)
-    decoder = Decoder(model, full_caches(model, B, T), compiled)
+    decoder = Decoder(model, full_caches(model, B, T))
 
     def step():
         decoder.step(token, position, first)
@@ -902,22 +902,18 @@ def decoding(model, B, T, compiled):
 
 
 def bench_decode(table):
-    """Decoding steps of the 124M model, one CUDA graph each, without and with --compile."""
+    """Decoding steps of the 124M model, one CUDA graph each."""
     model = small_model().to(BF16).eval()
     for B, T in DECODED:
         what = f"decoding step, 124M, batch {B}, context {T}"
-        dense = {}
-        for attention, compiled in itertools.product(("dense", "sparse"), (False, True)):
+        times = {}
+        for attention in ("dense", "sparse"):
             model.attention = attention
             clean_up()
-            ms, kernels_run = decoding(model, B, T, compiled)
-            name = f"{what}, {model.attention}" + (", --compile" if compiled else "")
-            if model.attention == "dense":
-                dense[compiled] = ms
-                table.add(name, ms, 1000 * B / ms, "tokens/s")
-            else:
-                table.add(name, ms, dense[compiled] / ms, "x faster than dense")
-            table.add(f"{name}, launches", ms, kernels_run, "kernels")
+            times[attention], kernels_run = decoding(model, B, T)
+            table.add(f"{what}, {attention}, launches", times[attention], kernels_run, "kernels")
+        table.add(f"{what}, dense", times["dense"], 1000 * B / times["dense"], "tokens/s")
+        table.add(f"{what}, sparse", times["sparse"], times["dense"] / times["sparse"], "x faster than dense")
 
 
 def bench_prefill(table):

@@ -12,10 +12,15 @@ SMALL_CHUNK = 1024  # prompt tokens of a chunk, at least; on a CPU always
 LARGE_CHUNK = 32768  # beyond, nothing is gained
 GREEDY = 1e-6  # temperatures below it take the most likely token
 LEAST_TOP_P = 1e-9  # below it rounding may leave no token at all
-PIECE_ROUND = 16  # lengths that replies are filled up to are multiples of it: kernels know few shapes
+ROUND = 16  # lengths that texts are filled up to are multiples of it: kernels know few shapes
 READ_SHARE = 8  # replies are read once so many rows wait for one that writes
 FEWEST_ROWS = 8  # that a batch keeps, and multiples: a CPU sums products of other numbers in another order
 CHUNK_SHARE = 8  # a chunk's tensors in one layer take at most 1 / CHUNK_SHARE of a GPU's free memory
+
+
+def rounded(n, step=ROUND):
+    """n, up to the next multiple of step."""
+    return -(-n // step) * step
 
 
 def restrict(logits, temperature=1.0, top_k=None, top_p=None):
@@ -107,14 +112,15 @@ class Decoder:
     it; by a model with experts, which in any dtype but bf16 reads how many tokens each expert got, to loop
     over those that got any; by a sharded model, whose blocks are gathered one by one.
 
-    compiled: by torch.compile first. traced: the selections of a step are kept in `selections`, (B,1,k) for
-    each layer."""
+    compiled: by torch.compile first, unless kernels.decode_block takes the steps. traced: the selections of a
+    step are kept in `selections`, (B,1,k) for each layer."""
 
     def __init__(self, model, caches, compiled=False, traced=False):
         latents = caches[0].latents  # (B, capacity, ...)
         B = len(latents)
         device = latents.device
         triton = model.backend_on(device) == "triton"
+        compiled = compiled and not model.decodes_by_kernels(device)
         self.model = torch.compile(model, dynamic=False) if compiled else model
         self.compiled = compiled
         self.caches = caches
@@ -283,7 +289,7 @@ def read_pieces(model, pieces, position, first, caches, chunk, note):
     columns at once -> logits (B,1,vocab) behind it, of no use where it is []. first (B,) int64. note: None,
     or called with the selections of each forward and (B,S), the positions of their queries, -1 behind a
     piece's end."""
-    longest = -(-max(map(len, pieces)) // PIECE_ROUND) * PIECE_ROUND
+    longest = rounded(max(map(len, pieces)))
     tokens = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces]).to(position.device)
     length = torch.tensor([len(piece) for piece in pieces]).to(position.device)[:, None]  # (B, 1)
     columns = torch.arange(longest, device=position.device)

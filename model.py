@@ -539,6 +539,11 @@ class Transformer(nn.Module):
         """The backend that runs on this torch.device: "torch" or "triton"."""
         return pick_backend(self.backend, device)
 
+    def decodes_by_kernels(self, device):
+        """Does kernels.decode_block take this model's decoding steps there?"""
+        known = self.config.q_lora_rank > 0 and not self.config.attention_bias
+        return known and self.backend_on(device) == "triton"
+
     def indexer_parameters(self):
         """The parameters that learn from the KL loss alone; all others learn from the language-model loss
         alone."""
@@ -636,10 +641,8 @@ class Transformer(nn.Module):
             position = torch.arange(S, device=idx.device)
         row = slice(None) if position.dim() == 1 else torch.arange(B, device=idx.device)[:, None]
         own = position if split is None else split.position
-        # one token of each sequence, in a model without what kernels.decode_block does not know
-        decodes = backend == "triton" and caches is not None and S == 1 and split is None
+        decodes = caches is not None and S == 1 and split is None and self.decodes_by_kernels(idx.device)
         decodes = decodes and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        decodes = decodes and self.config.q_lora_rank > 0 and not self.config.attention_bias
         angles = (own[..., None].float() * self.rope_frequencies)[..., None, :]  # (S or B, S, 1, rope / 2)
         return ForwardState(
             ops=operations(backend),

@@ -12,17 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from generate import FEWEST_ROWS, Trace, make_decoder, stream
+from generate import FEWEST_ROWS, ROUND, Trace, make_decoder, rounded, stream
 from tasks import CALL, EOT, REPLY
 
-ROUND = 16  # lengths are multiples of it, so that few shapes occur
-ROW_ROUND = 32  # and on a GPU the numbers of rows, since each shape is captured as a CUDA graph of its own
+ROW_ROUND = 32  # of rows on a GPU there are multiples of it: each shape is captured as a CUDA graph of its own
 MOST_DECODERS = 8  # shapes whose caches and CUDA graphs are kept
-
-
-def rounded(n, step=ROUND):
-    """n, or the next multiple of step above it."""
-    return -(-n // step) * step
 
 
 class Turns:

@@ -58,7 +58,9 @@ def parse(argv):
         "in the published FP8 layout")
     add("--chunk", type=int, help="prompt tokens that enter the cache at once (default: on a GPU what its "
         "memory allows, else 1024)")
-    add("--compile", action="store_true", help="torch.compile the steps: on a GPU faster, and later to start")
+    add("--compile", action="store_true",
+        help="torch.compile the steps where they have no kernels of their own (on a GPU those of models with "
+        "biases, or without a query latent): faster, and later to start")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: bfloat16 on a GPU, else "
         "float32)")

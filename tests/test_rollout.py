@@ -9,10 +9,10 @@ import generate
 import grpo
 import tasks
 from config import Config
-from generate import Rows, Steered
+from generate import Rows, Steered, rounded
 from model import Transformer
 from parallel import Ranks
-from rollout import Roller, Turns, join, part, prompt_columns, repeats, rounded, trim
+from rollout import Roller, Turns, join, part, prompt_columns, repeats, trim
 from tasks import ANSWER, CALL, END, EOT, REPLY, encode, make
 from tests.common import device_of
 
