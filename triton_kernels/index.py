@@ -32,8 +32,7 @@ LONGEST_SPAN = 8192
 FLOAT_TILE_BYTES = 140 * 1024  # of shared memory, that a float32 tile of 64 keys needs
 
 # topk
-DIRECT_ROW = 2048  # scores up to which all of a row are candidates,
-LONG_DIRECT_ROW = 4096  # where rows are so few that each has a processor for itself
+DIRECT_ROW = 2048  # scores up to which all of a row are candidates
 ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to LARGE_TILE: 64 bytes
 SAMPLES = {4096: 512, 16384: 1024, 65536: 2048}  # scores of a sample by the longest row; 8192 beyond
 MIDDLE_ROW = 16384  # up to which a row is scanned in smaller pieces
@@ -678,6 +677,14 @@ def empty_slots(out_row_ptr, n, K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def store_selection(out_row_ptr, place, p, chosen, able, K, BLOCK_K: tl.constexpr):
+    """The positions p that are chosen to their places in a row of selections, which `able` could have."""
+    tl.store(out_row_ptr + place, p, mask=chosen)
+    if able < K:
+        empty_slots(out_row_ptr, able, K, BLOCK_K)
+
+
+@triton.jit
 def places_of_best(v, K, WIDE: tl.constexpr):
     """The K highest of the values v (ordered), of equal ones the first, get a slot each in the order in which
     they stand -> the slot of each, whether it has one, how many could, K or not. A value of -inf or
@@ -796,10 +803,7 @@ def topk_kernel(
         place, chosen, able = places_of_best(v, K, WIDE)
         # positions again: held in registers all that time, they would push others out
         p = candidates(scratch_row_ptr, first, slot, chosen, n > CAP, DIRECT)
-        out_row_ptr = out_ptr + (b * S + s) * K
-        tl.store(out_row_ptr + place, p, mask=chosen)
-        if able < K:
-            empty_slots(out_row_ptr, able, K, BLOCK_K)
+        store_selection(out_ptr + (b * S + s) * K, place, p, chosen, able, K, BLOCK_K)
         if not DIRECT:
             tl.debug_barrier()  # scratch is used again
 
@@ -829,10 +833,9 @@ def topk_tiles(T, K, rows, device):
     words = 256 if T <= MIDDLE_ROW else 1024
     stages = 3
     tile = 2048
-    direct = T <= DIRECT_ROW or (T <= LONG_DIRECT_ROW and rows <= processors)
-    if direct:
+    if T <= DIRECT_ROW:
         cap = triton.next_power_of_2(T)
-        num_warps = max(1, cap // 1024) if T <= DIRECT_ROW else 16
+        num_warps = max(1, cap // 1024)
         maxnreg = 64
     elif cap > 4 * LEAST_CAP or rows <= 2 * processors:  # of few rows none should take long
         num_warps = max(8, min(32, cap // 512))
@@ -852,7 +855,7 @@ def topk_tiles(T, K, rows, device):
         maxnreg = 72
     programs = min(rows, processors * (REGISTERS // (maxnreg * 32 * num_warps)))
     return TopkTiles(
-        direct=direct, cap=cap, sample=sample, words=words, tile=tile, stages=stages,
+        direct=T <= DIRECT_ROW, cap=cap, sample=sample, words=words, tile=tile, stages=stages,
         num_warps=num_warps, maxnreg=maxnreg, programs=programs)
 
 
@@ -1013,9 +1016,7 @@ def collect_kernel(
                 v = tl.load(scratch_row_ptr + CAP + slot, mask=ok, other=NOT_A_SCORE, cache_modifier=".cg")
                 place, chosen, able = places_of_best(v, K, False)
                 p = tl.load(scratch_row_ptr + slot, mask=chosen, other=0, cache_modifier=".cg")
-                tl.store(out_row_ptr + place, p, mask=chosen)
-                if able < K:
-                    empty_slots(out_row_ptr, able, K, BLOCK_K)
+                store_selection(out_row_ptr, place, p, chosen, able, K, BLOCK_K)
         tl.debug_barrier()  # scratch is used again
         tl.store(left_over_ptr + at, left_over.to(tl.int8))
 

@@ -19,6 +19,7 @@ LOSS_CHUNK = 2**25  # pairs (query, key) that a chunk holds at a time: 18 bytes 
 BLOCKS_TOGETHER = tl.constexpr(8)  # of queries that programs take side by side
 G_SCALE = tl.constexpr(64.0)  # gradients of scores are kept times this: float16 would lose those of long rows
 LEAST_P = tl.constexpr(1e-37)  # whose logarithm is taken: p log p of p = 0 is 0
+SCALED_ELEMENTS = 4096  # of a program of scale_rows_kernel
 ALIGNED = tl.constexpr(128)  # rows of a chunk's buffers are so many elements long, or a multiple
 
 
@@ -277,6 +278,20 @@ def loss_dk_kernel(
         tl.store(at, tl.load(at, mask=ok, other=0.0) + acc / G_SCALE, mask=ok)
 
 
+@triton.jit
+def scale_rows_kernel(
+        x_ptr, weight_ptr, out_ptr,
+        rows, stride_s, stride_h,
+        HI: tl.constexpr, DI: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """x (n,HI,DI) times weight (n,HI); rows that weigh nothing are not read."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    ok = row < rows
+    weight = tl.load(weight_ptr + row, mask=ok, other=0.0)
+    offset = (row // HI).to(tl.int64) * stride_s + row % HI * stride_h
+    x = load_tile(x_ptr, offset, ok & (weight != 0), 0, DI, BLOCK_D).to(tl.float32)
+    store_tile(out_ptr, row.to(tl.int64) * DI, ok, 0, DI, BLOCK_D, x * weight[:, None])
+
+
 class LossTiles(NamedTuple):
     """Of a kernel of the dense loss."""
     block_s: int  # queries; in p and I a block, to a multiple of which sequences are padded
@@ -404,6 +419,19 @@ def loss_key_grad(query_block, dtype, wq, g, bits, dk, first, last, S, first_blo
         num_warps=tiles.num_warps)
 
 
+def scale_rows(x, weight, out):
+    """x (n,HI,DI), its last dimension contiguous, times weight (n,HI) float32 -> into out (n,HI,DI),
+    contiguous"""
+    n, HI, DI = x.shape
+    block_d = power_of_two(DI)
+    block_rows = max(1, SCALED_ELEMENTS // block_d)
+    scale_rows_kernel[(triton.cdiv(n * HI, block_rows),)](
+        x_ptr=x, weight_ptr=weight.contiguous(), out_ptr=out,
+        rows=n * HI, stride_s=x.stride(0), stride_h=x.stride(1),
+        HI=HI, DI=DI, BLOCK_D=block_d, BLOCK_ROWS=block_rows,
+        num_warps=4)
+
+
 def dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, query_gradients):
     """One sweep over all chunks -> kl, kl_uniform (B,S); with query_gradients dq (B,S,HI,DI) and dw (B,S,HI)
     of sum kl; with dkl (B,S) dk (B,T,DI) float32 of sum dkl kl; else None for them."""
@@ -462,7 +490,7 @@ def dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl, query_g
             lo = max(0, -x0)
             hi = min(S, blocks * block_s - x0)
             weight = w[b, lo:hi] * dkl[b, lo:hi, None]  # (hi - lo, HI)
-            torch.mul(q_index[b, lo:hi], weight[..., None], out=wq[x0 + lo:x0 + hi])
+            scale_rows(q_index[b, lo:hi], weight, wq[x0 + lo:x0 + hi])
         loss_key_grad(block_s, dtype, wq, g, bits, dk, first, last, S, first_block, blocks)
     return kl, kl_uniform, dq, None if dk is None else dk.sum(0), dw
 
@@ -508,7 +536,8 @@ def indexer_loss_dense_backward(
         last = torch.arange(T - S, T, dtype=torch.int32, device=q.device)  # (S,)
     last = torch.where(dkl == c, -1, last)  # (B, S): the second sweep sees the other queries alone
     rest = dense_sweep(q, k, lse, scale, q_index, k_index, w, first, last, dkl - c, False)[3]  # (B, T, DI)
-    dq_index = torch.mul(dq, dkl[..., None, None], out=torch.empty_like(dq))  # (B, S, HI, DI)
+    dq_index = torch.empty_like(dq)  # (B, S, HI, DI)
+    scale_rows(dq.flatten(0, 1), dkl.flatten()[:, None].expand(-1, dq.shape[2]), dq_index)
     return dq_index, (c * dk + rest).to(k_index.dtype), (dw * dkl[..., None]).to(w.dtype)
 
 
