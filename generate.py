@@ -112,7 +112,7 @@ class Decoder:
     it; by a model with experts, which in any dtype but bf16 reads how many tokens each expert got, to loop
     over those that got any; by a sharded model, whose blocks are gathered one by one.
 
-    compiled: by torch.compile first, unless kernels.decode_block takes the steps. traced: the selections of a
+    compiled: by torch.compile first, unless kernels.decode_block takes all of a step. traced: selections of a
     step are kept in `selections`, (B,1,k) for each layer."""
 
     def __init__(self, model, caches, compiled=False, traced=False):
@@ -120,7 +120,8 @@ class Decoder:
         B = len(latents)
         device = latents.device
         triton = model.backend_on(device) == "triton"
-        compiled = compiled and not model.decodes_by_kernels(device)
+        if model.decodes_by_kernels(device) and not model.config.n_routed_experts:
+            compiled = False
         self.model = torch.compile(model, dynamic=False) if compiled else model
         self.compiled = compiled
         self.caches = caches

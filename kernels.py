@@ -27,7 +27,7 @@ Which kernel runs
                          Triton; the rest by Triton
     indexer_loss_sparse  over unions, too, of as many queries as make 64 rows of the larger number of heads,
                          backward of the indexer's, and at most 8
-    decode_block         a block's products in five kernels, one row by sums, several by tensor cores; what
+    decode_block         a block's products in six launches, one row by sums, several by tensor cores; what
                          they select and attend to by the operations above
     Portable from Ampere on: tiles follow the device's shared memory, and below sm_89, which has no FP8
     products, e4m3 becomes fp16 in registers. triton_kernels/hopper.py alone needs sm_90.

@@ -642,6 +642,7 @@ class Transformer(nn.Module):
         row = slice(None) if position.dim() == 1 else torch.arange(B, device=idx.device)[:, None]
         own = position if split is None else split.position
         decodes = caches is not None and S == 1 and split is None and self.decodes_by_kernels(idx.device)
+        decodes = decodes and not (caches[0].fp8 and self.config.kv_lora_rank % 4)  # scales take 4 bytes
         decodes = decodes and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         angles = (own[..., None].float() * self.rope_frequencies)[..., None, :]  # (S or B, S, 1, rope / 2)
         return ForwardState(

@@ -15,7 +15,7 @@ from torch import Tensor
 from generate import FEWEST_ROWS, ROUND, Trace, make_decoder, rounded, stream
 from tasks import CALL, EOT, REPLY
 
-ROW_ROUND = 32  # of rows on a GPU there are multiples of it: each shape is captured as a CUDA graph of its own
+ROW_ROUND = 32  # rows on a GPU are multiples of it: each shape is captured as a CUDA graph of its own
 MOST_DECODERS = 8  # shapes whose caches and CUDA graphs are kept
 
 

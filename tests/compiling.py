@@ -122,13 +122,13 @@ def call_the_kernels():
     # of published widths, too
     wide = dict(num_attention_heads=2, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
                 qk_rope_head_dim=64, v_head_dim=128, index_head_dim=128)
-    for sizes in (dict(), wide):
-        for dtype in (BF16, torch.float32):
+    for sizes in (dict(), wide, wide | dict(v_head_dim=256)):
+        for dtype, autocast in ((BF16, False), (torch.float32, False), (torch.float32, True)):
             model = Transformer(Config(num_hidden_layers=1, **sizes), "triton").to(dtype)
             for B, fp8 in ((1, False), (3, True), (40, False)):
                 caches = generate.new_caches(model, B, 512, torch.device("cpu"), dtype, fp8)
                 position = torch.zeros(B, 1, dtype=torch.long)
-                with torch.no_grad():
+                with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
                     model(position, caches=caches, position=position, last=position.int())
 
     for grad in (False, True):

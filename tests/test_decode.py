@@ -180,6 +180,26 @@ def test_a_step_reads_new_weights():
     assert torch.equal(after, fresh) and not torch.equal(after, before)
 
 
+def test_one_position_of_all_rows():
+    """Positions (S,), (1,1) and (B,1) are the same."""
+    model = random_model(num_hidden_layers=1)
+    device = model.lm_head.weight.device
+    x = torch.tensor([[3], [4], [5]], device=device)
+    logits = []
+    for position in (torch.tensor([2]), torch.tensor([[2]]), torch.full((3, 1), 2)):
+        caches = generate.new_caches(model, 3, CAPACITY, device, torch.float32)
+        with torch.no_grad():
+            logits.append(model(x, caches=caches, position=position.to(device))[0])
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_an_fp8_cache_of_unaligned_scales_takes_the_blocks(spy):
+    model = random_model(num_hidden_layers=1, attention="dense", kv_lora_rank=22)
+    tokens = torch.randint(0, 59, (1, CAPACITY), device=device_of("triton"))
+    steps(model, True, 1, tokens, fp8=True)
+    assert spy == []
+
+
 @pytest.mark.parametrize("changes", [dict(q_lora_rank=0), dict(attention_bias=True)], ids=str)
 def test_other_models_take_the_blocks(changes, spy):
     model = random_model(num_hidden_layers=1, **changes)

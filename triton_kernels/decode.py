@@ -2,7 +2,7 @@
 
 Each of its products reads a weight once and takes a few microseconds, about what the launch of a kernel
 costs: so a step takes as long as it has kernels. Written out in PyTorch a block has some 100 of them, or 40
-when compiled. Here it has five, beside those that select and attend:
+when compiled. Here it has six, beside those that select and attend:
 
     entry    h                    -> norm; what q_a_proj, kv_a_proj_with_mqa, wk and weights_proj make of it
     heads    of these, a program  -> per head: q, absorbed; per head of the indexer: q^I, quantised, and w;
@@ -25,12 +25,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 import sparse_attn
 from moe import MLP
 from precision import exact, product_dtype
 from triton_kernels.common import (
-    BELOW_A100, SCALE_BLOCK, load_tile, matmul, power_of_two, shared_memory, store_tile)
+    BELOW_A100, BELOW_H100, SCALE_BLOCK, load_tile, matmul, power_of_two, shared_memory, store_tile)
 from triton_kernels.index import e4m3_of, hadamard
 
 NORM_EPS = tl.constexpr(1e-6)  # of the norms of both latents and of the indexer's keys
@@ -137,8 +138,8 @@ def turned(
 
 @triton.jit
 def batch_rows(B, BLOCK_B: tl.constexpr):
-    """Sequences of this program, and which of them there are."""
-    row = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    """Sequences of this program, and which of them there are. Programs side by side share their weights."""
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     return row, row < B
 
 
@@ -166,13 +167,13 @@ def entry_kernel(
         q_latent_ptr, kv_ptr, key_ptr, w_ptr,
         B, eps,
         HIDDEN: tl.constexpr, Q: tl.constexpr, KV: tl.constexpr, DI: tl.constexpr, HI: tl.constexpr,
-        ROUND: tl.constexpr, INDEX: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-        BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):
+        ROUND: tl.constexpr, INDEX: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK_B: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):
     Q_TILES: tl.constexpr = (Q + BLOCK_N - 1) // BLOCK_N
     KV_TILES: tl.constexpr = (KV + BLOCK_N - 1) // BLOCK_N
     KEY_TILES: tl.constexpr = (DI + BLOCK_N - 1) // BLOCK_N
     row, ok = batch_rows(B, BLOCK_B)
-    tile = tl.program_id(0)
+    tile = tl.program_id(1)
     if tile < Q_TILES:
         project(
             h_ptr, norm_ptr, q_a_ptr, q_latent_ptr, eps, row, ok, tile,
@@ -187,10 +188,10 @@ def entry_kernel(
             project(
                 h_ptr, norm_ptr, wk_ptr, key_ptr, eps, row, ok, tile,
                 HIDDEN, DI, ROUND, INDEX, BLOCK_N, BLOCK_K, NUM_STAGES)
-        else:  # products of the weights' own dtype: w is exact
+        else:  # in float32, or products that it holds exactly
             project(
                 h_ptr, norm_ptr, weights_ptr, w_ptr, eps, row, ok, tile - KEY_TILES,
-                HIDDEN, HI, ROUND, weights_ptr.dtype.element_ty, BLOCK_N, BLOCK_K, NUM_STAGES)
+                HIDDEN, HI, ROUND, WEIGHTS, BLOCK_N, BLOCK_K, NUM_STAGES)
 
 
 # ---- heads ----
@@ -312,7 +313,7 @@ def heads_kernel(
         BLOCK_V: tl.constexpr, BLOCK_DI: tl.constexpr, LOG_DI: tl.constexpr, BLOCK: tl.constexpr,
         SCALES: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):
     row, ok = batch_rows(B, BLOCK_B)
-    head = tl.program_id(0)
+    head = tl.program_id(1)
     if head < H:
         query_head(
             q_latent_ptr, q_norm_ptr, q_b_ptr, kv_b_ptr, cos_ptr, sin_ptr, angle_stride, q_ptr, head, row, ok,
@@ -347,7 +348,7 @@ def values_kernel(
         H: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr, ROUND: tl.constexpr,
         BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):
     row, ok = batch_rows(B, BLOCK_B)
-    head = tl.program_id(0)
+    head = tl.program_id(1)
     n = tl.arange(0, BLOCK_N)
     at = row.to(tl.int64) * H + head
     y = product(
@@ -363,7 +364,7 @@ def linear_kernel(
         N: tl.constexpr, K: tl.constexpr, ROUND: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):
     row, ok = batch_rows(B, BLOCK_B)
-    start = tl.program_id(0) * BLOCK_N
+    start = tl.program_id(1) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
     offset = row.to(tl.int64)
     y = product(x_ptr, offset * K, ok, None, None, w_ptr, n, n < N, K, ROUND, ROUND, BLOCK_K, NUM_STAGES)
@@ -378,7 +379,7 @@ def gate_kernel(
         N: tl.constexpr, K: tl.constexpr, ROUND: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):
     row, ok = batch_rows(B, BLOCK_B)
-    start = tl.program_id(0) * BLOCK_N
+    start = tl.program_id(1) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
     offset = row.to(tl.int64) * K
     scale = inverse_rms(h_ptr, offset, ok, eps, K, BLOCK_K, NUM_STAGES)
@@ -400,28 +401,34 @@ class DecodeTiles(NamedTuple):
     """Of the kernels of a step."""
     block_b: int  # sequences
     block_n: int  # outputs
-    block_k: int  # numbers of a row that are multiplied at a time
-    head_weights: int  # of all the outputs of a head, that are multiplied at a time
+    block_k: int  # numbers of a row that are multiplied at a time, at most
+    weight_bytes: int  # of the weights that they meet
     num_stages: int
     num_warps: int
+
+    def columns(self, K, outputs, weight):
+        """Of K numbers of a row how many are multiplied at a time, by so many rows of a weight."""
+        fit = self.weight_bytes // (outputs * weight.element_size())
+        return max(16, min(self.block_k, power_of_two(K), fit))
 
 
 def decode_tiles(B, dtype, device):
     """DecodeTiles for B sequences."""
-    small = shared_memory(device) <= BELOW_A100
+    weight_bytes = 8192
+    if shared_memory(device) > BELOW_A100:
+        weight_bytes = 32768 if shared_memory(device) > BELOW_H100 else 16384
     if B == 1:
-        few = small or dtype == torch.float32
         return DecodeTiles(
-            block_b=1, block_n=8, block_k=256 if few else 1024, head_weights=4096 if few else 16384,
-            num_stages=3, num_warps=8)
+            block_b=1, block_n=8, block_k=1024, weight_bytes=weight_bytes, num_stages=3, num_warps=8)
     if dtype == torch.float32:
-        return DecodeTiles(block_b=16, block_n=16, block_k=32, head_weights=4096, num_stages=2, num_warps=4)
-    if small:
-        return DecodeTiles(block_b=16, block_n=16, block_k=128, head_weights=4096, num_stages=3, num_warps=4)
+        return DecodeTiles(block_b=16, block_n=16, block_k=32, weight_bytes=8192, num_stages=2, num_warps=4)
+    if weight_bytes == 8192:
+        return DecodeTiles(
+            block_b=16, block_n=16, block_k=128, weight_bytes=weight_bytes, num_stages=3, num_warps=4)
     if B <= 16:
         return DecodeTiles(
-            block_b=16, block_n=16, block_k=256, head_weights=16384, num_stages=4, num_warps=4)
-    return DecodeTiles(block_b=16, block_n=32, block_k=128, head_weights=8192, num_stages=4, num_warps=8)
+            block_b=16, block_n=16, block_k=256, weight_bytes=weight_bytes, num_stages=4, num_warps=4)
+    return DecodeTiles(block_b=16, block_n=32, block_k=128, weight_bytes=16384, num_stages=4, num_warps=8)
 
 
 def triton_dtype(dtype):
@@ -429,11 +436,10 @@ def triton_dtype(dtype):
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
-def arguments(tiles, dtype, K):
-    """What all launches pass, of products over K numbers."""
+def arguments(tiles, dtype):
+    """What all launches pass."""
     return dict(
-        ROUND=triton_dtype(dtype), BLOCK_B=tiles.block_b, BLOCK_K=min(tiles.block_k, power_of_two(K)),
-        NUM_STAGES=tiles.num_stages,
+        ROUND=triton_dtype(dtype), BLOCK_B=tiles.block_b, NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps)
 
 
@@ -442,6 +448,7 @@ def launch_entry(attention, norm, h, tiles, dtype, index_dtype):
     (B,DI) and w (B,HI) float32: the projections of the normalised h, as they are."""
     indexer = attention.indexer
     B, _, hidden = h.shape
+    projections = [attention.q_a_proj.weight, attention.kv_a_proj_with_mqa.weight]
     Q, _ = attention.q_a_proj.weight.shape
     KV, _ = attention.kv_a_proj_with_mqa.weight.shape
     q_latent = h.new_empty(B, Q, dtype=dtype)
@@ -455,16 +462,21 @@ def launch_entry(attention, norm, h, tiles, dtype, index_dtype):
         DI = indexer.dim
         key = h.new_empty(B, DI, dtype=index_dtype)
         w = h.new_empty(B, HI, dtype=torch.float32)
+        projections += [indexer.wk.weight, indexer.weights_proj.weight]
     outputs = sum(triton.cdiv(n, tiles.block_n) for n in (Q, KV, DI, HI))
-    entry_kernel[(outputs, triton.cdiv(B, tiles.block_b))](
+    widest = max(projections, key=Tensor.element_size)
+    w_dtype = indexer.weights_proj.weight.dtype if indexer else dtype
+    entry_kernel[(triton.cdiv(B, tiles.block_b), outputs)](
         h_ptr=h, norm_ptr=norm.weight,
         q_a_ptr=attention.q_a_proj.weight, kv_a_ptr=attention.kv_a_proj_with_mqa.weight,
         wk_ptr=indexer.wk.weight if indexer else None,
         weights_ptr=indexer.weights_proj.weight if indexer else None,
         q_latent_ptr=q_latent, kv_ptr=kv, key_ptr=key, w_ptr=w,
         B=B, eps=norm.eps,
-        HIDDEN=hidden, Q=Q, KV=KV, DI=DI, HI=HI, INDEX=triton_dtype(index_dtype), BLOCK_N=tiles.block_n,
-        **arguments(tiles, dtype, hidden))
+        HIDDEN=hidden, Q=Q, KV=KV, DI=DI, HI=HI, INDEX=triton_dtype(index_dtype),
+        WEIGHTS=triton_dtype(w_dtype if w_dtype == dtype else torch.float32), BLOCK_N=tiles.block_n,
+        BLOCK_K=tiles.columns(hidden, tiles.block_n, widest),
+        **arguments(tiles, dtype))
     return q_latent, kv, key, w
 
 
@@ -494,15 +506,14 @@ def launch_heads(attention, state, cache, projected, tiles, dtype, index_dtype):
 
     latents = cache.latents
     packed = latents.dtype == torch.uint8
-    _, position = state.slots
-    if position.dim() == 1:
-        position = position.expand(B, 1)
-    angle_stride = state.cos.stride(0) if state.cos.dim() == 4 else 0  # None of all sequences
+    position = state.slots[1].expand(B, 1)
+    angle_stride = state.cos.expand(B, 1, 1, -1).stride(0)
     block_d = power_of_two(attention.nope + attention.rope)
     block_di = power_of_two(DI)
-    columns = max(16, min(tiles.block_k, tiles.head_weights // max(block_d, block_di)))
-    common = arguments(tiles, dtype, Q) | dict(BLOCK_K=columns)
-    heads_kernel[(H + 1 + HI, triton.cdiv(B, tiles.block_b))](
+    columns = tiles.columns(Q, block_d, attention.q_b_proj.weight)
+    if indexer:
+        columns = min(columns, tiles.columns(Q, block_di, indexer.wq_b.weight))
+    heads_kernel[(triton.cdiv(B, tiles.block_b), H + 1 + HI)](
         q_latent_ptr=q_latent, kv_ptr=kv, key_ptr=key, w_ptr=w,
         q_norm_ptr=attention.q_a_layernorm.weight, kv_norm_ptr=attention.kv_a_layernorm.weight,
         q_b_ptr=attention.q_b_proj.weight, kv_b_ptr=attention.kv_b_proj.weight,
@@ -520,9 +531,11 @@ def launch_heads(attention, state, cache, projected, tiles, dtype, index_dtype):
         INTERLEAVED=bool(indexer) and indexer.interleaved, PACKED=latents.shape[2] if packed else 0, FP8=fp8,
         INDEX=triton_dtype(index_dtype),
         BLOCK_D=block_d, BLOCK_ROPE=power_of_two(attention.rope), BLOCK_RANK=power_of_two(rank),
-        BLOCK_V=min(columns, power_of_two(rank)), BLOCK_DI=block_di, LOG_DI=block_di.bit_length() - 1,
+        BLOCK_V=tiles.columns(rank, block_d, attention.kv_b_proj.weight), BLOCK_DI=block_di,
+        LOG_DI=block_di.bit_length() - 1,
         BLOCK=min(SCALE_BLOCK.value, power_of_two(rank)), SCALES=triton.cdiv(rank, SCALE_BLOCK.value),
-        **common)
+        BLOCK_K=columns,
+        **arguments(tiles, dtype))
     return q, q_index, w_scaled
 
 
@@ -553,11 +566,14 @@ def launch_values(attention, attended, tiles, dtype):
     """attended (B,1,H,rank) -> values (B,1,H value)"""
     B, _, H, rank = attended.shape
     values = attended.new_empty(B, 1, H * attention.value)
-    values_kernel[(H, triton.cdiv(B, tiles.block_b))](
-        attended_ptr=attended.contiguous(), kv_b_ptr=attention.kv_b_proj.weight, out_ptr=values,
+    kv_b = attention.kv_b_proj.weight
+    block_n = power_of_two(attention.value)
+    values_kernel[(triton.cdiv(B, tiles.block_b), H)](
+        attended_ptr=attended.contiguous(), kv_b_ptr=kv_b, out_ptr=values,
         B=B,
-        H=H, NOPE=attention.nope, VALUE=attention.value, RANK=rank, BLOCK_N=power_of_two(attention.value),
-        **arguments(tiles, dtype, rank))
+        H=H, NOPE=attention.nope, VALUE=attention.value, RANK=rank,
+        BLOCK_N=block_n, BLOCK_K=tiles.columns(rank, block_n, kv_b),
+        **arguments(tiles, dtype))
     return values
 
 
@@ -566,24 +582,25 @@ def launch_linear(h, x, weight, tiles, dtype):
     B = len(h)
     N, K = weight.shape
     out = torch.empty_like(h)
-    linear_kernel[(triton.cdiv(N, tiles.block_n), triton.cdiv(B, tiles.block_b))](
+    linear_kernel[(triton.cdiv(B, tiles.block_b), triton.cdiv(N, tiles.block_n))](
         x_ptr=x, w_ptr=weight, h_ptr=h, out_ptr=out,
         B=B,
-        N=N, K=K, BLOCK_N=tiles.block_n,
-        **arguments(tiles, dtype, K))
+        N=N, K=K, BLOCK_N=tiles.block_n, BLOCK_K=tiles.columns(K, tiles.block_n, weight),
+        **arguments(tiles, dtype))
     return out
 
 
 def launch_gate(mlp, norm, h, tiles, dtype):
     """h (B,1,hidden) -> silu(gate_proj) * up_proj of it, normalised (B,1,inner)"""
     B = len(h)
-    N, K = mlp.gate_proj.weight.shape
+    gate = mlp.gate_proj.weight
+    N, K = gate.shape
     out = h.new_empty(B, 1, N, dtype=dtype)
-    gate_kernel[(triton.cdiv(N, tiles.block_n), triton.cdiv(B, tiles.block_b))](
-        h_ptr=h, norm_ptr=norm.weight, gate_ptr=mlp.gate_proj.weight, up_ptr=mlp.up_proj.weight, out_ptr=out,
+    gate_kernel[(triton.cdiv(B, tiles.block_b), triton.cdiv(N, tiles.block_n))](
+        h_ptr=h, norm_ptr=norm.weight, gate_ptr=gate, up_ptr=mlp.up_proj.weight, out_ptr=out,
         B=B, eps=norm.eps,
-        N=N, K=K, BLOCK_N=tiles.block_n,
-        **arguments(tiles, dtype, K))
+        N=N, K=K, BLOCK_N=tiles.block_n, BLOCK_K=tiles.columns(K, 2 * tiles.block_n, gate),
+        **arguments(tiles, dtype))
     return out
 
 

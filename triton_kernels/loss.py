@@ -283,7 +283,7 @@ def scale_rows_kernel(
         x_ptr, weight_ptr, out_ptr,
         rows, stride_s, stride_h,
         HI: tl.constexpr, DI: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """x (n,HI,DI) times weight (n,HI); rows that weigh nothing are not read."""
+    """x (n,HI,DI) times weight (n,HI); rows that weigh 0 are not read, and 0 whatever they hold."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     ok = row < rows
     weight = tl.load(weight_ptr + row, mask=ok, other=0.0)
