@@ -11,7 +11,6 @@ counted as they are needed: a pair or a selected token that is not visible count
 """
 import functools
 import gc
-import itertools
 import json
 import os
 import statistics

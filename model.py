@@ -336,6 +336,7 @@ class Attention(nn.Module):
 
         # The indexer's queries, keys and weights. Its inputs are detached: its loss reaches no main parameter
         # (unless state.detach is off, an ablation). Its keys enter the cache even while nothing is selected.
+        scorer = None
         if self.indexer and (state.sparse or state.index_loss or cache is not None):
             inputs = (h.detach(), q_latent.detach()) if state.detach else (h, q_latent)
             q_index, k_index, w = self.indexer(*inputs, state.rope)  # (B, S, HI, DI), (B, S, DI), (B, S, HI)
@@ -350,9 +351,7 @@ class Attention(nn.Module):
             latents = cache.append(state.slots, state.length, latents)  # (B, T, rank + rope), or bytes
         T = latents.shape[1]
 
-        # Up to k tokens, selecting is attending to all: the dense path, unless the KL over the selection is
-        # wanted, or the selection itself
-        sparse = state.sparse and (T > self.config.index_topk or state.index_loss or state.always_select)
+        sparse = self.selects(T, state)
         absorbed = sparse or (cache is not None and S <= DECODE_QUERIES)
         if not sparse and latents.dtype == torch.uint8:
             latents = sparse_attn.unpack_latents(latents, self.rank, h.dtype)
@@ -368,10 +367,7 @@ class Attention(nn.Module):
         index_loss = None
         with exact(h):
             if sparse:
-                if self.indexer and not state.replay:
-                    attending = scorer.attending(q, latents, self.scale, self.rank)
-                    indices = attending.select(state.ops, self.config.index_topk, state.first, state.last)
-                    selection = selection._replace(indices=indices)  # (B, S, k)
+                selection = self.select(q, latents, scorer, selection, state)
                 out, lse = state.ops.sparse_attention(q, latents, selection.indices, self.scale, self.rank)
             else:
                 out, lse = state.dense_attention(q, k, v, self.scale)
@@ -394,6 +390,20 @@ class Attention(nn.Module):
             _, w_uv = self.kv_b(out.dtype)
             out = torch.einsum("bshr,hvr->bshv", out, w_uv)  # (B, S, H, value)
         return self.o_proj(out.flatten(2)), selection, index_loss  # (B, S, hidden)
+
+    def selects(self, T, state):
+        """Does attention read a selection of T tokens? Up to k tokens, selecting is attending to all: the
+        dense path, unless the KL over the selection is wanted, or the selection itself."""
+        return state.sparse and (T > self.config.index_topk or state.index_loss or state.always_select)
+
+    def select(self, q, latents, scorer, selection, state):
+        """The Selection of queries q (B,S,H,rank + rope), absorbed: by this layer's scorer, or, where there
+        is no indexer or its indices were given, the one passed in."""
+        if not self.indexer or state.replay:
+            return selection
+        scorer = scorer.attending(q, latents, self.scale, self.rank)
+        indices = scorer.select(state.ops, self.config.index_topk, state.first, state.last)  # (B, S, k)
+        return selection._replace(indices=indices)
 
     def make_scorer(self, q, k, w, state, cache):
         """What tokens are selected by: the indexer's q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) without gradient,

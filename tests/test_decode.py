@@ -6,14 +6,12 @@ import torch
 import generate
 from sparse_attn import unpack_latents
 from tests.common import FLOAT32, assert_close, device_of, poison, relative_errors, tiny_model
+from tests.test_sharing import EXPERTS
 
 pytest.importorskip("triton")
 import kernels
 
 CUDA = torch.cuda.is_available()
-EXPERTS = dict(
-    n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=20,
-    first_k_dense_replace=1)
 YARN = dict(
     type="yarn", factor=4, original_max_position_embeddings=32, beta_fast=32, beta_slow=1, mscale=1.0,
     mscale_all_dim=1.0)
@@ -39,7 +37,7 @@ def random_model(**changes):
     """A model for the kernels whose norms have weights, and biases, of their own."""
     model = tiny_model("triton", **(dict(num_hidden_layers=2) | changes)).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.dim() == 1:
                 p += 0.3 * torch.randn_like(p)
     return model

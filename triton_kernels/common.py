@@ -22,16 +22,21 @@ PARTS_AT_ONCE = tl.constexpr(8)  # that `combine_kernel` adds up in one step
 
 # ---- registration ----
 
+def on_device_of(x):
+    """A context in which kernels go to x's device, whichever is current: Triton launches on the current
+    one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def operation(name, mutates_args=()):
     """Decorator: register a launcher as torch.ops.dsa.<name>, so that torch.compile passes through it and a
-    graph can hold it. Its kernels go to the device of its first argument, whichever device is current: Triton
-    launches on the current one."""
+    graph can hold it. Its kernels go to the device of its first argument."""
 
     def register(launcher):
         @functools.wraps(launcher)
         def on_device(*args, **kwargs):
             x = args[0] if args else next(iter(kwargs.values()))
-            with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            with on_device_of(x):
                 return launcher(*args, **kwargs)
 
         return torch.library.custom_op(f"dsa::{name}", on_device, mutates_args=mutates_args)

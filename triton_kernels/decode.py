@@ -19,7 +19,6 @@ replays after an optimizer's update reads the new ones.
 In PyTorch  model.Block.forward, of one token each, with a cache
 Bytes       all weights of the block once for each BLOCK_B sequences, and what select and attention read
 """
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,8 @@ import sparse_attn
 from moe import MLP
 from precision import exact, product_dtype
 from triton_kernels.common import (
-    BELOW_A100, BELOW_H100, SCALE_BLOCK, load_tile, matmul, power_of_two, shared_memory, store_tile)
+    BELOW_A100, BELOW_H100, SCALE_BLOCK, load_tile, matmul, on_device_of, power_of_two, shared_memory,
+    store_tile)
 from triton_kernels.index import e4m3_of, hadamard
 
 NORM_EPS = tl.constexpr(1e-6)  # of the norms of both latents and of the indexer's keys
@@ -414,15 +414,16 @@ class DecodeTiles(NamedTuple):
 
 def decode_tiles(B, dtype, device):
     """DecodeTiles for B sequences."""
-    weight_bytes = 8192
-    if shared_memory(device) > BELOW_A100:
-        weight_bytes = 32768 if shared_memory(device) > BELOW_H100 else 16384
+    small = shared_memory(device) <= BELOW_A100
+    weight_bytes = 32768 if shared_memory(device) > BELOW_H100 else 16384
+    if small:
+        weight_bytes = 8192
     if B == 1:
         return DecodeTiles(
             block_b=1, block_n=8, block_k=1024, weight_bytes=weight_bytes, num_stages=3, num_warps=8)
     if dtype == torch.float32:
         return DecodeTiles(block_b=16, block_n=16, block_k=32, weight_bytes=8192, num_stages=2, num_warps=4)
-    if weight_bytes == 8192:
+    if small:
         return DecodeTiles(
             block_b=16, block_n=16, block_k=128, weight_bytes=weight_bytes, num_stages=3, num_warps=4)
     if B <= 16:
@@ -542,22 +543,20 @@ def launch_heads(attention, state, cache, projected, tiles, dtype, index_dtype):
 def attend(attention, q, q_index, w, state, selection, cache):
     """What launch_heads returns -> what the heads attend to (B,1,H,rank), and the Selection: the middle of
     model.Attention.forward."""
-    config = attention.config
     T = state.length
     latents = cache.latents[:, :T]
-    if not state.sparse or (T <= config.index_topk and not state.always_select):
+    if not attention.selects(T, state):
         if latents.dtype == torch.uint8:
             latents = sparse_attn.unpack_latents(latents, attention.rank, q.dtype)
         k = latents[:, :, None]
         out, _ = state.dense_attention(q, k, k[..., :attention.rank], attention.scale)
         return out, selection
 
-    if attention.indexer and not state.replay:
+    scorer = None
+    if attention.indexer:
         k_scale = None if cache.index_scales is None else cache.index_scales[:, :T]
         scorer = attention.scorer(q_index, cache.index_keys[:, :T], w, k_scale, state)
-        scorer = scorer.attending(q, latents, attention.scale, attention.rank)
-        indices = scorer.select(state.ops, config.index_topk, state.first, state.last)
-        selection = selection._replace(indices=indices)
+    selection = attention.select(q, latents, scorer, selection, state)
     out, _ = state.ops.sparse_attention(q, latents, selection.indices, attention.scale, attention.rank)
     return out, selection
 
@@ -613,7 +612,7 @@ def decode_block(layer, h, state, selection, cache):
     if attention.indexer and not torch.is_autocast_enabled(h.device.type):
         index_dtype = attention.indexer.wk.weight.dtype
     tiles = decode_tiles(len(h), dtype, h.device)
-    with exact(h), torch.cuda.device(h.device) if h.is_cuda else nullcontext():
+    with exact(h), on_device_of(h):
         projected = launch_entry(attention, layer.input_layernorm, h, tiles, dtype, index_dtype)
         heads = launch_heads(attention, state, cache, projected, tiles, dtype, index_dtype)
         attended, selection = attend(attention, *heads, state, selection, cache)
