@@ -45,8 +45,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
-        return y.to(product_dtype(x))
+        dtype = product_dtype(x)
+        if x.dtype == self.weight.dtype == dtype:  # torch computes it in float32 by itself, in one kernel
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(dtype)
 
 
 def yarn_mscale(factor, mscale):

@@ -729,7 +729,7 @@ def train_stage(run, stage, caught):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         flops = report.flops_per_token(
-            model, stage, options.block_size, values["visible"], values["selected"])
+            model, options.block_size, stage, values["visible"], values["selected"])
         report.wait(run.device)
 
         # Log

@@ -19,13 +19,18 @@ DRAWN = ("lm", "val_loss", "kl", "kl_uniform", "recall")
 
 # ---- FLOPs ----
 
-def flops_per_token(model, stage, T, pairs, keys):
+def flops_per_token(model, T, stage, pairs=None, keys=None):
     """FLOPs per token of a training step of this stage on contexts of T tokens, in which a query sees `pairs`
-    keys in the mean and, in the sparse stage, attends to `keys` of them.
+    keys in the mean and, in the sparse stage, attends to `keys` of them; None: as in one document.
 
     Counted as PaLM (arXiv 2204.02311, appendix B) counts for its utilisation: matrix products alone, 2 per
     multiplication and addition, and nothing that is computed a second time to save memory. What learns is
     read off requires_grad, see train.trainable."""
+    if pairs is None:
+        pairs = (T + 1) / 2
+    if keys is None:
+        k = min(model.config.index_topk or T, T)
+        keys = k - k * (k - 1) / (2 * T)  # the mean of min(t, k), t from 1 to T
     total = 0
     learns = model.model.embed_tokens.weight.requires_grad  # does anything so far need a gradient?
     for block in model.model.layers:

@@ -84,11 +84,12 @@ def call_the_kernels():
             kernels.select(q, k, w, topk, k_scale)
             kernels.select(q[:, :1], k, w[:, :1], topk, k_scale, last=last[:, :1])
             kernels.select_by_blocks(q, k, w, topk, k_scale, block=16, candidates=32, recent=16)
+            kernels.topk(torch.zeros(1, 1, 70000), topk)
             if dtype != E4M3:
                 kernels.quantise(k, 32, rotate=True)
                 kernels.quantise(k.float(), DI)
 
-    few = torch.zeros(1, 256, 4, 64).to(E4M3), torch.zeros(1, 2**18, 64).to(E4M3), torch.zeros(1, 256, 4)
+    few = torch.zeros(1, 2048, 4, 64).to(E4M3), torch.zeros(1, 2**18, 64).to(E4M3), torch.zeros(1, 2048, 4)
     kernels.select(*few, 512, torch.ones(1, 2**18))  # by a filter
 
     for H, V, R, S in ((12, 128, 32, 512), (16, 512, 64, 512), (128, 512, 64, 64), (3, 24, 8, 40)):

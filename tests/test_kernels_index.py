@@ -23,7 +23,7 @@ E4M3 = torch.float8_e4m3fn
 INF = float("inf")
 NAN = float("nan")
 FILTER_ALL = index.FilterRegime(
-    queries=1, keys=1, keys_per_topk=0, most_keys=2**20, most_topk=2048, most_heads=2**10)
+    pairs=1, keys=1, keys_per_topk=0, most_keys=2**20, most_topk=2048, most_heads=2**10)
 
 # Errors of scores. Products of 8-bit and of 16-bit floats are exact in float32, sums are rounded to 2^-24;
 # the some 200 roundings of a score add like a random walk, and it is a few times smaller than what it sums.
@@ -324,7 +324,8 @@ def rows(kind, R, T):
     }[kind][None]
 
 
-LENGTHS = [(500, 64), (2049, 1), (4096, 64), (8192, 8000), (9001, 100), (20000, 2048)]  # T, topk
+LENGTHS = [  # T, topk
+    (500, 64), (2049, 1), (4096, 64), (8192, 8000), (9001, 100), (20000, 2048), (33003, 500)]
 LENGTHS += [
     (32768, 2048), (32768, 512), (131072, 2048), (300001, 2048), (40000, 5000), (100000, 20000)] * CUDA
 
@@ -334,7 +335,7 @@ LENGTHS += [
 @pytest.mark.parametrize("T,topk", LENGTHS)
 def test_topk_rows(T, topk, kind):
     """(T12) ties to the lower position, -0.0 as 0.0, NaN first, -inf never: rows that are their own
-    candidates and rows whose candidates are gathered"""
+    candidates, rows whose candidates are gathered, and rows in which several programs look for them"""
     R = 6 if CUDA else 2
     x = rows(kind, R, T)
     first = positions([0, 17, 130, 0, 5, 0][:R])[None]
@@ -396,6 +397,17 @@ def test_topk_reads_a_row_once(monkeypatch, kind):
     """also where its K-th value is one of very many zeros, as of queries whose indexer weights are all
     negative"""
     assert gathers(monkeypatch, rows(kind, 1, 4096), 256) == 1
+
+
+@pytest.mark.skipif(CUDA, reason="counts calls within the interpreter")
+@pytest.mark.parametrize("kind,tied", [
+    ("normal", False), ("rising", False), ("clustered", False), ("end", True), ("one peak", True)])
+def test_topk_in_sections(monkeypatch, kind, tied):
+    """the sections of a long row are read once each; the row, once, only where its K-th value is tied"""
+    T = 70000
+    sections = index.topk_tiles(T, 512, 1, torch.device(DEVICE)).sections
+    assert sections > 1
+    assert gathers(monkeypatch, rows(kind, 1, T), 512) == (1 if tied else sections)
 
 
 @pytest.mark.skipif(CUDA, reason="counts calls within the interpreter")
@@ -649,7 +661,7 @@ def test_filter_threshold(T, topk):
 @pytest.mark.skipif(not CUDA, reason="real shapes need a GPU")
 def test_select_filters_a_million_keys():
     """no row of random numbers is left over: 8 of 10^6 are expected to be"""
-    B, S, T, HI, topk = 1, 256, 2**20, 4, 512
+    B, S, T, HI, topk = 1, 512, 2**20, 4, 512
     q, k, w, k_scale = score_inputs(B, S, T, HI, 64, "e4m3")
     out = torch.empty(B, S, topk, dtype=torch.int32, device=DEVICE)
     assert index.filters(q, T, topk)

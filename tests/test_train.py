@@ -177,7 +177,7 @@ def test_flops_are_those_of_the_reference(variant, stage, choice, detach, monkey
     if variant == "shared" and stage in ("warmup", "sparse"):  # index scores, by the layer that shares them
         again = 3 * report.score_flops(model.config) * (T if stage == "warmup" else 8)
     want = counted(model, stage, x) - again
-    assert report.flops_per_token(model, stage, T, T, 8) == pytest.approx(want, rel=1e-12)
+    assert report.flops_per_token(model, T, stage, T, 8) == pytest.approx(want, rel=1e-12)
 
 
 def test_tokens_that_are_read():
@@ -201,7 +201,7 @@ def test_recall_is_a_small_part():
     train.trainable(model, "warmup", "all")
     T = 160
     x = torch.randint(257, (1, T))
-    ratio = counted(model, "warmup", x) / report.flops_per_token(model, "warmup", T, T, 8)
+    ratio = counted(model, "warmup", x) / report.flops_per_token(model, T, "warmup", T, 8)
     assert 1 < ratio < 1.1
 
 
@@ -211,7 +211,7 @@ def test_mfu_of_the_log(run):
     rates = []
     for r in metrics(run[0]):
         train.trainable(model, r["stage"], "all")
-        flops = report.flops_per_token(model, r["stage"], 32, r["visible"], r["selected"])
+        flops = report.flops_per_token(model, 32, r["stage"], r["visible"], r["selected"])
         rates.append(r["tokens_per_second"] * flops / r["mfu"])
         assert r["visible"] <= 16.5 and r["selected"] <= r["visible"]
     assert max(rates) == pytest.approx(min(rates), rel=1e-9)

@@ -42,7 +42,7 @@ OPERATIONS = {
     "indexer_loss_sparse": Operation(indexer.indexer_loss_sparse, LOSS, dict(dq=5, dk=6, dw=7)),
 }
 FILTER_ALWAYS = index.FilterRegime(
-    queries=1, keys=1, keys_per_topk=0, most_keys=2**20, most_topk=2048, most_heads=2**10)
+    pairs=1, keys=1, keys_per_topk=0, most_keys=2**20, most_topk=2048, most_heads=2**10)
 
 
 # ---- the comparison ----

@@ -34,7 +34,11 @@ FLOAT_TILE_BYTES = 140 * 1024  # of shared memory, that a float32 tile of 64 key
 # topk
 DIRECT_ROW = 2048  # scores up to which all of a row are candidates
 ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to LARGE_TILE: 64 bytes
-SAMPLES = {4096: 512, 16384: 1024, 65536: 2048}  # scores of a sample by the longest row; 8192 beyond
+SAMPLES = {4096: 512, 16384: 1024, 65536: 2048}  # scores of a sample by the longest row,
+LARGEST_SAMPLE_OF_ROW = 8192  # beyond
+SECTION = 8192  # scores, at least, that a program of its own looks for candidates in, where rows are few;
+LEAST_SECTIONS = 4  # how many of a row pay,
+MOST_SECTIONS = 32  # and how many are worth the joining
 MIDDLE_ROW = 16384  # up to which a row is scanned in smaller pieces
 LEAST_CAP = 1024  # candidates that a program has room for
 GUESS_SIGMAS = tl.constexpr(4.0)  # by which a row's sample may err without another guess
@@ -57,7 +61,7 @@ REGISTERS = 65536  # of a multiprocessor
 
 class FilterRegime(NamedTuple):
     """Where `select` filters instead of keeping scores."""
-    queries: int  # at least; the host has to read whether rows are left over
+    pairs: int  # of a query and a key, at least; the host has to read whether rows are left over
     keys: int  # at least
     keys_per_topk: int  # at least
     most_keys: int  # a larger sample does not fit a program
@@ -66,7 +70,7 @@ class FilterRegime(NamedTuple):
 
 
 SELECT_FILTER = FilterRegime(
-    queries=256, keys=2**18, keys_per_topk=64, most_keys=2**20, most_topk=1024, most_heads=4)
+    pairs=2**29, keys=2**16, keys_per_topk=64, most_keys=2**20, most_topk=1024, most_heads=4)
 
 
 # ---- quantise ----
@@ -478,7 +482,8 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 #                     the higher ones and the first ties
 #             A row of at most CAP visible scores is its own list of candidates. Where relu makes many exact
 #             zeros the sample shows that the K-th value is tied. Then two bits per score are kept, and of the
-#             ties only the first K become candidates. A guess that misses narrows the range of the next one
+#             ties only the first K become candidates. A guess that misses narrows the range of the next one.
+#             Of few long rows programs of their own gather the sections, each by the same first guess
 # FLOPs       some 6 per score, 20 counts of sample and candidates. Neither they nor the bytes bound it, but
 #             the waits between its steps: what counts is how many loads are under way, and how many programs
 #             take turns
@@ -710,14 +715,83 @@ def places_of_best(v, K, WIDE: tl.constexpr):
 
 
 @triton.jit
+def first_rank(n, K, SAMPLE: tl.constexpr):
+    """Which of the sorted sample of n scores to take as a threshold, such that it lets the K best through."""
+    mean = SAMPLE * (K / n)  # hits of the K best in the sample
+    return tl.minimum(mean + GUESS_SIGMAS * tl.sqrt(mean) + SKEWNESS, SAMPLE * LARGEST_RANK)
+
+
+@triton.jit
+def guess(scores_row_ptr, first, n, rank, SAMPLE: tl.constexpr):
+    """-> the threshold that `rank` of a sample of the n scores from `first` on reach, ordered, and whether so
+    many are tied there, or above INFINITY, that it cannot be used without regard to ties"""
+    # a run from each stretch of the row, from its eighths in turn lest it keep step with a pattern in the
+    # scores; where memory's own runs begin
+    run = tl.arange(0, SAMPLE // SAMPLE_RUN)[:, None]
+    eighth = run * 8 + run * 5 % 8
+    start = (eighth * ((n - 2 * SAMPLE_RUN) / (SAMPLE // SAMPLE_RUN * 8))).to(tl.int32)
+    start = (first + start + SAMPLE_RUN - 1) // SAMPLE_RUN * SAMPLE_RUN
+    sample = ordered(tl.load(scores_row_ptr + start + tl.arange(0, SAMPLE_RUN)[None, :]))
+    sample = tl.reshape(sample, (SAMPLE,), can_reorder=True)
+    reached = tl.full((), SAMPLE, tl.int32)  # kth_value changes it: no constant
+    t, at_t, _ = kth_value(sample, rank, tl.min(sample, 0), tl.max(sample, 0), reached, rank // 16)
+    return t, ((at_t > rank + rank // 16) | (t > INFINITY)).to(tl.int32)
+
+
+@triton.jit
+def sections_kernel(
+        scores_ptr, first_ptr, last_ptr, found_ptr, counts_ptr,
+        S, T, first_row, rows, width, span, K,
+        CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
+        MASKED: tl.constexpr, STAGES: tl.constexpr):
+    """The candidates among `span` scores of a row: those that reach the row's first guess. Their number is
+    CAP + 1, too many, where that guess is tied."""
+    section = tl.program_id(0)
+    row = tl.program_id(1)
+    first, last = load_bounds(first_ptr, last_ptr, row // rows, first_row + row % rows, S, T)
+    n = last - first + 1
+    if n > CAP:
+        scores_row_ptr = scores_ptr + row.to(tl.int64) * width
+        at = row.to(tl.int64) * tl.num_programs(0) + section
+        to_ptr = found_ptr + at * (CAP + WORDS + 1)
+        rank = first_rank(n, K, SAMPLE)
+        t, tied = guess(scores_row_ptr, first, n, rank.to(tl.int32), SAMPLE)
+        count = CAP + 1
+        if tied == 0:
+            first = tl.maximum(first, section * span)
+            last = tl.minimum(last, section * span + span - 1)
+            count, _ = gather(
+                scores_row_ptr, to_ptr + CAP, to_ptr,
+                first, last, width, t, 0,
+                CAP, WORDS, TILE, MASKED, False, STAGES)
+        tl.store(counts_ptr + at, count)
+
+
+@triton.jit
+def join_sections(
+        found_ptr, counts_ptr, to_ptr, CAP: tl.constexpr, AREA: tl.constexpr, SECTIONS: tl.constexpr):
+    """Write the candidates that a row's sections found, each in its AREA, one after the other at to_ptr, the
+    first CAP -> their number."""
+    slot = tl.arange(0, CAP)
+    at = slot
+    total = 0
+    for i in tl.static_range(SECTIONS):
+        total += tl.load(counts_ptr + i)
+        at = tl.where(slot >= total, (i + 1) * AREA + slot - total, at)
+    p = tl.load(found_ptr + at, mask=slot < total, other=0)
+    tl.store(to_ptr + slot, p, mask=slot < total)
+    tl.debug_barrier()
+    return total
+
+
+@triton.jit
 def topk_kernel(
-        scores_ptr, first_ptr, last_ptr, out_ptr, scratch_ptr,
+        scores_ptr, first_ptr, last_ptr, found_ptr, counts_ptr, out_ptr, scratch_ptr,
         total, S, T, first_row, rows, width, K,
         BLOCK_K: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr,
         TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
-        STAGES: tl.constexpr):
+        STAGES: tl.constexpr, SECTIONS: tl.constexpr):
     slot = tl.arange(0, CAP)
-    run = tl.arange(0, SAMPLE // SAMPLE_RUN)[:, None]
     # an odd distance: every layout then holds single elements, and nothing is converted between layouts
     scratch_row_ptr = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
     bitmap_ptr = scratch_row_ptr + CAP
@@ -738,25 +812,20 @@ def topk_kernel(
                 need = K
                 tries = 0
                 done = 0
-                mean = SAMPLE * (K / n)  # hits of the K best in the sample
-                rank = tl.minimum(mean + GUESS_SIGMAS * tl.sqrt(mean) + SKEWNESS, SAMPLE * LARGEST_RANK)
+                rank = first_rank(n, K, SAMPLE)
+                if SECTIONS > 1:
+                    section = row.to(tl.int64) * SECTIONS
+                    count = join_sections(
+                        found_ptr + section * (CAP + WORDS + 1), counts_ptr + section, scratch_row_ptr,
+                        CAP, CAP + WORDS + 1, SECTIONS)
+                    done = ((count >= K) & (count <= CAP)).to(tl.int32)
                 while done == 0:
                     # guess: by the sample, where it is not tied first without regard to ties; then 0, relu's
                     # own value; then the middle of the range
                     tied = 1
                     if tries < GUESSES:
-                        # a run from each stretch of the row, from its eighths in turn lest it keep step with
-                        # a pattern in the scores; where memory's own runs begin
-                        eighth = run * 8 + run * 5 % 8
-                        start = (eighth * ((n - 2 * SAMPLE_RUN) / (SAMPLE // SAMPLE_RUN * 8))).to(tl.int32)
-                        start = (first + start + SAMPLE_RUN - 1) // SAMPLE_RUN * SAMPLE_RUN
-                        sample = ordered(tl.load(scores_row_ptr + start + tl.arange(0, SAMPLE_RUN)[None, :]))
-                        sample = tl.reshape(sample, (SAMPLE,), can_reorder=True)
-                        r = rank.to(tl.int32)
-                        reached = tl.full((), SAMPLE, tl.int32)  # kth_value changes it: no constant
-                        t, at_t, _ = kth_value(
-                            sample, r, tl.min(sample, 0), tl.max(sample, 0), reached, r // 16)
-                        tied = ((at_t > r + r // 16) | (t > INFINITY) | (tries == GUESSES - 1)).to(tl.int32)
+                        t, tied = guess(scores_row_ptr, first, n, rank.to(tl.int32), SAMPLE)
+                        tied = tied | (tries == GUESSES - 1).to(tl.int32)
                     else:
                         t = tl.where(tries == GUESSES, 0, (lo & hi) + ((lo ^ hi) >> 1))
                     t = tl.minimum(tl.maximum(t, lo), hi)
@@ -819,18 +888,23 @@ class TopkTiles(NamedTuple):
     num_warps: int
     maxnreg: int  # registers of a thread
     programs: int
+    sections: int  # of a row, in which programs of their own look for candidates; 1: none do
 
 
 def topk_tiles(T, K, rows, device):
     """Tiles for `rows` rows of T scores."""
-    sample = next((size for longest, size in SAMPLES.items() if T <= longest), 8192)
+    processors = multiprocessors(device)
+    sections = min(T // SECTION, 2 * processors // rows, MOST_SECTIONS)
+    sections = 1 << (sections.bit_length() - 1) if sections >= LEAST_SECTIONS else 1
+    sample = next((size for longest, size in SAMPLES.items() if T <= longest), LARGEST_SAMPLE_OF_ROW)
+    if sections > 1:  # each of whose programs reads the sample
+        sample = min(sample, triton.next_power_of_2(T) // 32)
     # as in the kernel, for the longest row: the expected candidates and 2.5 standard deviations fit
     mean = sample * min(K, T) / T
     rank = mean + GUESS_SIGMAS.value * mean**0.5 + SKEWNESS.value
     cap = triton.next_power_of_2(max(LEAST_CAP, int((rank + 2.5 * rank**0.5) * T / sample)))
 
-    processors = multiprocessors(device)
-    words = 256 if T <= MIDDLE_ROW else 1024
+    words = 256 if T <= MIDDLE_ROW or sections > 1 else 1024
     stages = 3
     tile = 2048
     if T <= DIRECT_ROW:
@@ -856,22 +930,38 @@ def topk_tiles(T, K, rows, device):
     programs = min(rows, processors * (REGISTERS // (maxnreg * 32 * num_warps)))
     return TopkTiles(
         direct=T <= DIRECT_ROW, cap=cap, sample=sample, words=words, tile=tile, stages=stages,
-        num_warps=num_warps, maxnreg=maxnreg, programs=programs)
+        num_warps=num_warps, maxnreg=maxnreg, programs=programs, sections=sections)
 
 
 def launch_topk(out, scores, T, first, last, first_row, rows):
     """Top-k of scores (B,rows,width >= T) into out (B,S,K)[:, first_row:first_row+rows]"""
     B, S, K = out.shape
     width = scores.shape[2]
-    tiles = topk_tiles(T, K, B * rows, out.device)
-    slots = 1 if tiles.direct else tiles.programs * (tiles.cap + tiles.words + 1)
-    scratch = torch.empty(slots, dtype=torch.int32, device=out.device)
+    total = B * rows
+    tiles = topk_tiles(T, K, total, out.device)
+    masked = not tiles.direct and width % tiles.tile != 0
+    area = tiles.cap + tiles.words + 1  # of a program's scratch
+    found = None
+    counts = None
+    if tiles.sections > 1:
+        counts = torch.empty(total * tiles.sections, dtype=torch.int32, device=out.device)
+        found = torch.empty(total * tiles.sections * area, dtype=torch.int32, device=out.device)
+        sections_kernel[(tiles.sections, total)](
+            scores_ptr=scores, first_ptr=first, last_ptr=last, found_ptr=found, counts_ptr=counts,
+            S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
+            span=triton.cdiv(T, tiles.sections * tiles.tile) * tiles.tile,
+            CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words, TILE=tiles.tile, MASKED=masked,
+            STAGES=tiles.stages,
+            num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
+    scratch = torch.empty(1 if tiles.direct else tiles.programs * area, dtype=torch.int32, device=out.device)
     topk_kernel[(tiles.programs,)](
-        scores_ptr=scores, first_ptr=first, last_ptr=last, out_ptr=out, scratch_ptr=scratch,
-        total=B * rows, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
+        scores_ptr=scores, first_ptr=first, last_ptr=last, found_ptr=found, counts_ptr=counts, out_ptr=out,
+        scratch_ptr=scratch,
+        total=total, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
         BLOCK_K=triton.next_power_of_2(K), CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words,
-        TILE=tiles.tile, DIRECT=tiles.direct, MASKED=not tiles.direct and width % tiles.tile != 0,
-        WIDE=tiles.cap > 32768, STAGES=tiles.stages, num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
+        TILE=tiles.tile, DIRECT=tiles.direct, MASKED=masked, WIDE=tiles.cap > 32768, STAGES=tiles.stages,
+        SECTIONS=tiles.sections,
+        num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
 
 
 @operation("topk")
@@ -1187,8 +1277,8 @@ def select_rows(out, rows, q, k, w, k_scale, first, last):
 def filters(q, T, K):
     """Does `select` filter? Not while a CUDA graph is captured, as the host must read what is left over."""
     regime = SELECT_FILTER
-    S, HI = q.shape[1:3]
-    if S < regime.queries or T < max(regime.keys, regime.keys_per_topk * K):
+    B, S, HI = q.shape[:3]
+    if B * S * T < regime.pairs or T < max(regime.keys, regime.keys_per_topk * K):
         return False
     if T > regime.most_keys or K > regime.most_topk or HI > regime.most_heads:
         return False
