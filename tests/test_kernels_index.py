@@ -435,6 +435,18 @@ def test_nan_stays_inside():
     assert got.min() >= 0 and got.max() < 9000
 
 
+@pytest.mark.parametrize("T", [1000, 3000, 40000])
+def test_bounds_far_beyond_the_keys(T):
+    """as far as an int32 goes: nothing wraps into what is visible"""
+    least, most = -2**31, 2**31 - 1
+    first = positions([5, least, most, 0])[None]
+    last = positions([least, most, most, least])[None]
+    x = rows("normal", 4, T)
+    for R in (1, 4):
+        args = x[:, :R], 64, first[:, :R], last[:, :R]
+        assert torch.equal(kernels.topk(*args), select_from(*args))
+
+
 # ---- select ----
 
 SELECTED = [(1, 1, 1, 1, 16), (2, 5, 70, 3, 32), (1, 75, 75, 4, 64), (2, 3, 300, 16, 32)]  # B, S, T, HI, DI

@@ -160,7 +160,8 @@ def load_bounds(first_ptr, last_ptr, b, s, S, T):
     if last_ptr is None:
         last = tl.where(ok, T - S + s, -1)
     else:
-        last = tl.minimum(tl.load(last_ptr + b.to(tl.int64) * S + s, mask=ok, other=-1), T - 1)
+        last = tl.load(last_ptr + b.to(tl.int64) * S + s, mask=ok, other=-1)
+        last = tl.minimum(tl.maximum(last, -1), T - 1)
     return first, last
 
 

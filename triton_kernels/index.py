@@ -34,11 +34,12 @@ FLOAT_TILE_BYTES = 140 * 1024  # of shared memory, that a float32 tile of 64 key
 # topk
 DIRECT_ROW = 2048  # scores up to which all of a row are candidates
 ALIGNED_ROW = 16  # to a multiple of which such rows are padded, longer ones to LARGE_TILE: 64 bytes
-SAMPLES = {4096: 512, 16384: 1024, 65536: 2048}  # scores of a sample by the longest row,
-LARGEST_SAMPLE_OF_ROW = 8192  # beyond
-SECTION = 8192  # scores, at least, that a program of its own looks for candidates in, where rows are few;
-LEAST_SECTIONS = 4  # how many of a row pay,
-MOST_SECTIONS = 32  # and how many are worth the joining
+SAMPLES = {4096: 512, 16384: 1024, 65536: 2048}  # scores of a sample by the longest row
+LONG_ROW_SAMPLE = 8192  # and of longer rows
+SECTION = 8192  # scores that a program looks for candidates in, at least, where several share a row
+SECTION_TILE = 2048  # of which it compares so many at once
+LEAST_SECTIONS = 4  # of a row; fewer do not pay
+MOST_SECTIONS = 32  # more take longer to join than they save
 MIDDLE_ROW = 16384  # up to which a row is scanned in smaller pieces
 LEAST_CAP = 1024  # candidates that a program has room for
 GUESS_SIGMAS = tl.constexpr(4.0)  # by which a row's sample may err without another guess
@@ -61,7 +62,7 @@ REGISTERS = 65536  # of a multiprocessor
 
 class FilterRegime(NamedTuple):
     """Where `select` filters instead of keeping scores."""
-    pairs: int  # of a query and a key, at least; the host has to read whether rows are left over
+    pairs: int  # of a query and a key of a sequence; the host has to read whether rows are left over
     keys: int  # at least
     keys_per_topk: int  # at least
     most_keys: int  # a larger sample does not fit a program
@@ -487,7 +488,8 @@ def index_scores(q, k, w, k_scale=None, first=None, last=None):
 # FLOPs       some 6 per score, 20 counts of sample and candidates. Neither they nor the bytes bound it, but
 #             the waits between its steps: what counts is how many loads are under way, and how many programs
 #             take turns
-# bytes       4 per score, read once, and once more where 32 bytes hold a candidate; the sample
+# bytes       4 per score, read once, and once more where 32 bytes hold a candidate; the sample, of a section
+#             anew
 
 
 @triton.jit
@@ -741,11 +743,11 @@ def guess(scores_row_ptr, first, n, rank, SAMPLE: tl.constexpr):
 @triton.jit
 def sections_kernel(
         scores_ptr, first_ptr, last_ptr, found_ptr, counts_ptr,
-        S, T, first_row, rows, width, span, K,
-        CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
+        S, T, first_row, rows, width, K, span,
+        CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr, AREA: tl.constexpr, TILE: tl.constexpr,
         MASKED: tl.constexpr, STAGES: tl.constexpr):
-    """The candidates among `span` scores of a row: those that reach the row's first guess. Their number is
-    CAP + 1, too many, where that guess is tied."""
+    """The candidates among `span` scores of a row, those that reach the row's first guess, and their number,
+    CAP + 1, which nobody can use, where that guess is tied. Nothing for a row that needs no guess."""
     section = tl.program_id(0)
     row = tl.program_id(1)
     first, last = load_bounds(first_ptr, last_ptr, row // rows, first_row + row % rows, S, T)
@@ -753,7 +755,7 @@ def sections_kernel(
     if n > CAP:
         scores_row_ptr = scores_ptr + row.to(tl.int64) * width
         at = row.to(tl.int64) * tl.num_programs(0) + section
-        to_ptr = found_ptr + at * (CAP + WORDS + 1)
+        bitmap_ptr = found_ptr + at * AREA
         rank = first_rank(n, K, SAMPLE)
         t, tied = guess(scores_row_ptr, first, n, rank.to(tl.int32), SAMPLE)
         count = CAP + 1
@@ -761,7 +763,7 @@ def sections_kernel(
             first = tl.maximum(first, section * span)
             last = tl.minimum(last, section * span + span - 1)
             count, _ = gather(
-                scores_row_ptr, to_ptr + CAP, to_ptr,
+                scores_row_ptr, bitmap_ptr, bitmap_ptr + WORDS,
                 first, last, width, t, 0,
                 CAP, WORDS, TILE, MASKED, False, STAGES)
         tl.store(counts_ptr + at, count)
@@ -770,18 +772,19 @@ def sections_kernel(
 @triton.jit
 def join_sections(
         found_ptr, counts_ptr, to_ptr, CAP: tl.constexpr, AREA: tl.constexpr, SECTIONS: tl.constexpr):
-    """Write the candidates that a row's sections found, each in its AREA, one after the other at to_ptr, the
-    first CAP -> their number."""
+    """Write what a row's sections found, at distances of AREA, one after the other at to_ptr, unless that is
+    more than CAP -> their number."""
     slot = tl.arange(0, CAP)
     at = slot
-    total = 0
+    count = 0
     for i in tl.static_range(SECTIONS):
-        total += tl.load(counts_ptr + i)
-        at = tl.where(slot >= total, (i + 1) * AREA + slot - total, at)
-    p = tl.load(found_ptr + at, mask=slot < total, other=0)
-    tl.store(to_ptr + slot, p, mask=slot < total)
+        count += tl.load(counts_ptr + i)
+        at = tl.where(slot >= count, (i + 1) * AREA + slot - count, at)
+    ok = (slot < count) & (count <= CAP)
+    p = tl.load(found_ptr + at, mask=ok, other=0)
+    tl.store(to_ptr + slot, p, mask=ok)
     tl.debug_barrier()
-    return total
+    return count
 
 
 @triton.jit
@@ -790,7 +793,7 @@ def topk_kernel(
         total, S, T, first_row, rows, width, K,
         BLOCK_K: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr,
         TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
-        STAGES: tl.constexpr, SECTIONS: tl.constexpr):
+        STAGES: tl.constexpr, SECTIONS: tl.constexpr, AREA: tl.constexpr):
     slot = tl.arange(0, CAP)
     # an odd distance: every layout then holds single elements, and nothing is converted between layouts
     scratch_row_ptr = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
@@ -814,10 +817,9 @@ def topk_kernel(
                 done = 0
                 rank = first_rank(n, K, SAMPLE)
                 if SECTIONS > 1:
-                    section = row.to(tl.int64) * SECTIONS
+                    at = row.to(tl.int64) * SECTIONS
                     count = join_sections(
-                        found_ptr + section * (CAP + WORDS + 1), counts_ptr + section, scratch_row_ptr,
-                        CAP, CAP + WORDS + 1, SECTIONS)
+                        found_ptr + at * AREA + WORDS, counts_ptr + at, scratch_row_ptr, CAP, AREA, SECTIONS)
                     done = ((count >= K) & (count <= CAP)).to(tl.int32)
                 while done == 0:
                     # guess: by the sample, where it is not tied first without regard to ties; then 0, relu's
@@ -878,7 +880,7 @@ def topk_kernel(
 
 
 class TopkTiles(NamedTuple):
-    """Of topk_kernel."""
+    """Of topk_kernel, and of sections_kernel, but that this has SECTION_TILE."""
     direct: bool  # all of a row are candidates
     cap: int  # candidates
     sample: int  # scores that a threshold is guessed from
@@ -896,7 +898,7 @@ def topk_tiles(T, K, rows, device):
     processors = multiprocessors(device)
     sections = min(T // SECTION, 2 * processors // rows, MOST_SECTIONS)
     sections = 1 << (sections.bit_length() - 1) if sections >= LEAST_SECTIONS else 1
-    sample = next((size for longest, size in SAMPLES.items() if T <= longest), LARGEST_SAMPLE_OF_ROW)
+    sample = next((size for longest, size in SAMPLES.items() if T <= longest), LONG_ROW_SAMPLE)
     if sections > 1:  # each of whose programs reads the sample
         sample = min(sample, triton.next_power_of_2(T) // 32)
     # as in the kernel, for the longest row: the expected candidates and 2.5 standard deviations fit
@@ -939,28 +941,29 @@ def launch_topk(out, scores, T, first, last, first_row, rows):
     width = scores.shape[2]
     total = B * rows
     tiles = topk_tiles(T, K, total, out.device)
-    masked = not tiles.direct and width % tiles.tile != 0
-    area = tiles.cap + tiles.words + 1  # of a program's scratch
     found = None
     counts = None
+    area = 0
     if tiles.sections > 1:
+        span = triton.cdiv(T, tiles.sections * SECTION_TILE) * SECTION_TILE
+        area = min(tiles.cap, span) + tiles.words + 1  # odd, see topk_kernel
         counts = torch.empty(total * tiles.sections, dtype=torch.int32, device=out.device)
-        found = torch.empty(total * tiles.sections * area, dtype=torch.int32, device=out.device)
+        found = torch.empty(len(counts) * area, dtype=torch.int32, device=out.device)
         sections_kernel[(tiles.sections, total)](
             scores_ptr=scores, first_ptr=first, last_ptr=last, found_ptr=found, counts_ptr=counts,
-            S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
-            span=triton.cdiv(T, tiles.sections * tiles.tile) * tiles.tile,
-            CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words, TILE=tiles.tile, MASKED=masked,
-            STAGES=tiles.stages,
+            S=S, T=T, first_row=first_row, rows=rows, width=width, K=K, span=span,
+            CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words, AREA=area, TILE=SECTION_TILE,
+            MASKED=width % SECTION_TILE != 0, STAGES=tiles.stages,
             num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
-    scratch = torch.empty(1 if tiles.direct else tiles.programs * area, dtype=torch.int32, device=out.device)
+    slots = 1 if tiles.direct else tiles.programs * (tiles.cap + tiles.words + 1)
+    scratch = torch.empty(slots, dtype=torch.int32, device=out.device)
     topk_kernel[(tiles.programs,)](
         scores_ptr=scores, first_ptr=first, last_ptr=last, found_ptr=found, counts_ptr=counts, out_ptr=out,
         scratch_ptr=scratch,
         total=total, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
         BLOCK_K=triton.next_power_of_2(K), CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words,
-        TILE=tiles.tile, DIRECT=tiles.direct, MASKED=masked, WIDE=tiles.cap > 32768, STAGES=tiles.stages,
-        SECTIONS=tiles.sections,
+        TILE=tiles.tile, DIRECT=tiles.direct, MASKED=not tiles.direct and width % tiles.tile != 0,
+        WIDE=tiles.cap > 32768, STAGES=tiles.stages, SECTIONS=tiles.sections, AREA=area,
         num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
 
 
@@ -1277,8 +1280,8 @@ def select_rows(out, rows, q, k, w, k_scale, first, last):
 def filters(q, T, K):
     """Does `select` filter? Not while a CUDA graph is captured, as the host must read what is left over."""
     regime = SELECT_FILTER
-    B, S, HI = q.shape[:3]
-    if B * S * T < regime.pairs or T < max(regime.keys, regime.keys_per_topk * K):
+    S, HI = q.shape[1:3]
+    if S * T < regime.pairs or T < max(regime.keys, regime.keys_per_topk * K):
         return False
     if T > regime.most_keys or K > regime.most_topk or HI > regime.most_heads:
         return False
