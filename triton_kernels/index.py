@@ -780,7 +780,7 @@ def join_sections(
     for i in tl.static_range(SECTIONS):
         count += tl.load(counts_ptr + i)
         at = tl.where(slot >= count, (i + 1) * AREA + slot - count, at)
-    ok = (slot < count) & (count <= CAP)
+    ok = slot < tl.where(count <= CAP, count, 0)
     p = tl.load(found_ptr + at, mask=ok, other=0)
     tl.store(to_ptr + slot, p, mask=ok)
     tl.debug_barrier()
