@@ -744,10 +744,12 @@ def guess(scores_row_ptr, first, n, rank, SAMPLE: tl.constexpr):
 def sections_kernel(
         scores_ptr, first_ptr, last_ptr, found_ptr, counts_ptr,
         S, T, first_row, rows, width, K, span,
-        CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr, AREA: tl.constexpr, TILE: tl.constexpr,
+        CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr, LIST: tl.constexpr, TILE: tl.constexpr,
         MASKED: tl.constexpr, STAGES: tl.constexpr):
-    """The candidates among `span` scores of a row, those that reach the row's first guess, and their number,
-    CAP + 1, which nobody can use, where that guess is tied. Nothing for a row that needs no guess."""
+    """The candidates among `span` scores of a row, by the row's first guess; where this is tied, also those
+    above it alone, for a row whose earlier sections have ties enough. Two lists with room for LIST positions,
+    behind the bitmap, and the lengths of both, equal if nothing is tied. Nothing for a row that needs no
+    guess."""
     section = tl.program_id(0)
     row = tl.program_id(1)
     first, last = load_bounds(first_ptr, last_ptr, row // rows, first_row + row % rows, S, T)
@@ -755,31 +757,50 @@ def sections_kernel(
     if n > CAP:
         scores_row_ptr = scores_ptr + row.to(tl.int64) * width
         at = row.to(tl.int64) * tl.num_programs(0) + section
-        bitmap_ptr = found_ptr + at * AREA
+        bitmap_ptr = found_ptr + at * (WORDS + 2 * LIST + 1)
+        to_ptr = bitmap_ptr + WORDS
         rank = first_rank(n, K, SAMPLE)
         t, tied = guess(scores_row_ptr, first, n, rank.to(tl.int32), SAMPLE)
-        count = CAP + 1
+        first = tl.maximum(first, section * span)
+        last = tl.minimum(last, section * span + span - 1)
         if tied == 0:
-            first = tl.maximum(first, section * span)
-            last = tl.minimum(last, section * span + span - 1)
             count, _ = gather(
-                scores_row_ptr, bitmap_ptr, bitmap_ptr + WORDS,
+                scores_row_ptr, bitmap_ptr, to_ptr,
                 first, last, width, t, 0,
                 CAP, WORDS, TILE, MASKED, False, STAGES)
-        tl.store(counts_ptr + at, count)
+            higher = count
+        else:
+            higher, equal = gather(
+                scores_row_ptr, bitmap_ptr, to_ptr,
+                first, last, width, t, K,
+                CAP, WORDS, TILE, MASKED, True, STAGES)
+            count = higher + tl.minimum(equal, K)
+            gather(
+                scores_row_ptr, bitmap_ptr, to_ptr + LIST,
+                first, last, width, t, 0,
+                CAP, WORDS, TILE, MASKED, True, STAGES)
+        tl.store(counts_ptr + 2 * at, count)
+        tl.store(counts_ptr + 2 * at + 1, higher)
 
 
 @triton.jit
 def join_sections(
-        found_ptr, counts_ptr, to_ptr, CAP: tl.constexpr, AREA: tl.constexpr, SECTIONS: tl.constexpr):
-    """Write what a row's sections found, at distances of AREA, one after the other at to_ptr, unless that is
-    more than CAP -> their number."""
+        found_ptr, counts_ptr, to_ptr, K,
+        CAP: tl.constexpr, WORDS: tl.constexpr, LIST: tl.constexpr, SECTIONS: tl.constexpr):
+    """Write what a row's sections found, one after the other, at to_ptr, of ties not much more than the first
+    K, unless that is more than CAP -> their number."""
     slot = tl.arange(0, CAP)
     at = slot
     count = 0
+    ties = 0
     for i in tl.static_range(SECTIONS):
-        count += tl.load(counts_ptr + i)
-        at = tl.where(slot >= count, (i + 1) * AREA + slot - count, at)
+        found = tl.load(counts_ptr + 2 * i)
+        higher = tl.load(counts_ptr + 2 * i + 1)
+        enough = ties >= K
+        start = i * (WORDS + 2 * LIST + 1) + WORDS + tl.where(enough, LIST, 0)
+        at = tl.where(slot >= count, start + slot - count, at)
+        count += tl.where(enough, higher, found)
+        ties += found - higher
     ok = slot < tl.where(count <= CAP, count, 0)
     p = tl.load(found_ptr + at, mask=ok, other=0)
     tl.store(to_ptr + slot, p, mask=ok)
@@ -793,7 +814,7 @@ def topk_kernel(
         total, S, T, first_row, rows, width, K,
         BLOCK_K: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr,
         TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
-        STAGES: tl.constexpr, SECTIONS: tl.constexpr, AREA: tl.constexpr):
+        STAGES: tl.constexpr, SECTIONS: tl.constexpr, LIST: tl.constexpr):
     slot = tl.arange(0, CAP)
     # an odd distance: every layout then holds single elements, and nothing is converted between layouts
     scratch_row_ptr = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
@@ -819,7 +840,8 @@ def topk_kernel(
                 if SECTIONS > 1:
                     at = row.to(tl.int64) * SECTIONS
                     count = join_sections(
-                        found_ptr + at * AREA + WORDS, counts_ptr + at, scratch_row_ptr, CAP, AREA, SECTIONS)
+                        found_ptr + at * (WORDS + 2 * LIST + 1), counts_ptr + 2 * at, scratch_row_ptr, K,
+                        CAP, WORDS, LIST, SECTIONS)
                     done = ((count >= K) & (count <= CAP)).to(tl.int32)
                 while done == 0:
                     # guess: by the sample, where it is not tied first without regard to ties; then 0, relu's
@@ -943,16 +965,17 @@ def launch_topk(out, scores, T, first, last, first_row, rows):
     tiles = topk_tiles(T, K, total, out.device)
     found = None
     counts = None
-    area = 0
+    section_list = 0
     if tiles.sections > 1:
         span = triton.cdiv(T, tiles.sections * SECTION_TILE) * SECTION_TILE
-        area = min(tiles.cap, span) + tiles.words + 1  # odd, see topk_kernel
-        counts = torch.empty(total * tiles.sections, dtype=torch.int32, device=out.device)
+        section_list = min(tiles.cap, span)
+        counts = torch.empty(total * tiles.sections, 2, dtype=torch.int32, device=out.device)
+        area = tiles.words + 2 * section_list + 1  # odd, see topk_kernel
         found = torch.empty(len(counts) * area, dtype=torch.int32, device=out.device)
         sections_kernel[(tiles.sections, total)](
             scores_ptr=scores, first_ptr=first, last_ptr=last, found_ptr=found, counts_ptr=counts,
             S=S, T=T, first_row=first_row, rows=rows, width=width, K=K, span=span,
-            CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words, AREA=area, TILE=SECTION_TILE,
+            CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words, LIST=section_list, TILE=SECTION_TILE,
             MASKED=width % SECTION_TILE != 0, STAGES=tiles.stages,
             num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
     slots = 1 if tiles.direct else tiles.programs * (tiles.cap + tiles.words + 1)
@@ -963,7 +986,7 @@ def launch_topk(out, scores, T, first, last, first_row, rows):
         total=total, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
         BLOCK_K=triton.next_power_of_2(K), CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words,
         TILE=tiles.tile, DIRECT=tiles.direct, MASKED=not tiles.direct and width % tiles.tile != 0,
-        WIDE=tiles.cap > 32768, STAGES=tiles.stages, SECTIONS=tiles.sections, AREA=area,
+        WIDE=tiles.cap > 32768, STAGES=tiles.stages, SECTIONS=tiles.sections, LIST=section_list,
         num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
 
 
