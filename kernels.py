@@ -9,8 +9,8 @@ Which kernel runs
     select               on up to 2048 keys a row is its own list of candidates; on more, guess a threshold
                          from a sample of the scores, then gather in one pass what is above it
       few rows of 32K    several programs gather what is above it in a row: decoding fills the GPU
-      many queries,      filter, from 64K keys and 2^29 pairs on, up to 4 heads: a bit per key says whether it
-      few heads          may be among the best, and no score is kept, as these are bound by memory
+      many queries,      filter, from 48K visible keys and 2^29 pairs on, up to 4 heads: a bit per key says
+      few heads          whether it may be among the best, and no score is kept, as these are bound by memory
     select_by_blocks     scores of two mixed heads by the kernel of `index_scores`, two top-k as in `select`,
                          and between them the scores of gathered blocks; as `select` where all blocks are
                          candidates

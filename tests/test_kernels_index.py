@@ -671,6 +671,16 @@ def test_filter_threshold(T, topk):
         assert min(topk, len(seen)) <= passed <= tiles.cap, row
 
 
+@pytest.mark.parametrize("S,T,HI,topk,filtered", [
+    (32768, 65536, 4, 512, True), (65536, 65536, 4, 512, False), (2**17, 2**17, 4, 512, True),
+    (4096, 2**17, 4, 512, True), (4096, 98304, 4, 512, False), (1, 2**20, 4, 512, False),
+    (2**17, 2**17, 4, 1024, True), (32768, 65536, 4, 1024, False), (2**17, 2**17, 8, 512, False)])
+def test_where_select_filters(S, T, HI, topk, filtered):
+    """by what queries see in the mean, not by the longest; no few queries, of which none would wait for the
+    host"""
+    assert index.filters(torch.empty(1, S, HI, 64, device="meta"), T, topk) is filtered
+
+
 @pytest.mark.skipif(not CUDA, reason="real shapes need a GPU")
 def test_select_filters_a_million_keys():
     """no row of random numbers is left over: 8 of 10^6 are expected to be"""

@@ -63,15 +63,15 @@ REGISTERS = 65536  # of a multiprocessor
 class FilterRegime(NamedTuple):
     """Where `select` filters instead of keeping scores."""
     pairs: int  # of a query and a key of a sequence; the host has to read whether rows are left over
-    keys: int  # at least
-    keys_per_topk: int  # at least
+    keys: int  # at least, that a query sees in the mean
+    keys_per_topk: int  # at least, of the same
     most_keys: int  # a larger sample does not fit a program
     most_topk: int
     most_heads: int  # of the indexer: what is saved is memory traffic, not products
 
 
 SELECT_FILTER = FilterRegime(
-    pairs=2**29, keys=2**16, keys_per_topk=64, most_keys=2**20, most_topk=1024, most_heads=4)
+    pairs=2**29, keys=3 * 2**14, keys_per_topk=64, most_keys=2**20, most_topk=1024, most_heads=4)
 
 
 # ---- quantise ----
@@ -1304,7 +1304,8 @@ def filters(q, T, K):
     """Does `select` filter? Not while a CUDA graph is captured, as the host must read what is left over."""
     regime = SELECT_FILTER
     S, HI = q.shape[1:3]
-    if S * T < regime.pairs or T < max(regime.keys, regime.keys_per_topk * K):
+    seen = T - S // 2  # by a query in the mean, if they see all that is before them
+    if S * T < regime.pairs or seen < max(regime.keys, regime.keys_per_topk * K):
         return False
     if T > regime.most_keys or K > regime.most_topk or HI > regime.most_heads:
         return False
