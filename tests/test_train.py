@@ -195,6 +195,16 @@ def test_tokens_that_are_read():
     assert train.tokens_read(run, x[:, :20], None)["visible"] == 20.5
 
 
+@pytest.mark.parametrize("T", [5, 8, 40])
+@pytest.mark.parametrize("stage", ["dense", "warmup", "sparse"])
+def test_flops_of_one_document(stage, T):
+    """without other figures, what train.py counts of it"""
+    model = Transformer(Config(**TINY), "torch")
+    read = train.tokens_read(SimpleNamespace(split=None, model=model), torch.zeros(1, T), None)
+    want = report.flops_per_token(model, T, stage, float(read["visible"]), float(read["selected"]))
+    assert report.flops_per_token(model, T, stage) == pytest.approx(want, rel=1e-6)
+
+
 def test_recall_is_a_small_part():
     """What the counted FLOPs leave out: below 16 / T of the warm-up's pairs."""
     model = Transformer(Config(**TINY), "torch")

@@ -744,12 +744,12 @@ def guess(scores_row_ptr, first, n, rank, SAMPLE: tl.constexpr):
 def sections_kernel(
         scores_ptr, first_ptr, last_ptr, found_ptr, counts_ptr,
         S, T, first_row, rows, width, K, span,
-        CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr, LIST: tl.constexpr, TILE: tl.constexpr,
-        MASKED: tl.constexpr, STAGES: tl.constexpr):
+        CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr, LIST: tl.constexpr, AREA: tl.constexpr,
+        TILE: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr):
     """The candidates among `span` scores of a row, by the row's first guess; where this is tied, also those
-    above it alone, for a row whose earlier sections have ties enough. Two lists with room for LIST positions,
-    behind the bitmap, and the lengths of both, equal if nothing is tied. Nothing for a row that needs no
-    guess."""
+    above it alone, for a row whose earlier sections have ties enough. Two lists with room for LIST positions
+    in a section's AREA, behind the bitmap, and the lengths of both, equal if nothing is tied. Nothing for a
+    row that needs no guess."""
     section = tl.program_id(0)
     row = tl.program_id(1)
     first, last = load_bounds(first_ptr, last_ptr, row // rows, first_row + row % rows, S, T)
@@ -757,7 +757,7 @@ def sections_kernel(
     if n > CAP:
         scores_row_ptr = scores_ptr + row.to(tl.int64) * width
         at = row.to(tl.int64) * tl.num_programs(0) + section
-        bitmap_ptr = found_ptr + at * (WORDS + 2 * LIST + 1)
+        bitmap_ptr = found_ptr + at * AREA
         to_ptr = bitmap_ptr + WORDS
         rank = first_rank(n, K, SAMPLE)
         t, tied = guess(scores_row_ptr, first, n, rank.to(tl.int32), SAMPLE)
@@ -786,7 +786,8 @@ def sections_kernel(
 @triton.jit
 def join_sections(
         found_ptr, counts_ptr, to_ptr, K,
-        CAP: tl.constexpr, WORDS: tl.constexpr, LIST: tl.constexpr, SECTIONS: tl.constexpr):
+        CAP: tl.constexpr, WORDS: tl.constexpr, LIST: tl.constexpr, AREA: tl.constexpr,
+        SECTIONS: tl.constexpr):
     """Write what a row's sections found, one after the other, at to_ptr, of ties not much more than the first
     K, unless that is more than CAP -> their number."""
     slot = tl.arange(0, CAP)
@@ -797,7 +798,7 @@ def join_sections(
         found = tl.load(counts_ptr + 2 * i)
         higher = tl.load(counts_ptr + 2 * i + 1)
         enough = ties >= K
-        start = i * (WORDS + 2 * LIST + 1) + WORDS + tl.where(enough, LIST, 0)
+        start = i * AREA + WORDS + tl.where(enough, LIST, 0)
         at = tl.where(slot >= count, start + slot - count, at)
         count += tl.where(enough, higher, found)
         ties += found - higher
@@ -814,7 +815,7 @@ def topk_kernel(
         total, S, T, first_row, rows, width, K,
         BLOCK_K: tl.constexpr, CAP: tl.constexpr, SAMPLE: tl.constexpr, WORDS: tl.constexpr,
         TILE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
-        STAGES: tl.constexpr, SECTIONS: tl.constexpr, LIST: tl.constexpr):
+        STAGES: tl.constexpr, SECTIONS: tl.constexpr, LIST: tl.constexpr, AREA: tl.constexpr):
     slot = tl.arange(0, CAP)
     # an odd distance: every layout then holds single elements, and nothing is converted between layouts
     scratch_row_ptr = scratch_ptr + tl.program_id(0) * (CAP + WORDS + 1)
@@ -840,8 +841,8 @@ def topk_kernel(
                 if SECTIONS > 1:
                     at = row.to(tl.int64) * SECTIONS
                     count = join_sections(
-                        found_ptr + at * (WORDS + 2 * LIST + 1), counts_ptr + 2 * at, scratch_row_ptr, K,
-                        CAP, WORDS, LIST, SECTIONS)
+                        found_ptr + at * AREA, counts_ptr + 2 * at, scratch_row_ptr, K,
+                        CAP, WORDS, LIST, AREA, SECTIONS)
                     done = ((count >= K) & (count <= CAP)).to(tl.int32)
                 while done == 0:
                     # guess: by the sample, where it is not tied first without regard to ties; then 0, relu's
@@ -957,36 +958,49 @@ def topk_tiles(T, K, rows, device):
         num_warps=num_warps, maxnreg=maxnreg, programs=programs, sections=sections)
 
 
+class Sections(NamedTuple):
+    """What sections_kernel found, or nothing."""
+    found: Tensor | None = None  # (rows, sections, area) int32
+    counts: Tensor | None = None  # (rows, sections, 2) int32: the lengths of both lists
+    list: int = 0  # positions that either has room for
+    area: int = 0
+
+
+def launch_sections(tiles, scores, K, T, first, last, first_row, S):
+    """Sections of the rows of scores (B,rows,width >= T), if `tiles` has any."""
+    if tiles.sections == 1:
+        return Sections()
+    B, rows, width = scores.shape
+    span = triton.cdiv(T, tiles.sections * SECTION_TILE) * SECTION_TILE
+    room = min(tiles.cap, span)
+    area = tiles.words + 2 * room + 1  # odd, see topk_kernel
+    found = torch.empty(B * rows, tiles.sections, area, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(B * rows, tiles.sections, 2, dtype=torch.int32, device=scores.device)
+    sections_kernel[(tiles.sections, B * rows)](
+        scores_ptr=scores, first_ptr=first, last_ptr=last, found_ptr=found, counts_ptr=counts,
+        S=S, T=T, first_row=first_row, rows=rows, width=width, K=K, span=span,
+        CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words, LIST=room, AREA=area, TILE=SECTION_TILE,
+        MASKED=width % SECTION_TILE != 0, STAGES=tiles.stages,
+        num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
+    return Sections(found, counts, room, area)
+
+
 def launch_topk(out, scores, T, first, last, first_row, rows):
     """Top-k of scores (B,rows,width >= T) into out (B,S,K)[:, first_row:first_row+rows]"""
     B, S, K = out.shape
     width = scores.shape[2]
-    total = B * rows
-    tiles = topk_tiles(T, K, total, out.device)
-    found = None
-    counts = None
-    section_list = 0
-    if tiles.sections > 1:
-        span = triton.cdiv(T, tiles.sections * SECTION_TILE) * SECTION_TILE
-        section_list = min(tiles.cap, span)
-        counts = torch.empty(total * tiles.sections, 2, dtype=torch.int32, device=out.device)
-        area = tiles.words + 2 * section_list + 1  # odd, see topk_kernel
-        found = torch.empty(len(counts) * area, dtype=torch.int32, device=out.device)
-        sections_kernel[(tiles.sections, total)](
-            scores_ptr=scores, first_ptr=first, last_ptr=last, found_ptr=found, counts_ptr=counts,
-            S=S, T=T, first_row=first_row, rows=rows, width=width, K=K, span=span,
-            CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words, LIST=section_list, TILE=SECTION_TILE,
-            MASKED=width % SECTION_TILE != 0, STAGES=tiles.stages,
-            num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
+    tiles = topk_tiles(T, K, B * rows, out.device)
+    sections = launch_sections(tiles, scores, K, T, first, last, first_row, S)
     slots = 1 if tiles.direct else tiles.programs * (tiles.cap + tiles.words + 1)
     scratch = torch.empty(slots, dtype=torch.int32, device=out.device)
     topk_kernel[(tiles.programs,)](
-        scores_ptr=scores, first_ptr=first, last_ptr=last, found_ptr=found, counts_ptr=counts, out_ptr=out,
-        scratch_ptr=scratch,
-        total=total, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
+        scores_ptr=scores, first_ptr=first, last_ptr=last,
+        found_ptr=sections.found, counts_ptr=sections.counts, out_ptr=out, scratch_ptr=scratch,
+        total=B * rows, S=S, T=T, first_row=first_row, rows=rows, width=width, K=K,
         BLOCK_K=triton.next_power_of_2(K), CAP=tiles.cap, SAMPLE=tiles.sample, WORDS=tiles.words,
         TILE=tiles.tile, DIRECT=tiles.direct, MASKED=not tiles.direct and width % tiles.tile != 0,
-        WIDE=tiles.cap > 32768, STAGES=tiles.stages, SECTIONS=tiles.sections, LIST=section_list,
+        WIDE=tiles.cap > 32768, STAGES=tiles.stages, SECTIONS=tiles.sections, LIST=sections.list,
+        AREA=sections.area,
         num_warps=tiles.num_warps, maxnreg=tiles.maxnreg)
 
 

@@ -231,9 +231,9 @@ def loss_dq_kernel(
         k = load_tile(k_ptr, t.to(tl.int64) * stride_kt, t < T, 0, DI, BLOCK_D)
         g = tl.load(g_ptr + row_offset[:, None] + t[None, :])
         bits = tl.load(bits_ptr + row_offset[:, None] + t[None, :])
-        a0 = matmul(tl.where((bits & (128 >> (j % 8))) != 0, g, 0.0).to(k.dtype), k, a0)
+        a0 = matmul(tl.where(((bits >> (7 - j % 8)) & 1) != 0, g, 0.0).to(k.dtype), k, a0)
         if HI > 1:
-            a1 = matmul(tl.where((bits & (64 >> (j % 8))) != 0, g, 0.0).to(k.dtype), k, a1)
+            a1 = matmul(tl.where(((bits >> (6 - j % 8)) & 1) != 0, g, 0.0).to(k.dtype), k, a1)
     q_ptr += b.to(tl.int64) * stride_qb + j * stride_qh
     store_query_gradient(q_ptr, w_ptr, dq_ptr, dw_ptr, a0, b, s, j, S, stride_qs, HI, DI, BLOCK_D)
     if j + 1 < HI:
