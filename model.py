@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 import baselines
@@ -57,12 +58,12 @@ def yarn_mscale(factor, mscale):
 
 
 def rope_frequencies(config):
-    """-> (qk_rope_head_dim / 2,) float32 angles per position, and the factor on cos and sin. YaRN (arXiv
-    2309.00071): dimensions that rotate more than beta_fast times within the original context keep their
-    frequency, those below beta_slow are divided by `factor`, linear between."""
+    """-> (qk_rope_head_dim / 2,) float32 angles per position, on the CPU, and the factor on cos and sin. YaRN
+    (arXiv 2309.00071): dimensions that rotate more than beta_fast times within the original context keep
+    their frequency, those below beta_slow are divided by `factor`, linear between."""
     dim = config.qk_rope_head_dim
     base = config.rope_theta
-    frequencies = base ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)  # (dim / 2,)
+    frequencies = base ** -(torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)  # (dim / 2,)
     yarn = config.rope_scaling
     if not yarn:
         return frequencies, 1.0
@@ -79,7 +80,7 @@ def rope_frequencies(config):
         high = math.ceil(high)
     low = max(low, 0)
     high = min(high, dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
     ramp = ramp.clamp(0, 1)  # (dim / 2,): 0 keeps, 1 is divided
 
     factor = yarn["factor"]
@@ -497,6 +498,17 @@ def remembering(block, offload):
     return run
 
 
+class Unfilled(TorchFunctionMode):
+    """A context beside torch.device("meta"): parameters are not drawn at random. They have no numbers, but
+    torch imports its compiler, for seconds, before it draws none."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 class Transformer(nn.Module):
     """Decoder-only language model.
 
@@ -528,6 +540,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.initialise()
         frequencies, self.rope_amplitude = rope_frequencies(config)
+        frequencies = frequencies.to(self.lm_head.weight.device)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
 
     def initialise(self):
@@ -705,7 +718,7 @@ class Transformer(nn.Module):
             longest = int(yarn["factor"] * yarn["original_max_position_embeddings"])
             longest = max(longest, config.max_position_embeddings)
             config = replace(config, rope_scaling=yarn, max_position_embeddings=longest)
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = cls(config, backend, attention, index_fp8)
         checkpoint.read_weights(folder, model, device, dtype, new_indexers=bool(index), prepare=prepare)
         model.rope_frequencies = rope_frequencies(config)[0].to(device)

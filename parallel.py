@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from model import Transformer
+from model import Transformer, Unfilled
 from support import cli
 
 # FSDP and DTensor are imported where they are used: one process need not wait a second for them.
@@ -262,7 +262,7 @@ def whole_model(model, ranks):
     weights = whole(model.state_dict(), ranks)
     if ranks.rank:
         return None
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         plain = Transformer(model.config, attention="dense")
     for ours, theirs in zip(plain.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)

@@ -1,12 +1,14 @@
 """sample.py as a user runs it: prompts, what is printed, where it stops, what it says of its speed."""
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import generate
-from tests.scripts import call, edit_json, finish, start
+from tests.scripts import call, edit_json, environment, finish, start
 
 EOT = 256
 
@@ -144,3 +146,14 @@ def test_in_a_process_of_its_own(place, run):
     process.stdout.close()
     process.stdin.close()
     assert process.wait(120) == 0 and "Traceback" not in process.stderr.read()
+
+
+def test_the_compiler_stays_out(place, run):
+    """Importing torch's compiler would take longer than a short answer."""
+    told = [f"--checkpoint={run[0]}/sparse", "--backend=triton", "--prompt=line", "--num_tokens=2"]
+    code = (f"import sys; sys.argv = {['sample.py', *told]}; import sample; sample.main(); "
+            "assert 'torch._dynamo' not in sys.modules")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, env=environment(place) | dict(TRITON_INTERPRET="1"),
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
