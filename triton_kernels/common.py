@@ -22,42 +22,15 @@ PARTS_AT_ONCE = tl.constexpr(8)  # that `combine_kernel` adds up in one step
 
 # ---- registration ----
 
-LIBRARY = torch.library.Library("dsa", "FRAGMENT")  # beside lm_loss.py's
-
-
 def on_device_of(x):
     """A context in which kernels go to x's device, whichever is current: Triton launches on the current
     one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-class Operation:
-    """torch.ops.dsa.<name>, as torch.library.custom_op would make it, whose calls take the host 6 microseconds
-    instead of 20, and the first of them two seconds less, in which it imports torch's compiler. But a launcher
-    itself tells autograd what it writes to, by torch.autograd.graph.increment_version."""
-
-    def __init__(self, name, launcher, mutates_args):
-        schema = torch.library.infer_schema(launcher, mutates_args=mutates_args)
-        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
-        self.name = f"{LIBRARY.ns}::{name}"
-        self.overload = getattr(torch.ops.dsa, name).default
-
-    def __call__(self, *args, **kwargs):
-        return self.overload(*args, **kwargs)
-
-    def register_fake(self, function):
-        """Decorator: what a call returns, but for its numbers."""
-        return torch.library.register_fake(self.name, function, lib=LIBRARY)
-
-    def register_autograd(self, backward, *, setup_context):
-        """As torch.library.register_autograd."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=LIBRARY)
-
-
 def operation(name, mutates_args=()):
     """Decorator: register a launcher as torch.ops.dsa.<name>, so that torch.compile passes through it and a
-    graph can hold it -> Operation. Its kernels go to the device of its first argument."""
+    graph can hold it. Its kernels go to the device of its first argument."""
 
     def register(launcher):
         @functools.wraps(launcher)
@@ -66,7 +39,7 @@ def operation(name, mutates_args=()):
             with on_device_of(x):
                 return launcher(*args, **kwargs)
 
-        return Operation(name, on_device, mutates_args)
+        return torch.library.custom_op(f"dsa::{name}", on_device, mutates_args=mutates_args)
 
     return register
 
