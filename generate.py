@@ -2,6 +2,10 @@
 one CUDA graph."""
 import functools
 import math
+from concurrent.futures import wait
+from copy import deepcopy
+from dataclasses import replace
+from itertools import islice
 
 import torch
 
@@ -150,14 +154,15 @@ class Decoder:
         self.first.copy_(first[:, None])
         self.last.copy_(position[:, None])
         if not self.captures:
-            return self.forward(self.last if self.compiled else None)  # None: only what is filled is read
+            return self.forward()
         if self.graph is None:
             self.capture()
         self.graph.replay()
         return self.logits
 
-    def forward(self, last):
-        """-> logits (B,1,vocab) of self.token; last: see Transformer.forward."""
+    def forward(self):
+        """-> logits (B,1,vocab) of self.token"""
+        last = self.last if self.captures or self.compiled else None  # None: only what is filled is read
         self.selections = []
         logits, _ = self.model(
             self.token, first=self.first, caches=self.caches, position=self.position, last=last,
@@ -171,11 +176,11 @@ class Decoder:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self.forward(self.last)
+                self.forward()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=side):
-                self.logits = self.forward(self.last)
+                self.logits = self.forward()
 
 
 def make_decoder(model, B, capacity, device, fp8_cache=False, compiled=False, traced=False):
@@ -449,6 +454,43 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
             lengths = torch.tensor([len(piece) for piece in due]).to(device)
             at = at + lengths
             free = lengths > 0
+
+
+def compile_ahead(model, idx, n, device, end_ids=(), fp8_cache=False, chunk=None):
+    """Before the weights of `model`, which are on the meta device, are read: let threads compile what `stream`
+    will launch for the prompts idx (B,T), their first chunk, and for the step behind them -> two lists of
+    futures, for `paced`. In a process that has launched no kernel. Nothing without Triton kernels: []."""
+    if device.type != "cuda" or model.backend_on(device) != "triton":
+        return []
+    from triton_kernels import ahead
+    B, T = idx.shape
+    one_layer = deepcopy(model)
+    one_layer.model.layers = one_layer.model.layers[:1]
+    one_layer.config = replace(model.config, num_hidden_layers=1)
+    one_layer = one_layer.to_empty(device=device).eval()
+    decoder = make_decoder(one_layer, B, T + n, device, fp8_cache)
+    position = torch.arange(min(T, chunk or default_chunk(model.config, B, device)), device=device)
+    first = document_starts(idx.cpu(), list(end_ids))  # (B, T)
+    bounds = first[:, :len(position)].to(device) if first.any() else None
+    decoder.position.fill_(T)
+    decoder.last.fill_(T)
+
+    def read_prompt():
+        one_layer(
+            idx[:, :len(position)].to(device), first=bounds, caches=decoder.caches, position=position,
+            logits_of="last")
+
+    with torch.inference_mode():
+        return ahead.compile_ahead([read_prompt, decoder.forward], device)
+
+
+def paced(rows, compiling):
+    """What `stream` yields, which waits for the kernels that `compile_ahead` has compiled: for those of the
+    prompt before the first token, for those of a step before the second."""
+    for futures in compiling:
+        wait(futures)
+        yield from islice(rows, 1)
+    yield from rows
 
 
 def complete(model, idx, n, end_ids=(), copies=1, **options):

@@ -6,7 +6,6 @@
     python sample.py --chat --checkpoint=out/post/mixed --domain=agent --think    # a task of post_train.py
     python sample.py --chat --checkpoint=out/post/mixed --prompt="add 47 85"      # a question of your own
 """
-import functools
 import math
 import os
 import sys
@@ -17,7 +16,7 @@ import torch
 
 import parallel
 import tasks
-from generate import LEAST_TOP_P, stream
+from generate import LEAST_TOP_P, check, compile_ahead, paced, stream
 from model import Transformer
 from rollout import Turns
 from support import chat, checkpoint, cli, files, tokenizer
@@ -171,26 +170,20 @@ def chat_task(options, text):
     return Chat(text, options.think, options.num_tokens)
 
 
-def talk(options, model, tokens_of, task, ranks):
-    """Answer a task: the conversation to standard output as it comes, turns by their names, the checker's
-    word to standard error."""
-    turn_ids = chat.turns_of(options.checkpoint)
-    if turn_ids != tasks.TURNS:
-        raise ValueError(f"{options.checkpoint}: its turn tokens are {turn_ids}, those of tasks.py are "
-                         f"{tasks.TURNS}")
-    names = {token: name for name, token in turn_ids.items()}
-    ids = task.prompt()
-    prompt = torch.tensor([ids], device=ranks.device)  # (1, tokens)
+def talk(options, model, tokens_of, task, prompt, compiling, ranks):
+    """Answer a task, its prompt (1,tokens): the conversation to standard output as it comes, turns by their
+    names, the checker's word to standard error."""
+    names = {token: name for name, token in tasks.TURNS.items()}
     generator = torch.Generator(ranks.device).manual_seed(options.seed)
     turns = Turns([task], tokens_of.end_ids)
     text = tokens_of.stream()
-    print(f"<|user|>{task.question}{names[ids[-1]]}", end="", flush=True)
+    print(f"<|user|>{task.question}{names[int(prompt[0, -1])]}", end="", flush=True)
     rows = stream(
         model, prompt, task.limit, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         generator=generator, chunk=options.chunk, fp8_cache=options.cache == "fp8", end_ids=tokens_of.end_ids,
         compiled=options.compile, ranks=ranks, steer=turns)
     shown = 0
-    for _ in rows:
+    for _ in paced(rows, compiling):
         out = turns.outs[0]  # also holds what the tool replies
         for token in out[shown:]:
             if token in names:
@@ -219,23 +212,39 @@ def main():
     tokens_of = tokenizer.load_tokenizer(options.checkpoint)
     if options.chat:
         task = chat_task(options, text)
-        chat.turns_of(options.checkpoint)  # raises before the weights are read
+        turn_ids = chat.turns_of(options.checkpoint)
+        if turn_ids != tasks.TURNS:
+            raise ValueError(f"{options.checkpoint}: its turn tokens are {turn_ids}, those of tasks.py are "
+                             f"{tasks.TURNS}")
+        ids = task.prompt()
+        n = task.limit
     else:
         ids = prompt_ids(options, text, tokens_of, config.vocab_size)
+        n = options.num_tokens
         run = files.run_options(files.locate(options.checkpoint).parent, block_size=int)
+    prompt = torch.tensor([ids], device=device).expand(options.count, -1)  # (count, tokens)
+    compiling = []
+
+    def prepare(model):
+        """What is to be done before the weights are read."""
+        for name in ("index_block", "index_candidates"):
+            if getattr(options, name) is not None:
+                setattr(model.config, name, getattr(options, name))
+        model.config.check()
+        check(len(ids), n, options.temperature, options.top_k, options.top_p, options.chunk, model.config)
+        if options.shard:
+            parallel.shard(model, ranks=ranks)
+        if ranks.world == 1:
+            compiling.extend(compile_ahead(
+                model, prompt, n, device, tokens_of.end_ids, options.cache == "fp8", options.chunk))
+
     model = Transformer.from_pretrained(
         options.checkpoint, cli.backend(options.backend, device), options.attention, options.index_fp8,
-        device=device, dtype=dtype,
-        prepare=functools.partial(parallel.shard, ranks=ranks) if options.shard else None)
-    for name in ("index_block", "index_candidates"):
-        if getattr(options, name) is not None:
-            setattr(model.config, name, getattr(options, name))
-    model.config.check()
+        device=device, dtype=dtype, prepare=prepare)
     if options.chat:
-        talk(options, model, tokens_of, task, ranks)
+        talk(options, model, tokens_of, task, prompt, compiling, ranks)
         return 0
 
-    prompt = torch.tensor([ids], device=device).expand(options.count, -1)  # (count, tokens)
     generator = torch.Generator(device).manual_seed(options.seed)
     printer = Printer(text, tokens_of, ids, options.count, stops=not options.ignore_eos)
     rows = stream(
@@ -244,7 +253,7 @@ def main():
         end_ids=tokens_of.end_ids, go_on=options.ignore_eos, compiled=options.compile, ranks=ranks)
     began = time.perf_counter()
     times = []
-    for row in rows:
+    for row in paced(rows, compiling):
         printer.add(row.tolist())
         times.append(time.perf_counter())
     printer.finish()

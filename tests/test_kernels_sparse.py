@@ -572,10 +572,10 @@ def test_registration(number):
     """Schema, fake results (shapes, dtypes, strides) and autograd hold, also with dynamic shapes."""
     operation, arguments = list(samples())[number]
     if CUDA and operation is sparse.sparse_attention_backward:  # atomics: two runs differ in the last bits
-        opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+        opcheck(operation.overload, arguments, test_utils=("test_schema", "test_faketensor"))
     else:
         eps = torch.finfo(arguments[0].dtype).eps
-        opcheck(operation, arguments, rtol=2 * eps, atol=2 * eps)
+        opcheck(operation.overload, arguments, rtol=2 * eps, atol=2 * eps)
 
 
 def test_compiles_into_one_graph():

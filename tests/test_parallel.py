@@ -132,7 +132,7 @@ def test_pieces_are_an_operation(monkeypatch):
     monkeypatch.setattr(dense, "cudnn_backward", plain_backward)
     q, k, v = (torch.randn(1, n, 2, 4, requires_grad=True) for n in (4, 8, 8))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(dense.split_attention_pieces, (q, k, v, 0.5, 0, 6), test_utils=tests)
+    torch.library.opcheck(dense.split_attention_pieces.overload, (q, k, v, 0.5, 0, 6), test_utils=tests)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN needs a GPU")

@@ -148,11 +148,15 @@ def test_in_a_process_of_its_own(place, run):
     assert process.wait(120) == 0 and "Traceback" not in process.stderr.read()
 
 
-def test_the_compiler_stays_out(place, run):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_compiler_stays_out(place, run, backend):
     """Importing torch's compiler would take longer than a short answer."""
-    told = [f"--checkpoint={run[0]}/sparse", "--prompt=line", "--num_tokens=2"]
+    told = [f"--checkpoint={run[0]}/sparse", "--prompt=line", "--num_tokens=2", f"--backend={backend}"]
     code = (f"import sys; sys.argv = {['sample.py', *told]}; import sample; sample.main(); "
             "assert 'torch._dynamo' not in sys.modules")
+    if backend == "triton":
+        pytest.importorskip("triton")
+    interpreted = environment(place) | dict(TRITON_INTERPRET="1")
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=place, env=environment(place), capture_output=True, text=True)
+        [sys.executable, "-c", code], cwd=place, env=interpreted, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -78,6 +78,8 @@ def cross_entropy_operation(logits: Tensor, targets: Tensor, grad: bool) -> Tens
             VOCAB=vocab,
             GRAD=grad, BLOCK=tiles.block,
             num_warps=tiles.num_warps)
+    if grad:
+        torch.autograd.graph.increment_version(logits)
     return nats
 
 
