@@ -152,13 +152,13 @@ def seconds_of(function):
 
 
 def wall_seconds(function, settle=0.2, measured=0.5):
-    """Median of `seconds_of` over calls of `measured` seconds, three at least if they take no longer than 5
+    """Median of `seconds_of` over calls of `measured` seconds, three at least if they take no longer than 10
     seconds, after some of `settle` seconds."""
     settled = 0.0
     while settled < settle:
         settled += seconds_of(function)
     seconds = []
-    while sum(seconds) < measured or (len(seconds) < 3 and sum(seconds) < 5):
+    while sum(seconds) < measured or (len(seconds) < 3 and sum(seconds) < 10):
         seconds.append(seconds_of(function))
     return statistics.median(seconds)
 
@@ -614,11 +614,12 @@ def training(objective, parameters, x):
 
 
 def stage_objective(model, compiled):
-    """What the dense or the sparse stage lowers, by model.attention."""
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    """What the dense or the sparse stage lowers, by model.attention; compiled once, a model remains so."""
+    if compiled:
+        model.compile_layers(dynamic=False)
 
     def objective(x, y):
-        _, losses = forward(x, y, index_loss=model.attention == "sparse", logits_of=None)
+        _, losses = model(x, y, index_loss=model.attention == "sparse", logits_of=None)
         return losses["lm"] + losses.get("kl", 0)
 
     return objective

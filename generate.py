@@ -467,7 +467,12 @@ def compile_ahead(model, idx, n, device, end_ids=(), fp8_cache=False, chunk=None
     one_layer = deepcopy(model)
     one_layer.model.layers = one_layer.model.layers[:1]
     one_layer.config = replace(model.config, num_hidden_layers=1)
-    one_layer = one_layer.to_empty(device=device).eval()
+    weights = {}  # without numbers; not `to_empty`, which imports sympy, for seconds
+    for name, x in one_layer.state_dict().items():
+        weights[name] = torch.empty(x.shape, dtype=x.dtype, device=device)
+    one_layer.load_state_dict(weights, assign=True)
+    one_layer.rope_frequencies = torch.zeros(model.rope_frequencies.shape, device=device)
+    one_layer.eval()
     decoder = make_decoder(one_layer, B, T + n, device, fp8_cache)
     position = torch.arange(min(T, chunk or default_chunk(model.config, B, device)), device=device)
     first = document_starts(idx.cpu(), list(end_ids))  # (B, T)

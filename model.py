@@ -32,6 +32,7 @@ from precision import exact, product_dtype
 
 RECALL_QUERIES = 16  # of a sequence, for the recall that training reports
 DECODE_QUERIES = 16  # up to so many new queries read the latents themselves: expanding a cache costs more
+MOST_GRAPHS = 64  # that layers are compiled to: kinds of layers, times stages, times what they are called with
 
 
 # ---- norms and positions ----
@@ -176,7 +177,7 @@ def watched(model, wrap):
 
 @dataclass
 class ForwardState:
-    """What all layers of one forward share; see Transformer.forward."""
+    """What the layers of one forward share; see Transformer.forward."""
     ops: Operations
     cos: Tensor  # (S, 1, rope / 2) or (B, S, 1, rope / 2) float32, as sin
     sin: Tensor
@@ -188,7 +189,8 @@ class ForwardState:
     sparse: bool  # attend to the selection
     index_loss: bool
     index_fp8: bool  # select by quantised scores
-    candidates: int  # select among so many tokens, see indexer.select_by_blocks; 0: among all
+    index_block: int  # select in two levels, by blocks of so many tokens; 0: among all tokens
+    candidates: int  # tokens in the blocks that are scored, see indexer.select_by_blocks
     detach: bool  # the indexer's inputs
     always_select: bool  # also where there are no more than k tokens
     replay: bool  # attend to selections that were given
@@ -272,7 +274,6 @@ class Attention(nn.Module):
         self.value = config.v_head_dim
         self.rank = config.kv_lora_rank
         self.config = config
-        self.layer = layer
         hidden = config.hidden_size
         bias = config.attention_bias
         if config.q_lora_rank:
@@ -427,10 +428,8 @@ class Attention(nn.Module):
 
     def scorer(self, q, k, w, k_scale, state):
         """The Scorer of these."""
-        block = self.config.block_of(self.layer)
         return Scorer(
-            q, k, w, k_scale, block, candidates=state.candidates if block else 0,
-            selector=self.config.selector)
+            q, k, w, k_scale, state.index_block, state.candidates, selector=self.config.selector)
 
     @torch.no_grad()
     def recall(self, q_nope, q_rope, latents, scorer, indices, state):
@@ -530,6 +529,7 @@ class Transformer(nn.Module):
         self.index_fp8 = index_fp8
         self.recompute = False  # activation checkpointing: keep only the blocks' inputs
         self.offload = False  # and these in host memory
+        self.compiled = False  # see compile_layers
         self.detach = True  # the indexer's inputs, so that the KL teaches indexers alone
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -569,6 +569,20 @@ class Transformer(nn.Module):
         known = self.config.q_lora_rank > 0 and not self.config.attention_bias
         return known and self.backend_on(device) == "triton"
 
+    def compile_layers(self, **options):
+        """From now on layers that learn run by torch.compile, which takes the options. Layers alike share one
+        graph, so the first step comes several times sooner than if the whole model were compiled."""
+        import torch._dynamo
+        self.compiled = True
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS  # beyond it layers would run eager
+        compiled = torch.compile(Block.forward, **options)
+
+        def forward(block, *args):
+            return (compiled if torch.is_grad_enabled() else Block.forward)(block, *args)
+
+        for block in self.model.layers:
+            block.forward = functools.partial(forward, block)
+
     def indexer_parameters(self):
         """The parameters that learn from the KL loss alone; all others learn from the language-model loss
         alone."""
@@ -595,10 +609,13 @@ class Transformer(nn.Module):
         ValueError: sequence longer than max_position_embeddings."""
         backend = self.backend_on(idx.device)
         state = self.forward_state(backend, idx, first, index_loss, caches, position, last, split, selections)
+        one_level = replace(state, index_block=0, candidates=0)
         h = self.model.embed_tokens(idx)  # (B, S, hidden)
         selection = Selection()
         index_losses = []
+        compiled = self.compiled or torch.compiler.is_compiling()
         for i, block in enumerate(self.model.layers):
+            layer_state = state if self.config.block_of(i) else one_level
             if block.self_attn.indexer:
                 selection = Selection()  # its own: an input would be kept for the backward
             if state.replay:
@@ -607,12 +624,12 @@ class Transformer(nn.Module):
                 # checkpoint saves h where these hooks see it, and what the block computes where they do not
                 keep = save_on_cpu(pin_memory=h.is_cuda) if self.offload else nullcontext()
                 run = block
-                if block.self_attn.indexer and not state.replay and not torch.compiler.is_compiling():
+                if block.self_attn.indexer and not state.replay and not compiled:
                     run = remembering(block, self.offload)
                 with keep:
-                    h, selection, layer_loss = recompute(run, h, state, selection, use_reentrant=False)
+                    h, selection, layer_loss = recompute(run, h, layer_state, selection, use_reentrant=False)
             else:
-                h, selection, layer_loss = block(h, state, selection, caches[i] if caches else None)
+                h, selection, layer_loss = block(h, layer_state, selection, caches[i] if caches else None)
             if layer_loss is not None:
                 index_losses.append(layer_loss)
             if state.always_select and not state.replay:
@@ -682,6 +699,7 @@ class Transformer(nn.Module):
             sparse=self.attention == "sparse",
             index_loss=index_loss,
             index_fp8=self.index_fp8,
+            index_block=self.config.index_block,
             candidates=candidates,
             detach=self.detach,
             always_select=selections is not None,

@@ -22,7 +22,6 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -57,7 +56,7 @@ class Options:
                           "CUDA GPU)", "auto", "torch", "triton")
     dtype: str = option("float32", "precision of the linear layers (autocast)", "float32", "bfloat16")
     seed: int = option(1337, "of initialisation and batch order")
-    compile: bool = option(False, "torch.compile the model")
+    compile: bool = option(False, "torch.compile the layers")
     recompute: str = option(
         "false", "activation checkpointing: less memory for a third more compute; offload: what it keeps, "
         "blocks' inputs and selections, waits for the backward in host memory", "false", "true", "offload",
@@ -248,9 +247,6 @@ def check_options(options, device):
     cli.backend(options.backend, device)
     if options.index_fp8:
         cli.check_e4m3(device, "--index_fp8=true", "--index_fp8=false")
-    if options.compile and options.recompute == "offload":
-        raise ValueError("--recompute=offload with --compile: torch.compile does not trace what moves the "
-                         "blocks' inputs; leave one out, or use --recompute")
     if options.stage == "control" and options.train == "none":
         raise ValueError("--stage=control --train=none: nothing would be trained; use --train=all or "
                          "attention")
@@ -439,7 +435,6 @@ class Run:
     earlier: list  # folders that it replaces
     saved: dict | None  # the trainer state that its first stage continues from
     model: Transformer
-    forward: Callable  # the model, or it compiled
     rate: float  # FLOPs per second that the devices of all ranks reach
     batches: data.Batches
     validation: data.Batches
@@ -509,12 +504,13 @@ def set_up(options, sizes, device):
     model.recompute = options.recompute != "false"
     model.offload = options.recompute == "offload"
     model.detach = options.detach
-    forward = torch.compile(model) if options.compile else model
+    if options.compile:
+        model.compile_layers()
     [rate] = ranks.total([report.matmul_rate(device, getattr(torch, options.dtype))])
     return Run(
         options=options, device=device, ranks=ranks, split=ranks.split(options.block_size),
         out=out, stages=stages, replaced=replaced, earlier=earlier, saved=saved,
-        model=model, forward=forward, rate=rate,
+        model=model, rate=rate,
         batches=batches, validation=validation, training_file=training_file, validation_file=validation_file)
 
 
@@ -708,7 +704,7 @@ def train_stage(run, stage, caught):
             x, y, first = run.batch(run.batches, number)  # (batch_size, block_size) each, or this rank's part
             targets = None if stage == "warmup" else y
             with run.autocast():
-                micro = run.forward(
+                micro = run.model(
                     x, targets, first, index_loss=indexing, logits_of=None, split=run.split)[1]
             objective = micro.get("lm", 0) + micro.get("kl", 0)
             (objective / len(numbers)).backward()

@@ -33,7 +33,7 @@ def flops_per_token(model, T, stage, pairs=None, keys=None):
         keys = k - k * (k - 1) / (2 * T)  # the mean of min(t, k), t from 1 to T
     total = 0
     learns = model.model.embed_tokens.weight.requires_grad  # does anything so far need a gradient?
-    for block in model.model.layers:
+    for i, block in enumerate(model.model.layers):
         attention = block.self_attn
         below = learns
         learns = below or attention.o_proj.weight.requires_grad
@@ -41,7 +41,9 @@ def flops_per_token(model, T, stage, pairs=None, keys=None):
         if model.config.index_topk and stage in ("warmup", "sparse"):
             passes_on = not model.detach
             if attention.indexer:
-                total += indexer_flops(attention, stage, T, pairs, below and passes_on, learns and passes_on)
+                two_levels = model.config.block_of(i) > 0
+                total += indexer_flops(
+                    attention, stage, T, pairs, two_levels, below and passes_on, learns and passes_on)
             total += index_loss_flops(attention, stage, pairs, keys)
         total += mlp_flops(block.mlp, learns)
     if stage != "warmup":  # which has no use for logits
@@ -75,8 +77,8 @@ def score_flops(config):
     return 2 * config.index_n_heads * (config.index_head_dim + 1)
 
 
-def indexer_flops(a, stage, T, pairs, h_learns, latent_learns):
-    """Of a layer's indexer: projections and selection."""
+def indexer_flops(a, stage, T, pairs, two_levels, h_learns, latent_learns):
+    """Of a layer's indexer: projections and selection, in one or two levels."""
     index = a.indexer
     total = linear_flops(index.wq_b.weight, latent_learns if a.q_a_proj else h_learns)
     total += linear_flops(index.wk.weight, h_learns)
@@ -86,8 +88,7 @@ def indexer_flops(a, stage, T, pairs, h_learns, latent_learns):
     scored = pairs
     if a.config.selector != "indexer":
         scored = 0
-    block = a.config.block_of(a.layer)
-    if block:  # all tokens by two heads, those of the best blocks by all
+    if two_levels:  # all tokens by two heads, those of the best blocks by all
         candidates = a.config.index_candidates or default_candidates(a.config.index_topk, T)
         scored = min(pairs, pairs * 2 / a.config.index_n_heads + candidates + RECENT)
     return total + scored * score_flops(a.config)

@@ -41,16 +41,15 @@ def backend_of(ranks):
     return "triton" if ranks.device.type == "cuda" else "torch"
 
 
-def steps(model, batches, stage, ranks=None, split=None, forward=None):
+def steps(model, batches, stage, ranks=None, split=None):
     """Losses (means over the batches) and whole gradients by name."""
     model.attention = "sparse" if stage == "sparse" else "dense"
-    forward = model if forward is None else forward
     means = {}
     for n, (x, y, first) in enumerate(batches):
         parallel.synchronise(model, n == len(batches) - 1)
         targets = None if stage == "warmup" else y
-        _, losses = forward(x, targets, first, index_loss=stage in ("warmup", "sparse"),
-                            logits_of=None, split=split)
+        _, losses = model(x, targets, first, index_loss=stage in ("warmup", "sparse"),
+                          logits_of=None, split=split)
         (sum(losses[name] for name in ("lm", "kl") if name in losses) / len(batches)).backward()
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.item() / len(batches)
@@ -84,8 +83,9 @@ def compare(ranks, case, packed, compiled=False):
     ours = []
     for batch in batches[ranks.data_rank::ranks.data]:
         ours.append([x if x is None or split is None else split.part(x) for x in batch])
-    forward = torch.compile(sharded, backend="aot_eager") if compiled else None
-    got, gradients = steps(sharded, ours, stage, ranks, split, forward)
+    if compiled:
+        sharded.compile_layers(backend="aot_eager")
+    got, gradients = steps(sharded, ours, stage, ranks, split)
 
     what = f"{case}, context {ranks.context}, packed {packed}, compiled {compiled}"
     assert got.keys() == want.keys() and gradients.keys() == want_gradients.keys(), what

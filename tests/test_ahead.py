@@ -126,7 +126,7 @@ def test_rehearsed_compiled_then_launched(tmp_path):
 @pytest.mark.skipif(not CUDA, reason="the kernels of a GPU")
 @pytest.mark.parametrize("prompt,options", [
     ("ab" * 300, []), ("ab" * 300, ["--cache=fp8", "--count=2"]), ("a", ["--attention=dense"]),
-    ("ab<|endoftext|>" * 40, ["--special", "--count=3"])])
+    ("ab<|endoftext|>" * 40, ["--special", "--count=3"])], ids=["", "fp8", "dense", "documents"])
 def test_nothing_is_compiled_late(tmp_path, prompt, options):
     """What sample.py launches, compile_ahead has foreseen."""
     from config import Config

@@ -356,13 +356,15 @@ def test_offloading_frees_the_gpu():
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_compiled_training_is_eager_training(attention):
-    """In one graph, the same losses and gradients."""
+    """A layer in one graph: the same losses and gradients."""
     model = tiny_model(attention=attention, num_hidden_layers=1, **TWO_LEVELS)
     batch = packed_batch(S=LENGTH)
     results = []
-    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+    for compiles in (False, True):
+        if compiles:
+            model.compile_layers(backend="aot_eager", fullgraph=True)
         model.zero_grad(set_to_none=True)
-        found = forward(*batch, index_loss=True)[1]
+        found = model(*batch, index_loss=True)[1]
         (found["lm"] + found["kl"]).backward()
         results.append((found, [p.grad for p in model.parameters() if p.grad is not None]))
     (want, gradients), (got, others) = results
@@ -516,6 +518,5 @@ def test_train_refuses_to_extend(place, run, factor):
 
 
 def test_train_refuses(place):
-    refused(train(place, "never", "--compile", "--recompute=offload"), "--recompute=offload", "--compile")
     refused(train(place, "never", "--recompute=blocks"), "--recompute")
     refused(train(place, "never", "--index_block=12"), "index_block=12", "power of two")

@@ -317,23 +317,27 @@ def test_rope_angles_on_meta():
     ("torch", "warmup", False),
     ("torch", "sparse", False),
     ("torch", "sparse", True),
+    ("torch", "sparse", "offload"),
     ("triton", "dense", False),
     ("triton", "warmup", False),
     ("triton", "sparse", True)])
 def test_compiled_training_is_eager_training(backend, stage, recompute):
-    """(T21) One graph holds forward and backward of each stage, as train.py calls it: losses and gradients of
-    packed documents, with activation checkpointing too, are those of eager mode."""
+    """(T21) One graph holds forward and backward of a layer in each stage, as train.py calls it: losses and
+    gradients of packed documents, with activation checkpointing too, are those of eager mode."""
     if backend == "triton":
         pytest.importorskip("triton")
     model = tiny_model(backend, "sparse" if stage == "sparse" else "dense", index_fp8=True, **SMALL)
-    model.recompute = recompute
+    model.recompute = recompute is not False
+    model.offload = recompute == "offload"
     for name, p in model.named_parameters():
         p.requires_grad_(stage == "sparse" or (".indexer." in name) == (stage == "warmup"))
     x, y, first = packed_batch(backend, B=1, S=10)
     targets = None if stage == "warmup" else y
     results = []
-    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        losses = forward(x, targets, first, index_loss=stage != "dense", logits_of=None)[1]
+    for compiles in (False, True):
+        if compiles:
+            model.compile_layers(fullgraph=True, backend="aot_eager")
+        losses = model(x, targets, first, index_loss=stage != "dense", logits_of=None)[1]
         objective = sum(losses[name] for name in ("lm", "kl") if name in losses)
         results.append((losses, gradients(model, objective)))
     (losses, expected), (compiled_losses, compiled) = results
@@ -346,15 +350,32 @@ def test_compiled_training_is_eager_training(backend, stage, recompute):
         assert_close(compiled[name], expected[name], *FLOAT32, name)
 
 
+def test_as_many_graphs_as_kinds_of_layers():
+    """More than torch.compile's own limit, beyond which it would compile no more of them."""
+    model = tiny_model(attention="dense", **SMALL)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model.compile_layers(backend=count, dynamic=False)
+    for S in range(4, 16):
+        model(torch.zeros(1, S, dtype=torch.long))
+    assert len(graphs) == 12
+
+
 def test_compiled_training_under_autocast():
     """The same in bf16, as train.py runs on a GPU: gradients of the residual stream are then sums of bf16
     numbers in an order of the compiler's own, each rounded by 2^-9."""
     model = tiny_model(index_fp8=True, **SMALL)
     x, y, first = packed_batch(B=1, S=10)
     results = []
-    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+    for compiles in (False, True):
+        if compiles:
+            model.compile_layers(fullgraph=True, backend="aot_eager")
         with torch.autocast("cpu", torch.bfloat16):
-            losses = forward(x, y, first, index_loss=True, logits_of=None)[1]
+            losses = model(x, y, first, index_loss=True, logits_of=None)[1]
         results.append((losses, gradients(model, losses["lm"] + losses["kl"])))
     (losses, expected), (compiled_losses, compiled) = results
     for name in losses:

@@ -265,20 +265,23 @@ def test_compiled_decoding_in_one_graph():
 
 
 def test_compiled_run_is_the_run(place, monkeypatch):
-    """train.py --compile through all stages, each in one graph: attention, losses and what learns change
-    under the compiled model. Traced, not fused: inductor takes minutes for this on a CPU. Backward graphs:
+    """train.py --compile through all stages, a layer in one graph each: attention, losses and what learns
+    change under it, and evaluations are not compiled. Traced, not fused: inductor takes minutes for this on a CPU. Backward graphs:
     tests/test_model.py."""
     compile_model = torch.compile
     graphs = []
 
-    def traced(model):
-        graphs.append(model)
-        return compile_model(model, backend="eager", fullgraph=True)
+    def count(graph, inputs):
+        graphs.append(torch.is_grad_enabled())
+        return graph
+
+    def traced(function):
+        return compile_model(function, backend=count, fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", traced)
-    short = ("--num_hidden_layers=1", "--dense_steps=2", "--warmup_steps=2", "--sparse_steps=2")
+    short = ("--num_hidden_layers=3", "--dense_steps=2", "--warmup_steps=2", "--sparse_steps=2")
     code, _, err = train_small(place, "compiled", "--compile", *short)
-    assert code == 0 and len(graphs) == 1, err
+    assert code == 0 and graphs == [True] * 3, (graphs, err)
     assert train_small(place, "not compiled", *short)[0] == 0
     assert losses(place / "compiled") == losses(place / "not compiled")
 
