@@ -247,8 +247,8 @@ def test_curves(table, tmp_path):
 
 def test_sparse_rows_stand_beside_the_better_dense_one(table):
     speeds = {
-        ("dense", False): bench.Speed(100.0, 30.0), ("dense", True): bench.Speed(200.0, 20.0),
-        ("sparse", False): bench.Speed(150.0, 40.0), ("sparse", True): bench.Speed(300.0, 25.0)}
+        ("dense", False): bench.Speed(100.0, 30.0, 1.0), ("dense", True): bench.Speed(200.0, 20.0, 2.0),
+        ("sparse", False): bench.Speed(150.0, 40.0, 3.0), ("sparse", True): bench.Speed(300.0, 25.0, 4.0)}
     bench.speed_rows(table, "training", 2 * bench.STEP_TOKENS, 1, speeds)
     rows = {row["what"]: row for row in table.rows}
     assert rows["training, dense, --compile"]["figure"] == 200

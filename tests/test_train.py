@@ -266,8 +266,8 @@ def test_compiled_decoding_in_one_graph():
 
 def test_compiled_run_is_the_run(place, monkeypatch):
     """train.py --compile through all stages, a layer in one graph each: attention, losses and what learns
-    change under it, and evaluations are not compiled. Traced, not fused: inductor takes minutes for this on a CPU. Backward graphs:
-    tests/test_model.py."""
+    change under it, and evaluations are not compiled. Traced, not fused: inductor takes minutes for this on a
+    CPU. Backward graphs: tests/test_model.py."""
     compile_model = torch.compile
     graphs = []
 
