@@ -385,10 +385,10 @@ class Attention(nn.Module):
                         q.detach(), k.detach(), lse, self.scale, q_index, k_index, w, state.first, state.last)
                 used = indices if sparse else None
                 recall, index_recall = self.recall(q_nope, q_rope, latents, scorer, used, state)
+                if index_recall is not None:
+                    index_recall = index_recall.mean()  # of (B, 16)
                 # means of (B, S), (B, S), (B, 16)
-                index_loss = IndexLoss(kl.mean(), kl_uniform.mean(), recall.mean())
-                if scorer.candidates:
-                    index_loss = index_loss._replace(index_recall=index_recall.mean())  # of (B, 16)
+                index_loss = IndexLoss(kl.mean(), kl_uniform.mean(), recall.mean(), index_recall)
 
         if absorbed:
             _, w_uv = self.kv_b(out.dtype)
@@ -407,7 +407,7 @@ class Attention(nn.Module):
             return selection
         scorer = scorer.attending(q, latents, self.scale, self.rank)
         indices = scorer.select(state.ops, self.config.index_topk, state.first, state.last)  # (B, S, k)
-        return selection._replace(indices=indices)
+        return Selection(indices, *selection[1:])  # not _replace: torch 2.11 cannot compile it
 
     def make_scorer(self, q, k, w, state, cache):
         """What tokens are selected by: the indexer's q (B,S,HI,DI), k (B,T,DI), w (B,S,HI) without gradient,
