@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from triton import knobs
+from triton.runtime.cache import triton_key
 
 
 def compile_kernel(function, specialization, device):
@@ -27,6 +28,8 @@ def compile_ahead(rehearsals, device):
         wanted.setdefault((fn.jit_function, key), compile["specialization_data"])
         return True
 
+    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
+    hashed = pool.submit(triton_key)  # of Triton itself, 400 MB: what every first compilation begins with
     ends = []
     before = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = note
@@ -37,7 +40,7 @@ def compile_ahead(rehearsals, device):
     finally:
         knobs.runtime.jit_cache_hook = before
 
-    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
+    hashed.result()
     futures = []
     for (function, _), specialization in wanted.items():
         futures.append(pool.submit(compile_kernel, function, specialization, device))
