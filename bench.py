@@ -685,7 +685,7 @@ def bench_train(table, T):
             break
         except torch.OutOfMemoryError:
             del model
-            clean_up()
+        clean_up()  # not where the error still holds all that it was raised in
     else:
         print(f"{name}: out of GPU memory, left out")
         return

@@ -456,24 +456,38 @@ def stream(model, idx, n, temperature=1.0, top_k=None, top_p=None, generator=Non
             free = lengths > 0
 
 
+def one_of_each_kind(model):
+    """Leave of the layers that launch the same kernels the first alone."""
+    config = model.config
+    kinds = {}
+    for layer in range(config.num_hidden_layers):
+        kinds.setdefault((config.has_indexer(layer), config.block_of(layer)), layer)
+    kept = sorted(kinds.values())
+    types = config.indexer_types
+    model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in kept)
+    model.config = replace(
+        config, num_hidden_layers=len(kept), indexer_types=types and [types[layer] for layer in kept],
+        index_exact_layers=sum(config.block_of(layer) == 0 for layer in kept))
+
+
 def compile_ahead(model, idx, n, device, end_ids=(), fp8_cache=False, chunk=None):
-    """Before the weights of `model`, which are on the meta device, are read: let threads compile what `stream`
-    will launch for the prompts idx (B,T), their first chunk, and for the step behind them -> two lists of
-    futures, for `paced`. In a process that has launched no kernel. Nothing without Triton kernels: []."""
+    """Before the weights of `model`, which are on the meta device, are read: let threads compile what
+    `stream` will launch for the prompts idx (B,T), their first chunk, and for the step behind them, if n
+    leaves one -> a list of futures for each, for `paced`. In a process that has launched no kernel. Without
+    Triton kernels nothing: []."""
     if device.type != "cuda" or model.backend_on(device) != "triton":
         return []
     from triton_kernels import ahead
     B, T = idx.shape
-    one_layer = deepcopy(model)
-    one_layer.model.layers = one_layer.model.layers[:1]
-    one_layer.config = replace(model.config, num_hidden_layers=1)
+    few_layers = deepcopy(model)
+    one_of_each_kind(few_layers)
     weights = {}  # without numbers; not `to_empty`, which imports sympy, for seconds
-    for name, x in one_layer.state_dict().items():
+    for name, x in few_layers.state_dict().items():
         weights[name] = torch.empty(x.shape, dtype=x.dtype, device=device)
-    one_layer.load_state_dict(weights, assign=True)
-    one_layer.rope_frequencies = torch.zeros(model.rope_frequencies.shape, device=device)
-    one_layer.eval()
-    decoder = make_decoder(one_layer, B, T + n, device, fp8_cache)
+    few_layers.load_state_dict(weights, assign=True)
+    few_layers.rope_frequencies = torch.zeros(model.rope_frequencies.shape, device=device)
+    few_layers.eval()
+    decoder = make_decoder(few_layers, B, T + n, device, fp8_cache)
     position = torch.arange(min(T, chunk or default_chunk(model.config, B, device)), device=device)
     first = document_starts(idx.cpu(), list(end_ids))  # (B, T)
     bounds = first[:, :len(position)].to(device) if first.any() else None
@@ -481,12 +495,12 @@ def compile_ahead(model, idx, n, device, end_ids=(), fp8_cache=False, chunk=None
     decoder.last.fill_(T)
 
     def read_prompt():
-        one_layer(
+        few_layers(
             idx[:, :len(position)].to(device), first=bounds, caches=decoder.caches, position=position,
             logits_of="last")
 
     with torch.inference_mode():
-        return ahead.compile_ahead([read_prompt, decoder.forward], device)
+        return ahead.compile_ahead([read_prompt, decoder.forward][:n], device)
 
 
 def paced(rows, compiling):

@@ -32,7 +32,7 @@ from precision import exact, product_dtype
 
 RECALL_QUERIES = 16  # of a sequence, for the recall that training reports
 DECODE_QUERIES = 16  # up to so many new queries read the latents themselves: expanding a cache costs more
-MOST_GRAPHS = 64  # that layers are compiled to: kinds of layers, times stages, times what they are called with
+MOST_GRAPHS = 64  # that layers are compiled to: as many as kinds of layers, times stages
 
 
 # ---- norms and positions ----

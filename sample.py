@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from itertools import chain
 from random import Random
 
 import torch
@@ -198,8 +199,18 @@ def talk(options, model, tokens_of, task, prompt, compiling, ranks):
 
 
 def main():
-    """Load, stream to standard output, report speed on standard error."""
-    options = parse(sys.argv[1:])
+    """Answer, and compile no more once that is over, or cannot be."""
+    compiling = []
+    try:
+        return answer(parse(sys.argv[1:]), compiling)
+    finally:
+        for future in chain(*compiling):
+            future.cancel()
+
+
+def answer(options, compiling):
+    """Load, stream to standard output, report speed on standard error. compiling: to be filled with the
+    futures of `compile_ahead`."""
     text = prompt_text(options)
     device = parallel.device(options.device)
     ranks = parallel.start(device, parallel.world_size(), vars(options))
@@ -223,7 +234,6 @@ def main():
         n = options.num_tokens
         run = files.run_options(files.locate(options.checkpoint).parent, block_size=int)
     prompt = torch.tensor([ids], device=device).expand(options.count, -1)  # (count, tokens)
-    compiling = []
 
     def prepare(model):
         """What is to be done before the weights are read."""

@@ -59,8 +59,8 @@ class Options:
     compile: bool = option(False, "torch.compile the layers")
     recompute: str = option(
         "false", "activation checkpointing: less memory for a third more compute; offload: what it keeps, "
-        "blocks' inputs and selections, waits for the backward in host memory", "false", "true", "offload",
-        alone="true")
+        "blocks' inputs and selections, waits for the backward in host memory. Compiled layers keep no "
+        "selections, and select again", "false", "true", "offload", alone="true")
     train: str = option("all", "what the sparse stage trains besides the indexers",
                         "all", "attention", "none")
     detach: bool = option(True, "keep the KL from teaching the main model, as the paper does (false: an "

@@ -3,10 +3,16 @@ Triton's interpreter, which compiles nothing."""
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
+
+import generate
+from config import Config
+from model import Transformer
 
 pytest.importorskip("triton")
 
@@ -126,13 +132,52 @@ def test_rehearsed_compiled_then_launched(tmp_path):
 @pytest.mark.skipif(not CUDA, reason="the kernels of a GPU")
 @pytest.mark.parametrize("prompt,options", [
     ("ab" * 300, []), ("ab" * 300, ["--cache=fp8", "--count=2"]), ("a", ["--attention=dense"]),
-    ("ab<|endoftext|>" * 40, ["--special", "--count=3"])], ids=["", "fp8", "dense", "documents"])
+    ("ab<|endoftext|>" * 40, ["--special", "--count=3"]),
+    ("ab" * 300, ["--index_block=4", "--index_candidates=96"])],
+    ids=["", "fp8", "dense", "documents", "blocks"])
 def test_nothing_is_compiled_late(tmp_path, prompt, options):
     """What sample.py launches, compile_ahead has foreseen."""
-    from config import Config
-    from model import Transformer
-    config = Config(vocab_size=257, num_hidden_layers=2, index_topk=64)
+    config = Config(
+        vocab_size=257, num_hidden_layers=3, index_topk=64, indexer_types=["full", "shared", "full"])
     Transformer(config, "torch").to(torch.bfloat16).save_pretrained(tmp_path / "model", "bytes")
     done = run(
-        tmp_path, SAMPLE, f"--checkpoint={tmp_path / 'model'}", f"--prompt={prompt}", "--num_tokens=4", *options)
+        tmp_path, SAMPLE, f"--checkpoint={tmp_path / 'model'}", f"--prompt={prompt}", "--num_tokens=4",
+        *options)
     assert done.returncode == 0, done.stderr
+
+
+def test_paced():
+    """The first token waits for the first list, the second for both; then nothing waits."""
+    lists = [[Future(), Future()], [Future()]]
+    waited = []
+
+    def tokens():
+        for token in range(4):
+            waited.append([future.done() for futures in lists for future in futures])
+            yield token
+
+    def finish(futures):
+        for future in futures:
+            future.set_result(None)
+
+    rows = generate.paced(tokens(), lists)
+    for futures in lists:
+        Timer(0.2, finish, [futures]).start()
+        next(rows)
+    assert waited == [[True, True, False], [True, True, True]]
+    assert list(rows) == [2, 3]
+    assert list(generate.paced(iter([7]), [[], []])) == [7]
+
+
+def test_one_of_each_kind():
+    config = Config(
+        num_hidden_layers=6, index_block=4, index_candidates=32, index_topk=8, index_exact_layers=3,
+        indexer_types=["full", "shared", "full", "full", "full", "shared"])
+    with torch.device("meta"):
+        model = Transformer(config)
+    layers = list(model.model.layers)
+    generate.one_of_each_kind(model)
+    kept = [layers.index(layer) for layer in model.model.layers]
+    assert kept == [0, 1, 3, 5]
+    kinds = [(model.config.has_indexer(i), model.config.block_of(i)) for i in range(4)]
+    assert kinds == [(True, 0), (False, 0), (True, 4), (False, 4)]

@@ -100,6 +100,9 @@ def test_autograd_sees_what_is_overwritten(cross_entropy):
     logits, targets = inputs("random", 3, 40, torch.float32)
     doubled = 2 * logits.requires_grad_()
     square = (doubled * doubled).sum()
+    if cross_entropy is kernels.cross_entropy:
+        with pytest.raises(RuntimeError, match="under torch.no_grad"):
+            cross_entropy(doubled, targets, False)
     cross_entropy(doubled.detach(), targets, True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.backward()

@@ -20,7 +20,10 @@ def compile_ahead(rehearsals, device):
     there. Then threads compile what was to be launched, the first rehearsal's kernels first -> for each a
     list of futures. What cannot be compiled fails where it is launched, and is reported there.
 
-    In a process that has launched no kernel: one that is compiled would run, on what was there."""
+    In a process that has launched no kernel: one that is compiled would run, on what was there. Kernels that
+    are interpreted are not compiled: []."""
+    if knobs.runtime.interpret:
+        return []
     wanted = {}
 
     def note(*, key, fn, compile, **_):

@@ -35,7 +35,8 @@ class Operation:
     """torch.ops.dsa.<name>: what torch.library.custom_op makes, but a call takes the host 6 microseconds
     instead of 20, and the first of a process two seconds less, in which it would import torch's compiler.
 
-    A launcher that writes into an argument says so itself, by torch.autograd.graph.increment_version."""
+    A launcher that writes into an argument refuses itself to be differentiated, and tells autograd of it by
+    torch.autograd.graph.increment_version."""
 
     def __init__(self, name, launcher, mutates_args):
         schema = torch.library.infer_schema(launcher, mutates_args=mutates_args)

@@ -69,6 +69,8 @@ def cross_entropy_tiles(vocab):
 @operation("cross_entropy", mutates_args=("logits",))
 def cross_entropy_operation(logits: Tensor, targets: Tensor, grad: bool) -> Tensor:
     """Arguments and results of kernels.cross_entropy"""
+    if torch.is_grad_enabled() and logits.requires_grad:
+        raise RuntimeError("cross_entropy makes the gradient itself; call it under torch.no_grad()")
     rows, vocab = logits.shape
     tiles = cross_entropy_tiles(vocab)
     nats = torch.empty(rows, dtype=torch.float32, device=logits.device)
