@@ -646,12 +646,12 @@ def speed_rows(table, name, T, batch, speeds):
             speed = speeds[attention, compiled]
             what = f"{name}, {attention}" + (", --compile" if compiled else "")
             ms = 1000 * T / speed.tokens
+            took = f"{speed.memory:.0f} GB, first step {speed.first:.0f} s"
             if attention == "dense":
-                table.add(what, ms, speed.tokens,
-                          f"tokens/s ({speed.memory:.0f} GB, first step {speed.first:.0f} s)")
+                table.add(what, ms, speed.tokens, f"tokens/s ({took})")
             else:
-                table.add(what, ms, speed.tokens / best, f"x the better dense ({speed.tokens:,.0f} tokens/s, "
-                          f"{speed.memory:.0f} GB, first step {speed.first:.0f} s)")
+                table.add(what, ms, speed.tokens / best,
+                          f"x the better dense ({speed.tokens:,.0f} tokens/s, {took})")
     for compiled in (False, True):
         speed = speeds["sparse", compiled]
         what = f"{name}, memory of a sparse step" + (", --compile" if compiled else "")
