@@ -32,11 +32,12 @@ import data
 import tasks
 from config import Config
 from generate import Decoder, make_decoder, new_caches, stream
+from graphed import EAGER_CALLS, Graphed
 from model import Transformer
 from rollout import Roller
 from sparse_attn import pack_latents
 from support import cli, report, tokenizer
-from train import GPU, Options, trainable
+from train import GPU, GRAPHED_CONTEXT, Options, trainable
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -597,18 +598,28 @@ class Speed(NamedTuple):
 
 
 def training(objective, parameters, x):
-    """Steps on x (B,T + 1) int64, each row one document, that lower objective(x, y) -> Speed."""
+    """Steps on x (B,T + 1) int64, each row one document, that lower objective(x, y), as a CUDA graph where
+    train.py does so -> Speed."""
     optimizer = torch.optim.AdamW(parameters, fused=True)
+    graphs = DEVICE == "cuda" and x.shape[1] <= GRAPHED_CONTEXT + 1
 
-    def step():
+    def learn():
         with torch.autocast(DEVICE, BF16):
             loss = objective(x[:, :-1], x[:, 1:])
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        return {}
 
+    learn = Graphed(learn, graphs)
+
+    def step():
+        learn()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not graphs)
+
+    torch.cuda.reset_peak_memory_stats()  # a graph allocates nothing more
     first = seconds_of(step)
-    torch.cuda.reset_peak_memory_stats()
+    for _ in range(EAGER_CALLS * graphs):
+        step()
     seconds = wall_seconds(step)
     tokens = x.shape[0] * (x.shape[1] - 1)
     return Speed(tokens / seconds, torch.cuda.max_memory_allocated() / 1e9, first)

@@ -627,7 +627,8 @@ class Transformer(nn.Module):
                 if block.self_attn.indexer and not state.replay and not compiled:
                     run = remembering(block, self.offload)
                 with keep:
-                    h, selection, layer_loss = recompute(run, h, layer_state, selection, use_reentrant=False)
+                    h, selection, layer_loss = recompute(
+                        run, h, layer_state, selection, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, selection, layer_loss = block(h, layer_state, selection, caches[i] if caches else None)
             if layer_loss is not None:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import data
 import parallel
 from config import Config, option
+from graphed import Graphed
 from model import Transformer
 from support import checkpoint, cli, files, logs, report, runs, tokenizer
 from support.report import STAGES
@@ -57,6 +58,8 @@ class Options:
     dtype: str = option("float32", "precision of the linear layers (autocast)", "float32", "bfloat16")
     seed: int = option(1337, "of initialisation and batch order")
     compile: bool = option(False, "torch.compile the layers")
+    cuda_graph: bool = option(True, "on one GPU, up to contexts of 32K: forward and backward are repeated by "
+                              "a CUDA graph, which spares the host their launches")
     recompute: str = option(
         "false", "activation checkpointing: less memory for a third more compute; offload: what it keeps, "
         "blocks' inputs and selections, waits for the backward in host memory. Compiled layers keep no "
@@ -112,6 +115,7 @@ GPU = dict(
 SELECTION = ("index_topk", "index_block", "index_candidates", "index_exact_layers", "selector")
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
 TEXT_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
+GRAPHED_CONTEXT = 32768  # longer steps are not bound by launches, and selecting by a filter the host looks
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
 TRAINING = tuple(field.name for field in fields(Options))
@@ -669,6 +673,17 @@ def gradient_norm(parameters, options, device):
     return parallel.whole_tensor(norm).to(device)
 
 
+def graphs(run):
+    """Does a CUDA graph repeat this run's micro-batches? Not where the host has to look at what the device
+    computed: experts, long contexts, inputs that wait in its memory; nor where numbers are random."""
+    options = run.options
+    config = run.model.config
+    follows = run.model.backend_on(run.device) == "triton" and options.recompute != "offload"
+    follows = follows and not config.n_routed_experts and config.selector == "indexer"
+    return options.cuda_graph and run.device.type == "cuda" and run.ranks.world == 1 and follows and (
+        options.block_size <= GRAPHED_CONTEXT)
+
+
 def train_stage(run, stage, caught):
     """Train one stage, or the rest of the one that was interrupted -> 0, or the exit code of a run that
     stops: 1 for losses that are not finite, 130 or 143 for the signal in `caught`."""
@@ -686,6 +701,18 @@ def train_stage(run, stage, caught):
     tokens_per_step = options.batch_size * options.block_size * options.gradient_accumulation_steps
     report.reset_peak_memory(run.device)
 
+    def learn(x, y, first):
+        """-> what to log of a micro-batch; its gradients are added up. The warm-up needs no logits."""
+        targets = None if stage == "warmup" else y
+        with run.autocast():
+            losses = model(x, targets, first, index_loss=indexing, logits_of=None, split=run.split)[1]
+        objective = losses.get("lm", 0) + losses.get("kl", 0)
+        (objective / micro_batches).backward()
+        return {name: loss.detach() for name, loss in losses.items()} | tokens_read(run, x, first)
+
+    micro_batches = options.gradient_accumulation_steps // run.ranks.data
+    graphed = graphs(run)
+    learn = Graphed(learn, graphed)
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, dynamic_ncols=True)
     for step in bar:
         began = time.perf_counter()
@@ -695,20 +722,14 @@ def train_stage(run, stage, caught):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Micro-batches, whose gradients add up to that of the mean loss. The warm-up needs no logits
+        # Micro-batches, whose gradients add up to that of the mean loss
         losses = []
         batches = batch_numbers(options, like, step)
         numbers = batches[run.ranks.data_rank::run.ranks.data]  # of this rank
         for number in numbers:
             parallel.synchronise(model, number == numbers[-1])
             x, y, first = run.batch(run.batches, number)  # (batch_size, block_size) each, or this rank's part
-            targets = None if stage == "warmup" else y
-            with run.autocast():
-                micro = run.model(
-                    x, targets, first, index_loss=indexing, logits_of=None, split=run.split)[1]
-            objective = micro.get("lm", 0) + micro.get("kl", 0)
-            (objective / len(numbers)).backward()
-            losses.append({name: loss.detach() for name, loss in micro.items()} | tokens_read(run, x, first))
+            losses.append(learn(x, y, first))
 
         # Clip the model and the indexers apart: one norm over both would couple their objectives
         norms = [gradient_norm(group, options, run.device) for group in groups]
@@ -723,7 +744,7 @@ def train_stage(run, stage, caught):
 
         # Step, and count meanwhile what it takes
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not graphed)  # a graph adds to the gradients that it has seen
         flops = report.flops_per_token(
             model, options.block_size, stage, values["visible"], values["selected"])
         report.wait(run.device)
@@ -752,6 +773,7 @@ def train_stage(run, stage, caught):
             run.ranks.on_rank_0(print_stop, run, stage, step + 1)
             return 130 if stop == signal.SIGINT else 143
     bar.close()
+    optimizer.zero_grad(set_to_none=True)
     return 0
 
 

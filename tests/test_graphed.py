@@ -1,0 +1,85 @@
+"""Micro-batches repeated by a CUDA graph (graphed.py) learn what micro-batches called one by one do."""
+import pytest
+import torch
+
+import train
+from graphed import EAGER_CALLS, Graphed
+from tests.common import FLOAT32, MEAN_ROW, assert_close, packed_batch, tiny_model
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+
+
+def test_disabled_it_calls():
+    seen = []
+    graphed = Graphed(lambda x: seen.append(x) or {"x": x}, enabled=False)
+    for n in range(EAGER_CALLS + 2):
+        assert graphed(n) == {"x": n}
+    assert seen == list(range(EAGER_CALLS + 2))
+
+
+@needs_gpu
+def test_arguments_and_results():
+    """What is passed counts, not what was captured; results are the caller's; each kind has a graph."""
+    calls = []
+    total = torch.zeros(3, device="cuda")
+
+    def add(x, y):
+        calls.append(y is None)
+        total.add_(x if y is None else x * y)
+        return dict(twice=2 * x)
+
+    graphed = Graphed(add)
+    results = []
+    for n in range(1, 6):
+        x = torch.full((3,), float(n), device="cuda")
+        results.append(graphed(x, None)["twice"])
+        graphed(x, x)
+    assert torch.equal(torch.stack(results)[:, 0].cpu(), torch.arange(1.0, 6) * 2)
+    assert total.tolist() == [15.0 + 55] * 3
+    assert len(calls) == 2 * (EAGER_CALLS + 1)
+
+
+@needs_gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("stage,recompute,compiles", [
+    ("dense", False, False), ("warmup", False, False), ("sparse", False, False), ("sparse", True, False),
+    ("sparse", False, True)])
+def test_training(stage, recompute, compiles, packed):
+    """Losses and gradients of two accumulated micro-batches in five steps, all different."""
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model("triton").cuda()
+        model.attention = "sparse" if stage == "sparse" else "dense"
+        model.recompute = recompute
+        train.trainable(model, stage, "all")
+        if compiles:
+            model.compile_layers()
+        captured = []
+
+        def learn(x, y, first):
+            captured.append(torch.cuda.is_current_stream_capturing())
+            targets = None if stage == "warmup" else y
+            with torch.autocast("cuda", torch.bfloat16, enabled=False):
+                losses = model(x, targets, first, index_loss=stage != "dense", logits_of=None)[1]
+            (losses.get("lm", 0) + losses.get("kl", 0)).backward()
+            return {name: loss.detach() for name, loss in losses.items()}
+
+        graphed = Graphed(learn, enabled)
+        found = []
+        for _ in range(5):
+            for _ in range(2):
+                x, y, first = [t.cuda() for t in packed_batch("triton")]
+                found.append(graphed(x, y, first if packed else None))
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad(set_to_none=False)
+        assert captured == ([False] * EAGER_CALLS + [True] if enabled else [False] * 10)
+        results.append((found, gradients))
+    (want, want_gradients), (got, got_gradients) = results
+    for one, other in zip(want, got, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_close(other[name][None], one[name][None], *FLOAT32, name)
+    assert want_gradients.keys() == got_gradients.keys()
+    for name in want_gradients:
+        assert_close(got_gradients[name], want_gradients[name], *FLOAT32, name, floor=MEAN_ROW)
