@@ -616,11 +616,12 @@ def training(objective, parameters, x):
         optimizer.step()
         optimizer.zero_grad(set_to_none=not graphs)
 
-    torch.cuda.reset_peak_memory_stats()  # a graph allocates nothing more
     first = seconds_of(step)
-    for _ in range(EAGER_CALLS * graphs):
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(EAGER_CALLS):  # to the graph, which allocates nothing more
         step()
     seconds = wall_seconds(step)
+    optimizer.zero_grad()
     tokens = x.shape[0] * (x.shape[1] - 1)
     return Speed(tokens / seconds, torch.cuda.max_memory_allocated() / 1e9, first)
 

@@ -1,5 +1,5 @@
-"""A function whose launches a CUDA graph repeats, so that no time goes to Python between kernels: what a small
-model's training step takes is otherwise the host's."""
+"""A function whose launches a CUDA graph repeats, so that no time goes to Python between kernels: a small
+model's training step otherwise waits for the host."""
 import torch
 
 EAGER_CALLS = 2  # before a capture: kernels are compiled, which a capture cannot, and gradients exist
@@ -8,7 +8,8 @@ EAGER_CALLS = 2  # before a capture: kernels are compiled, which a capture canno
 class Graphed:
     """Calls function(*arguments): tensors, always of the same shapes, or None; -> dict of tensors without
     gradient. Besides, it may add to what exists, such as gradients, and may not wait for the device. From the
-    third call on with the same arguments None a CUDA graph repeats it. enabled: False always calls it."""
+    third call on with the same arguments None a CUDA graph repeats it, which keeps the memory that the call
+    took. enabled=False: never a graph."""
 
     def __init__(self, function, enabled=True):
         self.function = function
@@ -34,7 +35,6 @@ class Graphed:
     def capture(self, arguments):
         """-> a graph of the function, and its arguments and results, which stay where they are."""
         inputs = [None if x is None else x.clone() for x in arguments]
-        torch.cuda.empty_cache()  # the graph keeps memory of its own
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             outputs = self.function(*inputs)

@@ -58,8 +58,10 @@ class Options:
     dtype: str = option("float32", "precision of the linear layers (autocast)", "float32", "bfloat16")
     seed: int = option(1337, "of initialisation and batch order")
     compile: bool = option(False, "torch.compile the layers")
-    cuda_graph: bool = option(True, "on one GPU, up to contexts of 32K: forward and backward are repeated by "
-                              "a CUDA graph, which spares the host their launches")
+    cuda_graph: bool = option(
+        True, "forward and backward are repeated by a CUDA graph, which spares the host their launches and "
+        "keeps their memory: on one GPU, up to contexts of 32K, without experts, recompute=offload, and other "
+        "selectors than the indexer")
     recompute: str = option(
         "false", "activation checkpointing: less memory for a third more compute; offload: what it keeps, "
         "blocks' inputs and selections, waits for the backward in host memory. Compiled layers keep no "
@@ -678,10 +680,10 @@ def graphs(run):
     computed: experts, long contexts, inputs that wait in its memory; nor where numbers are random."""
     options = run.options
     config = run.model.config
-    follows = run.model.backend_on(run.device) == "triton" and options.recompute != "offload"
-    follows = follows and not config.n_routed_experts and config.selector == "indexer"
-    return options.cuda_graph and run.device.type == "cuda" and run.ranks.world == 1 and follows and (
-        options.block_size <= GRAPHED_CONTEXT)
+    one_gpu = run.device.type == "cuda" and run.ranks.world == 1
+    kernels = run.model.backend_on(run.device) == "triton" and config.selector == "indexer"
+    looks = config.n_routed_experts or options.recompute == "offload" or options.block_size > GRAPHED_CONTEXT
+    return options.cuda_graph and one_gpu and kernels and not looks
 
 
 def train_stage(run, stage, caught):
@@ -712,7 +714,7 @@ def train_stage(run, stage, caught):
 
     micro_batches = options.gradient_accumulation_steps // run.ranks.data
     graphed = graphs(run)
-    learn = Graphed(learn, graphed)
+    micro_step = Graphed(learn, graphed)
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, dynamic_ncols=True)
     for step in bar:
         began = time.perf_counter()
@@ -729,7 +731,7 @@ def train_stage(run, stage, caught):
         for number in numbers:
             parallel.synchronise(model, number == numbers[-1])
             x, y, first = run.batch(run.batches, number)  # (batch_size, block_size) each, or this rank's part
-            losses.append(learn(x, y, first))
+            losses.append(micro_step(x, y, first))
 
         # Clip the model and the indexers apart: one norm over both would couple their objectives
         norms = [gradient_norm(group, options, run.device) for group in groups]
