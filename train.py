@@ -59,8 +59,8 @@ class Options:
     seed: int = option(1337, "of initialisation and batch order")
     compile: bool = option(False, "torch.compile the layers")
     cuda_graph: bool = option(
-        True, "a CUDA graph repeats forward and backward, which spares the host their launches, and keeps their "
-        "memory: on one GPU, up to contexts of 32K, without experts, recompute=offload, and other "
+        True, "a CUDA graph repeats forward and backward, which spares the host their launches, and keeps "
+        "their memory: on one GPU, up to contexts of 32K, without experts, recompute=offload, and other "
         "selectors than the indexer")
     recompute: str = option(
         "false", "activation checkpointing: less memory for a third more compute; offload: what it keeps, "
