@@ -32,12 +32,12 @@ import data
 import tasks
 from config import Config
 from generate import Decoder, make_decoder, new_caches, stream
-from graphed import EAGER_CALLS, Graphed
+from graphed import EAGER_CALLS, Graphed, repeatable
 from model import Transformer
 from rollout import Roller
 from sparse_attn import pack_latents
 from support import cli, report, tokenizer
-from train import GPU, GRAPHED_CONTEXT, Options, trainable
+from train import GPU, Options, trainable
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -597,11 +597,10 @@ class Speed(NamedTuple):
     first: float  # seconds that the first step took, in which kernels are compiled
 
 
-def training(objective, parameters, x):
-    """Steps on x (B,T + 1) int64, each row one document, that lower objective(x, y), as a CUDA graph where
-    train.py does so -> Speed."""
+def training(objective, parameters, x, graphs):
+    """Steps on x (B,T + 1) int64, each row one document, that lower objective(x, y), graphs: repeated by a
+    CUDA graph -> Speed."""
     optimizer = torch.optim.AdamW(parameters, fused=True)
-    graphs = DEVICE == "cuda" and x.shape[1] <= GRAPHED_CONTEXT + 1
 
     def learn():
         with torch.autocast(DEVICE, BF16):
@@ -618,16 +617,18 @@ def training(objective, parameters, x):
 
     first = seconds_of(step)
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(EAGER_CALLS):  # to the graph, which allocates nothing more
-        step()
+    if graphs:
+        for _ in range(EAGER_CALLS):  # the last of these captures
+            step()
     seconds = wall_seconds(step)
     optimizer.zero_grad()
     tokens = x.shape[0] * (x.shape[1] - 1)
     return Speed(tokens / seconds, torch.cuda.max_memory_allocated() / 1e9, first)
 
 
-def stage_objective(model, compiled):
-    """What the dense or the sparse stage lowers, by model.attention; compiled once, a model remains so."""
+def stage_training(model, compiled, x):
+    """Steps of the dense or the sparse stage, by model.attention, as a CUDA graph where train.py does so ->
+    Speed. Compiled once, a model remains so."""
     if compiled:
         model.compile_layers(dynamic=False)
 
@@ -635,7 +636,8 @@ def stage_objective(model, compiled):
         _, losses = model(x, y, index_loss=model.attention == "sparse", logits_of=None)
         return losses["lm"] + losses.get("kl", 0)
 
-    return objective
+    graphs = DEVICE == "cuda" and repeatable(model.config, x.shape[1] - 1)
+    return training(objective, model.parameters(), x, graphs)
 
 
 def stage_speeds(model, x):
@@ -645,7 +647,7 @@ def stage_speeds(model, x):
     for attention, compiled in (("sparse", False), ("dense", False), ("dense", True), ("sparse", True)):
         model.attention = attention
         clean_up()
-        speeds[model.attention, compiled] = training(stage_objective(model, compiled), model.parameters(), x)
+        speeds[model.attention, compiled] = stage_training(model, compiled, x)
     return speeds
 
 
@@ -776,14 +778,14 @@ def bench_gpt(table, T):
     with torch.device(DEVICE):
         gpt = GPT(T)
     with sdpa_kernel(FASTEST_SDPA, set_priority=True):
-        plain = training(torch.compile(gpt, dynamic=False), gpt.parameters(), x)
+        plain = training(torch.compile(gpt, dynamic=False), gpt.parameters(), x, DEVICE == "cuda")
     table.add(f"plain GPT, 124M, context {T}, torch.compile", 1000 * T / plain.tokens, plain.tokens,
               f"tokens/s ({plain.memory:.0f} GB)")
     del gpt
     clean_up()
     model = small_model()
     model.attention = "dense"
-    dense = training(stage_objective(model, compiled=True), model.parameters(), x)
+    dense = stage_training(model, True, x)
     table.add(f"dense stage, 124M, context {T}, --compile", 1000 * T / dense.tokens,
               dense.tokens / plain.tokens,
               f"x the plain GPT ({dense.tokens:,.0f} tokens/s, {dense.memory:.0f} GB)")
@@ -802,7 +804,7 @@ def bench_long(table, folder):
         x = torch.from_numpy(tokens).to(DEVICE).unfold(0, T + 1, T)  # (B, T + 1)
         for attention in ("dense", "sparse"):
             model.attention = attention
-            speed = training(stage_objective(model, compiled=False), model.parameters(), x)
+            speed = stage_training(model, False, x)
             table.add(f"training, {folder}, context {T}, {attention}", 1000 * T / speed.tokens,
                       speed.tokens, f"tokens/s ({speed.memory:.0f} GB)")
 

@@ -1,8 +1,18 @@
 """A function whose launches a CUDA graph repeats, so that no time goes to Python between kernels: a small
 model's training step otherwise waits for the host."""
+import gc
+
 import torch
 
 EAGER_CALLS = 2  # before a capture: kernels are compiled, which a capture cannot, and gradients exist
+LONGEST = 32768  # a context; longer steps are not bound by launches, and long enough ones select by a filter
+
+
+def repeatable(config, length):
+    """Can a CUDA graph repeat a training step of a model of this Config on sequences of so many tokens?
+    Experts are counted by the host; selectors other than the indexer, which are there to compare, have not
+    been tried."""
+    return config.n_routed_experts == 0 and config.selector == "indexer" and length <= LONGEST
 
 
 class Graphed:
@@ -22,6 +32,8 @@ class Graphed:
         kind = tuple(x is not None for x in arguments)
         self.calls[kind] = self.calls.get(kind, 0) + 1
         if not self.enabled or self.calls[kind] <= EAGER_CALLS:
+            self.captured.clear()  # a graph keeps the memory that this call needs
+            self.pool = None
             return self.function(*arguments)
         if kind not in self.captured:
             self.captured[kind] = self.capture(arguments)
@@ -36,6 +48,7 @@ class Graphed:
         """-> a graph of the function, and its arguments and results, which stay where they are."""
         inputs = [None if x is None else x.clone() for x in arguments]
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # what is left of an eager call's autograd would bring its stream into the capture
         with torch.cuda.graph(graph, pool=self.pool):
             outputs = self.function(*inputs)
         self.pool = graph.pool()

@@ -798,5 +798,7 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, closed="standard output was closed, and training stopped: go on with --resume, without the "
-                         "pipe")
+    cli.run(
+        main,
+        closed="standard output was closed, and training stopped: go on with --resume, without the pipe",
+        smaller="lower --rows and --micro_rows, or --batch_size")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 import parallel
 from config import Config, option
-from graphed import Graphed
+from graphed import Graphed, repeatable
 from model import Transformer
 from support import checkpoint, cli, files, logs, report, runs, tokenizer
 from support.report import STAGES
@@ -60,8 +60,8 @@ class Options:
     compile: bool = option(False, "torch.compile the layers")
     cuda_graph: bool = option(
         True, "a CUDA graph repeats forward and backward, which spares the host their launches, and keeps "
-        "their memory: on one GPU, up to contexts of 32K, without experts, recompute=offload, and other "
-        "selectors than the indexer")
+        "their memory, so that an evaluation takes its own beside it; not with several GPUs, contexts beyond "
+        "32K, experts, recompute=offload or another selector than the indexer")
     recompute: str = option(
         "false", "activation checkpointing: less memory for a third more compute; offload: what it keeps, "
         "blocks' inputs and selections, waits for the backward in host memory. Compiled layers keep no "
@@ -117,7 +117,6 @@ GPU = dict(
 SELECTION = ("index_topk", "index_block", "index_candidates", "index_exact_layers", "selector")
 NEW_INDEXER = dict(index_n_heads=16, index_head_dim=128, index_topk=2048)  # for an --init_from without one
 TEXT_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
-GRAPHED_CONTEXT = 32768  # longer steps are not bound by launches, and selecting by a filter the host looks
 BEFORE = dict(warmup="dense", sparse="warmup", control="warmup")  # whose checkpoint a stage starts from
 
 TRAINING = tuple(field.name for field in fields(Options))
@@ -676,14 +675,11 @@ def gradient_norm(parameters, options, device):
 
 
 def graphs(run):
-    """Does a CUDA graph repeat this run's micro-batches? Not where the host has to look at what the device
-    computed: experts, long contexts, inputs that wait in its memory; nor where numbers are random."""
+    """Does a CUDA graph repeat this run's micro-batches?"""
     options = run.options
-    config = run.model.config
-    one_gpu = run.device.type == "cuda" and run.ranks.world == 1
-    kernels = run.model.backend_on(run.device) == "triton" and config.selector == "indexer"
-    looks = config.n_routed_experts or options.recompute == "offload" or options.block_size > GRAPHED_CONTEXT
-    return options.cuda_graph and one_gpu and kernels and not looks
+    kernels = run.device.type == "cuda" and run.model.backend_on(run.device) == "triton"
+    alone = run.ranks.world == 1 and options.recompute != "offload"  # the device waits for no one
+    return options.cuda_graph and kernels and alone and repeatable(run.model.config, options.block_size)
 
 
 def train_stage(run, stage, caught):
@@ -851,5 +847,8 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, closed="standard output was closed, and training stopped: go on with --resume, without the "
-                         "pipe")
+    cli.run(
+        main,
+        closed="standard output was closed, and training stopped: go on with --resume, without the pipe",
+        smaller="lower --batch_size and raise --gradient_accumulation_steps as much, or use --recompute or "
+                "--cuda_graph=false")

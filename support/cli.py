@@ -243,10 +243,11 @@ def interruptible():
             signal.signal(number, previous)
 
 
-def run(main, closed=None):
+def run(main, closed=None, smaller=None):
     """sys.exit(main()); what functions raise about bad input becomes one line and exit 2, Ctrl-C exit 130.
     closed: what to say, with exit 1, if standard output is closed before the end (None: nothing, and exit 0,
-    as its reader has seen enough). Under torchrun, see `fail`."""
+    as its reader has seen enough). smaller: what takes less memory, to be said with exit 2 where the GPU's
+    does not suffice. Under torchrun, see `fail`."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its shell commands inherit, may not be there
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # of what the terminal's encoding cannot say
@@ -262,6 +263,9 @@ def run(main, closed=None):
     except KeyboardInterrupt:
         end(130)
     except Exception as error:
+        full = error if isinstance(error, torch.OutOfMemoryError) else error.__context__  # capturing a graph
+        if smaller and isinstance(full, torch.OutOfMemoryError):
+            fail(f"out of GPU memory; {smaller} ({str(full).splitlines()[0]})", 2)
         if "RANK" not in os.environ:
             raise
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):

@@ -1,10 +1,14 @@
 """Micro-batches repeated by a CUDA graph (graphed.py) learn what micro-batches called one by one do."""
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import train
 from graphed import EAGER_CALLS, Graphed
 from tests.common import FLOAT32, MEAN_ROW, assert_close, packed_batch, tiny_model
+from tests.scripts import ROOT, SHORT, SIZES, environment, metrics
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
 
@@ -37,6 +41,25 @@ def test_arguments_and_results():
     assert torch.equal(torch.stack(results)[:, 0].cpu(), torch.arange(1.0, 6) * 2)
     assert total.tolist() == [15.0 + 55] * 3
     assert len(calls) == 2 * (EAGER_CALLS + 1)
+
+
+@needs_gpu
+def test_a_late_kind():
+    """A new kind takes the memory of the graphs so far; they are captured again."""
+    captured = []
+
+    def double(x, y):
+        captured.append(torch.cuda.is_current_stream_capturing())
+        return dict(twice=2 * (x if y is None else y))
+
+    graphed = Graphed(double)
+    x = torch.zeros(3, device="cuda")
+    for n, late in enumerate([False] * 5 + [True] * 5 + [False] * 5):
+        x.fill_(n)
+        result = graphed(x, x.clone() if late else None)["twice"]
+        assert result.tolist() == [2.0 * n] * 3
+    kind = [False] * EAGER_CALLS + [True]
+    assert captured == kind + kind + [True] and len(graphed.captured) == 2
 
 
 @needs_gpu
@@ -90,3 +113,23 @@ def test_training(stage, recompute, compiles, half, packed):
     assert want_gradients.keys() == got_gradients.keys()
     for name in want_gradients:
         assert_close(got_gradients[name], want_gradients[name], *bounds, name, floor=MEAN_ROW)
+
+
+@needs_gpu
+def test_script(place):
+    """All stages, with two micro-batches a step and an evaluation between the graphs' replays."""
+    variables = environment(place)
+    del variables["CUDA_VISIBLE_DEVICES"]
+    logs = []
+    for cuda_graph in ("true", "false"):
+        out_dir = f"graph-{cuda_graph}"
+        command = [sys.executable, str(ROOT / "train.py"), "--data=text.txt", f"--out_dir={out_dir}", *SIZES,
+                   *SHORT, "--gradient_accumulation_steps=2", "--device=cuda", "--compile=false",
+                   "--dtype=float32", f"--cuda_graph={cuda_graph}"]
+        ended = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+        logs.append(metrics(place / out_dir))
+    for one, other in zip(*logs, strict=True):
+        assert one.keys() == other.keys()
+        for name in ("loss", "kl", "val_loss", "grad_norm", "index_grad_norm"):
+            assert one.get(name) == pytest.approx(other.get(name), rel=1e-2), (name, one, other)

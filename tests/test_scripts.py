@@ -391,6 +391,19 @@ def test_not_finite(place):
     assert all(json.dumps(r).count("NaN") == 0 for r in metrics(place / "boom"))
 
 
+def test_out_of_memory(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main, smaller="lower --batch_size")
+    _, err = capsys.readouterr()
+    assert end.value.code == 2 and err.count("\n") == 1
+    assert "out of GPU memory; lower --batch_size (CUDA out of memory. Tried" in err
+    with pytest.raises(torch.OutOfMemoryError):
+        cli.run(main)
+
+
 # ---- what lies in out_dir ----
 
 def test_out_dir_may_be_a_link(place, run):
