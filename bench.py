@@ -143,6 +143,18 @@ def milliseconds(function):
     return do_bench(function, warmup=200, rep=200, return_mode="median")
 
 
+def replayed(function):
+    """-> what repeats function() as a CUDA graph, as decoding does: its kernels without the host's time."""
+    if DEVICE != "cuda":
+        return function
+    for _ in range(EAGER_CALLS):
+        function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def seconds_of(function):
     """Time of one function() from an idle GPU to an idle GPU, in seconds."""
     torch.cuda.synchronize()
@@ -316,8 +328,9 @@ def bench_select(table):
                           (STEP_TOKENS, CHUNK, SMALL.topk), (1, CONTEXTS[1], SMALL.topk)):
         scores = randn(1, rows, T, dtype=torch.float32)
         last = torch.full((1, rows), T - 1, dtype=torch.int32, device=DEVICE)
-        table.faster(f"top-k {topk} of {T}, {rows} rows", lambda: kernels.topk(scores, topk, None, last),
-                     lambda: scores.topk(topk, -1), "torch.topk")
+        select_best = replayed(lambda: kernels.topk(scores, topk, None, last))
+        of_torch = replayed(lambda: scores.topk(topk, -1))
+        table.faster(f"top-k {topk} of {T}, {rows} rows", select_best, of_torch, "torch.topk")
 
     for what, shape, B, S, T in (
             ("", V32, 1, CHUNK, CONTEXTS[1]),
@@ -342,9 +355,14 @@ def select_row(table, what, shape, B, S, T):
             scores = kernels.index_scores(q[:, part], k, w[:, part], k_scale, None, last[:, part])
             scores.topk(shape.topk, -1)
 
+    def select():
+        kernels.select(q, k, w, shape.topk, k_scale)
+
     batch = "" if B == 1 else f"{B} x "
-    table.faster(f"select whole, {batch}S {S}, T {T}{what}",
-                 lambda: kernels.select(q, k, w, shape.topk, k_scale), scores_and_topk, "scores + torch.topk")
+    calls = (select, scores_and_topk)
+    if S == 1:
+        calls = map(replayed, calls)
+    table.faster(f"select whole, {batch}S {S}, T {T}{what}", *calls, "scores + torch.topk")
 
 
 def bench_blocks(table):
@@ -359,8 +377,10 @@ def bench_blocks(table):
         q, k, w, k_scale = index_inputs(shape, 1, S, T)
         args = (q, k, w, shape.topk, k_scale)
         few_heads = "" if shape is V32 else f", {shape.index_heads} indexer heads of {shape.index_dim}"
-        table.faster(f"select by blocks, S {S}, T {T}{few_heads}",
-                     lambda: kernels.select_by_blocks(*args), lambda: kernels.select(*args), "select")
+        calls = (functools.partial(kernels.select_by_blocks, *args), functools.partial(kernels.select, *args))
+        if S == 1:
+            calls = map(replayed, calls)
+        table.faster(f"select by blocks, S {S}, T {T}{few_heads}", *calls, "select")
 
 
 def bench_dense(table):
@@ -394,8 +414,8 @@ def bench_dense(table):
     for B, T in ((1, CONTEXTS[1]), (BATCH // 8, CONTEXTS[0])):
         latents = randn(B, T, 1, SMALL.width)
         q = randn(B, 1, SMALL.heads, SMALL.width)
-        table.traffic(f"dense decode, batch {B}, T {T}, {SMALL}",
-                      lambda: kernels.dense_attention(q, latents, latents[..., :SMALL.rank], SMALL.scale),
+        decode = replayed(lambda: kernels.dense_attention(q, latents, latents[..., :SMALL.rank], SMALL.scale))
+        table.traffic(f"dense decode, batch {B}, T {T}, {SMALL}", decode,
                       latents.numel() * latents.element_size())
 
 
@@ -443,8 +463,8 @@ def bench_sparse(table):
         for S in (1, 2):
             q = randn(BATCH, S, heads, V32.width)
             indices = random_selection(BATCH, S, T, V32.topk)
-            table.rate(f"decode, batch {BATCH}, {S} queries, FP8 cache{name}",
-                       lambda: kernels.sparse_attention(q, packed, indices, V32.scale, V32.rank),
+            decode = replayed(lambda: kernels.sparse_attention(q, packed, indices, V32.scale, V32.rank))
+            table.rate(f"decode, batch {BATCH}, {S} queries, FP8 cache{name}", decode,
                        sparse_flops(V32._replace(heads=heads), BATCH * S * V32.topk))
     del packed
 
@@ -453,8 +473,8 @@ def bench_sparse(table):
         latents = randn(B, T, SMALL.width)
         q = randn(B, 1, SMALL.heads, SMALL.width)
         indices = random_selection(B, 1, T, SMALL.topk)
-        table.traffic(f"decode, batch {B}, {SMALL}",
-                      lambda: kernels.sparse_attention(q, latents, indices, SMALL.scale, SMALL.rank),
+        decode = replayed(lambda: kernels.sparse_attention(q, latents, indices, SMALL.scale, SMALL.rank))
+        table.traffic(f"decode, batch {B}, {SMALL}", decode,
                       B * SMALL.topk * SMALL.width * latents.element_size())
 
 
@@ -537,9 +557,10 @@ def bench_context(table):
         q = randn(B, 1, V32.heads, V32.width)
         latents = packed_cache(V32, B, T)
         everything = torch.arange(T, dtype=torch.int32, device=DEVICE).expand(B, 1, T).contiguous()
-        ms = milliseconds(functools.partial(dsa, q, latents, q_index, k_index, w, k_scale))
+        ms = milliseconds(replayed(functools.partial(dsa, q, latents, q_index, k_index, w, k_scale)))
         point("decode, DSA", T, ms, B)
-        ms = milliseconds(lambda: kernels.sparse_attention(q, latents, everything, V32.scale, V32.rank))
+        ms = milliseconds(
+            replayed(lambda: kernels.sparse_attention(q, latents, everything, V32.scale, V32.rank)))
         point("decode, dense MLA", T, ms, B)
         del latents
 
