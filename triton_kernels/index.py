@@ -384,11 +384,14 @@ def index_tiles(HI, DI, rows, dtype, device):
     columns = max(block_h, COLUMNS if size * block_d <= 128 else COLUMNS // size)
     block_s = max(16 // block_h, 1, min(columns // block_h, triton.next_power_of_2(rows)))
     small = size == 4 and shared_memory(device) < FLOAT_TILE_BYTES
-    return IndexTiles(
+    tiles = IndexTiles(
         block_s=block_s, block_h=block_h, block_d=block_d, block_t=32 if small else 64,
         turn=max(1, min(4, block_s, 128 // block_h)),
         num_stages=4 if size == 1 else 3,
         num_warps=8 if block_s * block_h == COLUMNS else 4)
+    if rows == 1 and size == 1:  # decoding reads keys as fast as memory gives them
+        return tiles._replace(block_t=128, num_stages=3, num_warps=8 if block_h >= 64 else 4)
+    return tiles
 
 
 def keys_per_program(pairs, block_t, device):
